@@ -1,0 +1,155 @@
+"""The Raven family: Huginn (arXiv 2502.05171), and Llama, TinyLlama and OLMo-2 with retrofitted recurrence (arXiv 2511.07384).
+
+All of them say `RavenForCausalLM`; the weights tell them apart: `norm_3` is Huginn's, `q_norm` OLMo-2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_looped.adapters.base import Json, Source, need, only, rotary
+from tl_looped.config import LoopedConfig
+from tl_looped.errors import LoadError
+from tl_looped.nn.rotary import inverse_frequencies
+from tl_looped.schedule import CODA, CORE, PRELUDE
+
+_STACKS = {PRELUDE: "prelude", CORE: "core_block", CODA: "coda"}
+# Which of our norms norm_1, norm_2, ... are.
+_NORMS = {
+    "residual_sandwich": ("ln1", "ln1_post", "ln2", "ln2_post"),
+    "output": ("ln1_post", "ln2_post"),
+    "pre": ("ln1", "ln2"),
+}
+_ROTARY_TOLERANCE = 1e-2  # a table stored in bfloat16 is off by up to 2^-9
+
+
+class RavenAdapter:
+    """(p, k⊗T, c) with concat-linear injection and a random initial state."""
+
+    family = "raven"
+
+    def claims(self, config: Json) -> bool:
+        """Whether a config.json is of the Raven family."""
+        return "RavenForCausalLM" in config.get("architectures", ()) or config.get("model_type") == "huginn_raven"
+
+    def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
+        """Our config from theirs and the weights' names."""
+        only(
+            config,
+            injection_type="linear",
+            nonlin_name="SiLU",
+            norm_class_name="RMSNorm_llama",
+            mlp_class_name="GatedMLP",
+            bias=False,
+            state_init="like-init",
+            test_time_noise={0, None},
+        )
+        p, k, c = (need(config, f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda"))
+        if config.get("n_layers", p + k + c) != p + k + c:
+            raise LoadError(f"config.json has n_layers={config['n_layers']}, but prelude, block and coda are {p} + {k} + {c}.")
+        std = need(need(config, "init_values"), "std")
+        return LoopedConfig(
+            d_model=need(config, "n_embd"),
+            n_heads=need(config, "n_heads"),
+            d_head=config.get("head_dim") or config["n_embd"] // config["n_heads"],
+            d_mlp=need(config, "intermediate_size"),
+            d_vocab=need(config, "padded_vocab_size"),
+            n_ctx=need(config, "block_size"),
+            n_key_value_heads=config.get("num_key_value_heads"),
+            n_prelude=p,
+            n_core=k,
+            n_coda=c,
+            n_loops=need(config, "mean_recurrence"),
+            eps=need(config, "norm_eps"),
+            injection="concat_linear",
+            initial_state="truncated_normal",
+            initial_state_std=std,
+            tie_embeddings=config.get("tie_embeddings", config.get("tie_word_embeddings", False)),
+            model_name=model_name,
+            **self._variant(config, names),
+        )
+
+    @staticmethod
+    def _variant(config: Json, names: frozenset[str]) -> dict[str, Any]:
+        """The fields in which Huginn and the retrofitted models differ."""
+        first = f"transformer.{_STACKS[CORE]}.0"
+        scale = config["init_values"].get("embed_scale", 1.0)
+        if f"{first}.norm_3.weight" in names:
+            base, scaling = need(config, "rope_base"), None
+            return {
+                "family": "huginn",
+                "norm_placement": "residual_sandwich",
+                "loop_norm": "last",
+                "qk_bias": config.get("qk_bias", False),
+                "rotary_style": "adjacent",
+                "rotary_base": base,
+                "embed_scale": scale,
+                "initial_state_scale": scale,
+            }
+        only(config, qk_bias=False)
+        olmo = f"{first}.attn.q_norm.weight" in names
+        base, scaling = rotary(config, config.get("rope_base"))
+        return {
+            "family": "retrofit-olmo2" if olmo else "retrofit-llama",
+            "norm_placement": "output" if olmo else "pre",
+            "qk_norm": olmo,
+            "rotary_base": base,
+            "rotary_scaling": scaling,
+            "embed_scale": scale,
+        }
+
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        """Where each of our parameters comes from."""
+        sources = {
+            "embed.weight": Source("transformer.wte.weight"),
+            "injection.weight": Source("transformer.adapter.weight"),
+            "ln_final.weight": Source("transformer.ln_f.weight"),
+            "unembed.weight": Source("lm_head.weight"),
+        }
+        for stack, n_layers in ((PRELUDE, cfg.n_prelude), (CORE, cfg.n_core), (CODA, cfg.n_coda)):
+            for layer in range(n_layers):
+                theirs = f"transformer.{_STACKS[stack]}.{layer}"
+                sources |= {f"{stack}.{layer}.{ours}": source for ours, source in self._layer(cfg, theirs).items()}
+        return sources
+
+    @staticmethod
+    def _layer(cfg: LoopedConfig, theirs: str) -> dict[str, Source]:
+        n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
+        ends = {"q": (0, n_query), "k": (n_query, n_query + n_key), "v": (n_query + n_key, n_query + 2 * n_key)}
+        qkv = (n_query + 2 * n_key, cfg.d_model)
+        sources = {
+            **{f"attn.{name}.weight": Source(f"{theirs}.attn.Wqkv.weight", *rows, qkv) for name, rows in ends.items()},
+            "attn.o.weight": Source(f"{theirs}.attn.proj.weight"),
+            "mlp.gate.weight": Source(f"{theirs}.mlp.fc.weight", 0, cfg.d_mlp, (2 * cfg.d_mlp, cfg.d_model)),
+            "mlp.up.weight": Source(f"{theirs}.mlp.fc.weight", cfg.d_mlp, None, (2 * cfg.d_mlp, cfg.d_model)),
+            "mlp.down.weight": Source(f"{theirs}.mlp.proj.weight"),
+        }
+        for number, ours in enumerate(_NORMS[cfg.norm_placement], start=1):
+            sources[f"{ours}.weight"] = Source(f"{theirs}.norm_{number}.weight")
+        if cfg.qk_bias:
+            shape = (2, 1, cfg.n_heads, cfg.d_head)
+            sources["attn.q.bias"] = Source(f"{theirs}.attn.qk_bias", 0, n_query, shape)
+            sources["attn.k.bias"] = Source(f"{theirs}.attn.qk_bias", n_query, None, shape)
+        if cfg.qk_norm:
+            sources |= {f"attn.{name}.weight": Source(f"{theirs}.attn.{name}.weight") for name in ("q_norm", "k_norm")}
+        return sources
+
+    def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
+        """Huginn stores its rotary table; ours is computed, so the two must agree."""
+        return {"freqs_cis": partial(_check_rotary_table, cfg)}
+
+
+def _check_rotary_table(cfg: LoopedConfig, table: Tensor) -> None:
+    shape = (1, cfg.n_ctx, 1, cfg.d_head // 2, 2)
+    if tuple(table.shape) != shape:
+        raise LoadError(f"freqs_cis has shape {tuple(table.shape)}, but the config says {shape}.")
+    angles = torch.arange(cfg.n_ctx, dtype=torch.float32)[:, None] * inverse_frequencies(cfg)
+    ours = torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]
+    error = float((table.float() - ours).abs().max())
+    if error > _ROTARY_TOLERANCE:
+        raise LoadError(f"freqs_cis differs by {error:.3g} from the rotary table of base {cfg.rotary_base}.")

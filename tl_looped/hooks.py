@@ -1,0 +1,271 @@
+"""Loop-indexed hook points, on TransformerLens's `HookPoint`.
+
+A looped model has one `SharedHookPoint` at each physical site: 48 layers run 128 times have 48 points at a site, not 6,144. It
+is called with the loop that is running and hands a hook a light `LoopHookPoint`, whose name, loop and layer are those of
+that very call. A hook may be registered for one loop, for every loop, or for the names that a function accepts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint, LensHandle
+
+from tl_looped.errors import HookNameError, InputError, nearest
+from tl_looped.schedule import HookSite
+
+Direction = Literal["fwd", "bwd"]
+HookFn = Callable[..., Any]
+# At which loops a hook acts: None for every loop, an index, some indices, or a function on the name with the loop in it.
+Where = int | frozenset[int] | Callable[[str], bool] | None
+
+
+class LoopHookPoint:
+    """One site at one loop: what a hook function receives as `hook`.
+
+    Attributes:
+        point: the shared point at this site.
+        loop: the loop, from 0; None for a site that fires once in a run.
+    """
+
+    __slots__ = ("loop", "point")
+
+    def __init__(self, point: SharedHookPoint, loop: int | None):
+        self.point = point
+        self.loop = loop
+
+    @property
+    def site(self) -> HookSite:
+        """Stack, layer, loop and component."""
+        return self.point.site.at(self.loop)
+
+    @property
+    def name(self) -> str:
+        """The name with the loop in it, e.g. "blocks.2.loop.3.attn.hook_z"."""
+        return self.site.name
+
+    @property
+    def ctx(self) -> dict[Any, Any]:
+        """TransformerLens's scratch dictionary, shared by all loops of the site."""
+        return self.point.ctx
+
+    def layer(self) -> int:
+        """Index of the layer in its stack."""
+        if self.site.layer is None:
+            raise HookNameError(f"{self.name!r} belongs to no layer.")
+        return self.site.layer
+
+    def add_hook(
+        self,
+        hook: HookFn,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> LensHandle:
+        """Register a hook that acts at this loop only."""
+        return self.point.add_hook(hook, dir, is_permanent, level, prepend, where=self.loop)
+
+    def __repr__(self) -> str:
+        return f"LoopHookPoint({self.name!r})"
+
+
+@dataclass
+class LoopHandle(LensHandle):
+    """TransformerLens's record of a registered hook, with the loops at which it acts."""
+
+    where: Where = None
+    _matched: dict[int | None, bool] = field(default_factory=dict, repr=False)
+
+    def acts_at(self, site: HookSite) -> bool:
+        """Whether the hook acts at this site's loop."""
+        if self.where is None or isinstance(self.where, int):
+            return self.where is None or self.where == site.loop
+        if isinstance(self.where, frozenset):
+            return site.loop in self.where
+        if site.loop not in self._matched:
+            self._matched[site.loop] = bool(self.where(site.name))
+        return self._matched[site.loop]
+
+
+class SharedHookPoint(HookPoint):
+    """The hook point at one physical site, shared by all loops: `x = point(x, loop)`.
+
+    Without hooks it returns `x` and costs a function call. A forward hook `fn(x, hook=LoopHookPoint)` may return a tensor of
+    the same shape and dtype, which takes the place of `x`. A backward hook `fn(grad, hook=LoopHookPoint)` is bound to the
+    activation of the loop it saw in the forward, so a gradient is never paired with another loop; it belongs to that
+    forward's graph, and fires when that graph is run backward, also after the hook was removed from the model.
+
+    Args:
+        site: the site without a loop.
+        looped: whether it fires once in every loop.
+    """
+
+    name: str
+
+    def __init__(self, site: HookSite, looped: bool):
+        super().__init__()
+        self.site = site
+        self.looped = looped
+        self.name = site.name
+        self._registered: OrderedDict[int, HookFn] = OrderedDict()
+
+    def add_hook(
+        self,
+        hook: HookFn,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        alias_names: list[str] | None = None,
+        where: Where = None,
+    ) -> LensHandle:
+        """Register a hook, as TransformerLens's `HookPoint.add_hook`; `where` says at which loops it acts."""
+        if dir not in ("fwd", "bwd"):
+            raise InputError(f"a hook's direction must be 'fwd' or 'bwd', got {dir!r}.")
+        if alias_names is not None:
+            raise InputError("alias_names is not supported: every loop of a site has one name.")
+        removable = RemovableHandle(self._registered)
+        self._registered[removable.id] = hook
+        handle = LoopHandle(removable, is_permanent, level, hook, where)
+        handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
+        handles.insert(0 if prepend else len(handles), handle)
+        return handle
+
+    def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
+        if not (self.fwd_hooks or self.bwd_hooks):
+            return x
+        return self.fire(x, loop)[0]
+
+    def _acting(self, handles: Iterable[LensHandle], site: HookSite) -> list[LoopHandle]:
+        return [
+            handle
+            for handle in handles
+            if isinstance(handle, LoopHandle) and handle.hook.id in self._registered and handle.acts_at(site)
+        ]
+
+    def wants(self, loop: int | None = None) -> bool:
+        """Whether any hook acts at this loop: what is not asked for need not be computed."""
+        if not (self.fwd_hooks or self.bwd_hooks):
+            return False
+        return bool(self._acting([*self.fwd_hooks, *self.bwd_hooks], self.site.at(loop)))
+
+    def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, bool]:
+        """Run the hooks of this loop on `x`; return the activation to go on with, and whether a hook changed it.
+
+        In-place changes count, by the tensor's version; inference tensors have none, so there the values are compared.
+        """
+        here = LoopHookPoint(self, loop)
+        acting = self._acting(self.fwd_hooks, here.site)
+        before = x
+        snapshot = None
+        if acting:
+            snapshot = x.clone() if x.is_inference() else x._version
+        for handle in acting:
+            assert handle.user_hook is not None
+            result = handle.user_hook(x, hook=here)
+            if result is not None:
+                x = _checked(result, x, here.name)
+        edited = x is not before
+        if isinstance(snapshot, Tensor):
+            edited = edited or not torch.equal(snapshot, x)
+        elif snapshot is not None:
+            edited = edited or x._version != snapshot
+        backward = self._acting(self.bwd_hooks, here.site)
+        if backward and x.requires_grad:
+            x = x.view_as(x)  # a node of its own, as the same tensor may pass through several sites
+            x.register_hook(partial(_run_backward, [handle.user_hook for handle in backward], here))
+        return x, edited
+
+    def forward(self, x: Tensor, loop: int | None = None) -> Tensor:
+        """The same as calling the point."""
+        return self(x, loop)
+
+
+def _checked(result: object, x: Tensor, name: str) -> Tensor:
+    if not isinstance(result, Tensor):
+        raise InputError(f"the hook on {name!r} returned {type(result).__name__}; return a tensor, or None for no change.")
+    if result.shape != x.shape or result.dtype != x.dtype:
+        raise InputError(
+            f"the hook on {name!r} returned shape {tuple(result.shape)} {result.dtype}, but the activation has shape "
+            f"{tuple(x.shape)} {x.dtype}: return a tensor like it."
+        )
+    return result
+
+
+def _run_backward(hooks: list[HookFn], here: LoopHookPoint, grad: Tensor) -> Tensor | None:
+    changed = None
+    for hook in hooks:
+        result = hook(grad, hook=here)
+        if isinstance(result, tuple):
+            (result,) = result
+        if result is not None:
+            grad = changed = _checked(result, grad, f"{here.name} (gradient)")
+    return changed
+
+
+class HookDict(dict[str, HookPoint]):
+    """All physical hook points by name; an indexed name gives the point at that loop, made when asked for."""
+
+    def __missing__(self, name: str) -> LoopHookPoint:
+        return LoopHookPoint(self.shared(name), HookSite.parse(name).loop)
+
+    def points(self) -> list[SharedHookPoint]:
+        """The points, in the order in which a run first reaches them."""
+        return [point for point in self.values() if isinstance(point, SharedHookPoint)]
+
+    def shared(self, name: str) -> SharedHookPoint:
+        """The physical point of a name, with or without a loop in it.
+
+        Raises:
+            HookNameError: when the model has no such site.
+        """
+        site = HookSite.parse(name)
+        physical = site.at(None).name
+        point = self.get(physical)
+        if not isinstance(point, SharedHookPoint):
+            shown = nearest(physical, self)
+            raise HookNameError(f"this model has no hook point {name!r}.{shown} model.hook_dict lists all of them.")
+        if site.loop is not None and not point.looped:
+            raise HookNameError(f"{physical!r} fires once in a run, not in every loop: leave the loop out of {name!r}.")
+        return point
+
+
+class HookGroup:
+    """The hook points of one module, as attributes: `group.hook_q(q, loop)`.
+
+    Not a module itself: `nn.Module` finds its submodules through a slow look-up, which 20 hook points a layer would feel.
+
+    Args:
+        registry: the model's hook points by name; the new ones are added.
+        site: stack and layer of the group; its component is the prefix of theirs ("attn." for "attn.hook_q").
+        looped: whether they fire once in every loop.
+        names: "hook_q", "hook_k", ...
+    """
+
+    def __init__(self, registry: HookDict, site: HookSite, looped: bool, names: Iterable[str]):
+        for name in names:
+            point = SharedHookPoint(HookSite(site.component + name, site.stack, site.layer), looped)
+            registry[point.name] = point
+            setattr(self, name, point)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> SharedHookPoint: ...
+
+
+def same_value(value: Tensor, through: Tensor) -> Tensor:
+    """`value`'s numbers, to the bit, with the gradient of `through`.
+
+    Lets a hook see a quantity that the fast path does not form, such as an attention pattern, without changing the output.
+    """
+    if not through.requires_grad:
+        return value
+    return value.detach() + (through - through.detach())

@@ -1,0 +1,4 @@
+"""The native looped transformer and its parts."""
+
+from tl_looped.nn.attention import Frame as Frame
+from tl_looped.nn.transformer import LoopedTransformer as LoopedTransformer

@@ -1,0 +1,111 @@
+"""Multi-head attention with TransformerLens's hook points."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, einsum, nn
+
+from tl_looped.config import LoopedConfig
+from tl_looped.hooks import HookDict, HookGroup, same_value
+from tl_looped.nn.norm import RMSNorm
+from tl_looped.nn.rotary import rotate
+from tl_looped.schedule import BLOCK_AXES, HookSite
+
+ATTENTION_HOOKS = tuple(name.removeprefix("attn.") for name in BLOCK_AXES if name.startswith("attn."))
+
+
+class Frame(NamedTuple):
+    """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom."""
+
+    cos: Float[Tensor, "rows pos 1 half"]
+    sin: Float[Tensor, "rows pos 1 half"]
+    visible: Bool[Tensor, "#batch pos pos"]  # [row, query, key]
+    causal: bool  # whether `visible` is the plain causal triangle
+
+
+class Attention(nn.Module):
+    r"""o(softmax(q kᵀ / sqrt(d_head)) v), with rotary on q and k and as many key-value heads as the config says.
+
+    The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where they
+    are hooked, and take its place only where a hook changed them; so watching changes nothing, to the bit.
+    """
+
+    def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
+        super().__init__()
+        self.cfg = cfg
+        self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, ATTENTION_HOOKS)
+        n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
+        self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
+        self.k = nn.Linear(cfg.d_model, n_key, bias=cfg.qk_bias)
+        self.v = nn.Linear(cfg.d_model, n_key, bias=False)
+        self.o = nn.Linear(n_query, cfg.d_model, bias=False)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(n_query, cfg.eps)
+            self.k_norm = RMSNorm(n_key, cfg.eps)
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attend from every position of `x` to those that `frame.visible` allows."""
+        hooks, heads = self.hooks, (-1, self.cfg.d_head)
+        q = hooks.hook_q(self.q(x).unflatten(-1, heads), loop)
+        k = hooks.hook_k(self.k(x).unflatten(-1, heads), loop)
+        v = hooks.hook_v(self.v(x).unflatten(-1, heads), loop)
+        if self.cfg.qk_norm:
+            q = self.q_norm(q.flatten(-2)).unflatten(-1, heads)
+            k = self.k_norm(k.flatten(-2)).unflatten(-1, heads)
+        q = hooks.hook_rot_q(rotate(q, frame.cos, frame.sin, self.cfg.rotary_style), loop)
+        k = hooks.hook_rot_k(rotate(k, frame.cos, frame.sin, self.cfg.rotary_style), loop)
+        z = hooks.hook_z(self._mix(q, k, v, frame, loop), loop)
+        out = self.o(z.flatten(-2))
+        return self._through_result(out, z, loop) if hooks.hook_result.wants(loop) else out
+
+    def _mix(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+        frame: Frame,
+        loop: int | None,
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """The weighted values of each head, z."""
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        mask = None if frame.causal else frame.visible[:, None]
+        grouped = k.shape[1] != q.shape[1]
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=frame.causal, enable_gqa=grouped)
+        if self.hooks.hook_attn_scores.wants(loop) or self.hooks.hook_pattern.wants(loop):
+            z = self._through_pattern(z, q, k, v, frame, loop)
+        return z.transpose(1, 2)
+
+    def _through_pattern(
+        self,
+        z: Float[Tensor, "batch head pos d_head"],
+        q: Float[Tensor, "batch head pos d_head"],
+        k: Float[Tensor, "batch kv_head pos d_head"],
+        v: Float[Tensor, "batch kv_head pos d_head"],
+        frame: Frame,
+        loop: int | None,
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        """Show the scores and the pattern to their hooks; the given z, unless a hook changed them."""
+        group = q.shape[1] // k.shape[1]
+        k, v = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (k, v))
+        scores = q @ k.transpose(-1, -2) * self.cfg.d_head**-0.5
+        scores = scores.masked_fill(~frame.visible[:, None], float("-inf"))
+        scores, scores_edited = self.hooks.hook_attn_scores.fire(scores, loop)
+        wide = scores if scores.element_size() >= 4 else scores.float()
+        pattern, pattern_edited = self.hooks.hook_pattern.fire(wide.softmax(-1).to(v.dtype), loop)
+        explicit = pattern @ v
+        return explicit if scores_edited or pattern_edited else same_value(z, explicit)
+
+    def _through_result(
+        self, out: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"], loop: int | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Show each head's contribution to its hooks; the given output, unless a hook changed one."""
+        weight = self.o.weight.unflatten(1, (self.cfg.n_heads, self.cfg.d_head))
+        result = einsum("bphd,mhd->bphm", z, weight)
+        result, edited = self.hooks.hook_result.fire(result, loop)
+        explicit = result.sum(2)
+        return explicit if edited else same_value(out, explicit)

@@ -1,0 +1,48 @@
+"""Rotary position embedding: both pairings, and Llama 3's frequency scaling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_looped.config import Llama3Rope, LoopedConfig, RotaryStyle
+
+
+def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, "half"]:
+    """Angle per position of each pair, in radians: base^(-2i / d_head), scaled as the config says; float32, on the CPU."""
+    exponents = torch.arange(0, cfg.d_head, 2, dtype=torch.float32, device="cpu") / cfg.d_head
+    frequencies = 1.0 / cfg.rotary_base**exponents
+    return frequencies if cfg.rotary_scaling is None else _llama3(frequencies, cfg.rotary_scaling)
+
+
+def _llama3(frequencies: Float[Tensor, "half"], scaling: Llama3Rope) -> Float[Tensor, "half"]:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    turns = scaling.original_n_ctx * frequencies / (2 * math.pi)  # full turns within the original context
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rotary_angles(
+    frequencies: Float[Tensor, "half"], positions: Int[Tensor, "rows pos"]
+) -> tuple[Float[Tensor, "rows pos 1 half"], Float[Tensor, "rows pos 1 half"]]:
+    """Cosine and sine for every position, broadcast over heads, float32."""
+    angles = (positions[..., None].float() * frequencies)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "batch pos heads d_head"],
+    cos: Float[Tensor, "rows pos 1 half"],
+    sin: Float[Tensor, "rows pos 1 half"],
+    style: RotaryStyle,
+) -> Float[Tensor, "batch pos heads d_head"]:
+    """Rotate each pair of components by its angle; the pairs lie side by side ("adjacent") or half a head apart."""
+    if style == "halves":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)

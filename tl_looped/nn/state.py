@@ -1,0 +1,35 @@
+"""The state that enters the first loop."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_looped.config import LoopedConfig
+
+_BLOCK = 16  # torch fills normal samples in blocks of 16, so whole blocks keep a longer draw's beginning equal
+
+
+def draw_noise(cfg: LoopedConfig, n_positions: int, seed: int | None) -> Float[Tensor, "pos d_model"]:
+    """The random initial state for positions 0, 1, ..., float32 on the CPU, so equal on every device.
+
+    A longer draw from the same seed begins with the shorter one. `seed` None takes torch's global generator.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    rows = -(-n_positions // _BLOCK) * _BLOCK
+    noise = torch.empty(rows, cfg.d_model)
+    std = cfg.initial_state_std
+    if cfg.initial_state == "truncated_normal":
+        torch.nn.init.trunc_normal_(noise, std=std, a=-3 * std, b=3 * std, generator=generator)
+    else:
+        noise.normal_(std=std, generator=generator)
+    return noise[:n_positions] * cfg.initial_state_scale
+
+
+def random_state(
+    cfg: LoopedConfig, positions: Int[Tensor, "batch pos"], seed: int | None, dtype: torch.dtype
+) -> Float[Tensor, "batch pos d_model"]:
+    """One draw for each position, the same in every row: a prompt's state does not depend on its batch or padding."""
+    noise = draw_noise(cfg, int(positions.max()) + 1, seed)
+    return noise.to(device=positions.device, dtype=dtype)[positions]

@@ -1,0 +1,167 @@
+"""LoopedTransformer: the (p, k⊗T, c)[I] family in plain PyTorch, with hook points.
+
+    e = prelude(embed(tokens))
+    x = initial state
+    T times:  x = loop_norm(core(inject(x, e)))          loop_norm only where it closes each loop
+    logits = unembed(final_norm(coda(loop_norm(x))))     loop_norm here only where it closes the last loop
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_looped.config import LoopedConfig
+from tl_looped.hooks import HookDict, HookGroup
+from tl_looped.nn.attention import Frame
+from tl_looped.nn.block import Block
+from tl_looped.nn.norm import NORM_HOOKS, RMSNorm
+from tl_looped.nn.rotary import inverse_frequencies, rotary_angles
+from tl_looped.schedule import CODA, CORE, PRELUDE, HookSite
+
+LOOP_HOOKS = ("hook_state_pre", "hook_injection", "hook_state_post")
+
+
+class LoopedTransformer(nn.Module):
+    """A looped decoder-only transformer. Users hold it through `tl_looped.LoopedModel`, which checks their input.
+
+    Args:
+        cfg: what to build.
+
+    Attributes:
+        hook_dict: its hook points by name; see `tl_looped.schedule` for the names.
+    """
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.hook_dict = HookDict()
+        self.hooks = self._group("", False, ("hook_embed", "hook_state_init"))
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
+        self.loop_hooks = self._group("", True, LOOP_HOOKS)
+        if cfg.injection == "concat_linear":
+            self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
+        self.blocks = self._stack(CORE, cfg.n_core, looped=True)
+        self.loop_norm_hooks = self._group("ln_loop.", True, NORM_HOOKS) if cfg.loop_norm == "each" else None
+        if cfg.exit_gate:
+            self.exit_gate = nn.Linear(cfg.d_model, 1)
+            self.gate_hooks = self._group("", True, ("hook_exit_gate",))
+        self.coda_norm_hooks = self._group("ln_coda.", False, NORM_HOOKS) if cfg.loop_norm == "last" else None
+        self.coda = self._stack(CODA, cfg.n_coda, looped=False)
+        if cfg.loop_norm != "none" or cfg.final_norm:
+            hooks = self._group("ln_final.", False, NORM_HOOKS) if cfg.final_norm else None
+            self.ln_final = RMSNorm(cfg.d_model, cfg.eps, hooks)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        if cfg.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+        self._frequencies = inverse_frequencies(cfg)
+
+    def _group(self, prefix: str, looped: bool, names: tuple[str, ...]) -> HookGroup:
+        # ln_loop and ln_coda are the final norm's weights at other sites, with hook points of their own.
+        return HookGroup(self.hook_dict, HookSite(prefix), looped, names)
+
+    def _stack(self, name: str, n_layers: int, looped: bool) -> nn.ModuleList:
+        sites = (HookSite("", name, layer) for layer in range(n_layers))
+        return nn.ModuleList(Block(self.cfg, self.hook_dict, site, looped) for site in sites)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Random weights from a seed, the same on every device.
+
+        Matrices N(0, 1/fan_in), embedding N(0, 1), norms one, biases zero: streams of order one at any width. Embedding and
+        head stay one tensor where they are tied.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                std = 1.0 if name == "embed.weight" else 1 / math.sqrt(weight.shape[1])
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    def frame(self, visible: Bool[Tensor, "#batch pos pos"], positions: Int[Tensor, "rows pos"], causal: bool) -> Frame:
+        """Prepare what all layers of a run share: see `Frame`."""
+        dtype = self.embed.weight.dtype
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        cos, sin = rotary_angles(self._frequencies, positions)
+        return Frame(cos.to(dtype), sin.to(dtype), visible, causal)
+
+    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """e: the embedded tokens after the prelude."""
+        x = self.embed(tokens)
+        if self.cfg.embed_scale != 1.0:
+            x = x * self.cfg.embed_scale
+        x = self.hooks.hook_embed(x)
+        for block in self.prelude:
+            x = block(x, frame)
+        return x
+
+    def inject(
+        self, state: Float[Tensor, "batch pos d_model"], e: Float[Tensor, "batch pos d_model"] | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the first core layer reads: the state, mixed with e as the config says (None where it is not mixed)."""
+        if e is None:
+            return state
+        if self.cfg.injection == "add":
+            return state + e
+        return self.injection(torch.cat((state, e), dim=-1))
+
+    def loop(
+        self,
+        state: Float[Tensor, "batch pos d_model"],
+        e: Float[Tensor, "batch pos d_model"] | None,
+        frame: Frame,
+        t: int,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """One pass through the core: the state entering loop t to the state leaving it."""
+        x = self.loop_hooks.hook_state_pre(state, t)
+        x = self.loop_hooks.hook_injection(self.inject(x, e), t)
+        for block in self.blocks:
+            x = block(x, frame, t)
+        if self.loop_norm_hooks is not None:
+            x = self.ln_final(x, t, self.loop_norm_hooks)
+        x = self.loop_hooks.hook_state_post(x, t)
+        if self.cfg.exit_gate and self.gate_hooks.hook_exit_gate.wants(t):
+            self.gate_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
+        return x
+
+    def readout(
+        self, state: Float[Tensor, "batch pos d_model"], frame: Frame
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the model if it stops with this state."""
+        x = state
+        if self.coda_norm_hooks is not None:
+            x = self.ln_final(x, None, self.coda_norm_hooks)
+        for block in self.coda:
+            x = block(x, frame)
+        if self.cfg.final_norm:
+            x = self.ln_final(x)
+        return self.unembed(x)
+
+    def needs_input(self, state_given: bool) -> bool:
+        """Whether a run reads the tokens: for the initial state, or for the injection."""
+        return self.cfg.injection != "none" or not state_given
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_model"] | None,
+        start: int,
+        stop: int,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The state after loops start, ..., stop - 1, from `state`, or from e where it is None."""
+        e = self.read(tokens, frame) if self.needs_input(state is not None) else None
+        if state is None:
+            assert e is not None
+            state = e
+        if start == 0:
+            state = self.hooks.hook_state_init(state)
+        for t in range(start, stop):
+            state = self.loop(state, e if self.cfg.injection != "none" else None, frame, t)
+        return state

@@ -1,0 +1,110 @@
+"""Which hook points a run reaches: a hook or a filter that would do nothing is an error before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from tl_looped.errors import HookNameError, InputError, resolve_index
+from tl_looped.hooks import HookDict, LoopHandle, SharedHookPoint
+from tl_looped.runs import Run
+from tl_looped.schedule import PRELUDE, HookSite
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]
+
+_HEAVY = "attn.hook_result"  # [batch, pos, head, d_model]: cached only where it is named
+
+
+class Reach:
+    """The sites that one run calls.
+
+    Args:
+        hook_dict: the model's hook points.
+        run: the run.
+        reads_tokens: whether it runs the embedding and the prelude.
+    """
+
+    def __init__(self, hook_dict: HookDict, run: Run, reads_tokens: bool):
+        self.hook_dict = hook_dict
+        self.run = run
+        self.loops = range(run.start, run.stop)
+        self.reads_tokens = reads_tokens
+
+    def __contains__(self, point: SharedHookPoint) -> bool:
+        if point.looped:
+            return len(self.loops) > 0
+        if point.site.stack == PRELUDE or point.name == "hook_embed":
+            return self.reads_tokens
+        if point.name == "hook_state_init":
+            return self.run.start == 0
+        return self.run.reads_out
+
+    def sites(self, point: SharedHookPoint) -> list[HookSite]:
+        """The point's sites in this run: one for each loop, or one."""
+        if point not in self:
+            return []
+        return [point.site.at(t) for t in self.loops] if point.looped else [point.site]
+
+    def _ran(self) -> str:
+        return f"loops {self.loops.start} to {self.loops.stop - 1} run" if self.loops else "no loop runs"
+
+    def check_hooks(self) -> None:
+        """Raise for a registered hook that acts nowhere in this run."""
+        points = [point for point in self.hook_dict.points() if point.fwd_hooks or point.bwd_hooks]
+        if not points:
+            return
+        if not torch.is_grad_enabled() and any(point.bwd_hooks for point in points):
+            raise InputError("a backward hook is registered, but gradients are off: run outside torch.no_grad().")
+        matched: dict[Callable[[str], bool], bool] = {}
+        for point in points:
+            for handle in (*point.fwd_hooks, *point.bwd_hooks):
+                assert isinstance(handle, LoopHandle)
+                where = handle.where
+                if callable(where):
+                    matched[where] = matched.get(where, False) or any(map(handle.acts_at, self.sites(point)))
+                elif point not in self or (isinstance(where, int) and where not in self.loops):
+                    name = point.site.at(where if isinstance(where, int) else None).name
+                    raise HookNameError(f"a hook is on {name!r}, which this run does not reach: {self._ran()}.")
+        for function, found in matched.items():
+            if not found:
+                raise HookNameError(f"the function {function!r} accepts no hook name that this run reaches.")
+
+    def select(self, names_filter: NamesFilter, loops: Iterable[int] | None) -> Chosen:
+        """The points to cache, each with its loops (None for one that fires once).
+
+        Raises:
+            HookNameError: a name, or the whole filter, to which nothing in this run answers.
+            InputError: a loop that does not run.
+        """
+        total = self.run.n_loops
+        kept = set(self.loops) if loops is None else {resolve_index("loop", t, total) for t in loops}
+        if not kept <= set(self.loops):
+            raise InputError(f"loops {sorted(kept - set(self.loops))} can't be kept: {self._ran()}.")
+        accept = self._acceptor(names_filter)
+        chosen: Chosen = []
+        for point in self.hook_dict.points():
+            found = [site for site in self.sites(point) if accept(site) and (site.loop is None or site.loop in kept)]
+            if found:
+                chosen.append((point, frozenset(site.loop for site in found if site.loop is not None) or None))
+        if isinstance(names_filter, str):
+            names_filter = [names_filter]
+        for name in names_filter if names_filter is not None and not callable(names_filter) else ():
+            wanted = HookSite.parse(name)
+            at = dict((point.name, loops) for point, loops in chosen).get(wanted.at(None).name, frozenset())
+            if at is not None and (wanted.loop not in at if wanted.loop is not None else not at):
+                raise HookNameError(f"nothing to cache at {name!r}: {self._ran()}, and {sorted(kept)} are kept.")
+        if not chosen:
+            raise HookNameError(f"names_filter={names_filter!r} accepts no hook name that this run reaches: {self._ran()}.")
+        return chosen
+
+    def _acceptor(self, names_filter: NamesFilter) -> Callable[[HookSite], bool]:
+        if names_filter is None:
+            return lambda site: site.component != _HEAVY
+        if callable(names_filter):
+            return lambda site: bool(names_filter(site.name))
+        wanted = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+        for name in wanted:
+            self.hook_dict.shared(name)  # raises for a name that the model does not have
+        return lambda site: site.name in wanted or site.at(None).name in wanted

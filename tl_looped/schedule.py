@@ -1,0 +1,249 @@
+"""Which layer runs when, and what its hooks are called.
+
+`HookSite` is one place in one loop (or in every loop); its name and its parts are each other's inverse. `LoopSchedule` is
+the order in which a model's stacks run, and maps (stack, layer, loop) to realised depth and back. No other module
+formats or takes apart a hook name.
+
+A name has TransformerLens's own component, with the loop between the layer and the component::
+
+    blocks.2.loop.3.attn.hook_z     core layer 2 in loop 3
+    blocks.2.attn.hook_z            core layer 2 in every loop
+    loop.3.hook_state_post          the state leaving loop 3
+    hook_state_post                 the state leaving every loop
+    prelude.0.hook_resid_post       a layer that runs once
+    hook_embed                      a site that fires once
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tl_looped.errors import HookNameError, InputError, check_count, resolve_index
+
+CORE = "blocks"
+PRELUDE = "prelude"
+CODA = "coda"
+
+RESID = ("batch", "pos", "d_model")
+SCALE = ("batch", "pos", "one")
+QUERY = ("batch", "pos", "head", "d_head")
+KEY = ("batch", "pos", "kv_head", "d_head")
+PATTERN = ("batch", "head", "query", "key")
+NEURON = ("batch", "pos", "d_mlp")
+
+# The one table of what there is to read and write: component -> axes of its activation, in the order in which they fire.
+BLOCK_AXES: dict[str, tuple[str, ...]] = {
+    "hook_resid_pre": RESID,
+    "ln1.hook_scale": SCALE,
+    "ln1.hook_normalized": RESID,
+    "attn.hook_q": QUERY,
+    "attn.hook_k": KEY,
+    "attn.hook_v": KEY,
+    "attn.hook_rot_q": QUERY,
+    "attn.hook_rot_k": KEY,
+    "attn.hook_attn_scores": PATTERN,
+    "attn.hook_pattern": PATTERN,
+    "attn.hook_z": QUERY,
+    "attn.hook_result": ("batch", "pos", "head", "d_model"),
+    "ln1_post.hook_scale": SCALE,
+    "ln1_post.hook_normalized": RESID,
+    "hook_attn_out": RESID,
+    "hook_resid_mid": RESID,
+    "ln2.hook_scale": SCALE,
+    "ln2.hook_normalized": RESID,
+    "mlp.hook_pre": NEURON,
+    "mlp.hook_pre_linear": NEURON,
+    "mlp.hook_post": NEURON,
+    "ln2_post.hook_scale": SCALE,
+    "ln2_post.hook_normalized": RESID,
+    "hook_mlp_out": RESID,
+    "hook_resid_post": RESID,
+}
+LOOP_AXES: dict[str, tuple[str, ...]] = {
+    "hook_state_pre": RESID,
+    "hook_injection": RESID,
+    "ln_loop.hook_scale": SCALE,
+    "ln_loop.hook_normalized": RESID,
+    "hook_state_post": RESID,
+    "hook_exit_gate": ("batch", "pos"),
+}
+MODEL_AXES: dict[str, tuple[str, ...]] = {
+    "hook_embed": RESID,
+    "hook_state_init": RESID,
+    "ln_coda.hook_scale": SCALE,
+    "ln_coda.hook_normalized": RESID,
+    "ln_final.hook_scale": SCALE,
+    "ln_final.hook_normalized": RESID,
+}
+
+_NAME = re.compile(r"(?:(?P<stack>\w*blocks|prelude|coda)\.(?:(?P<layer>\d+)\.)?)?(?:loop\.(?P<loop>\d+)\.)?(?P<component>.+)")
+_COMPONENT = re.compile(r"(?:(?:attn|mlp|ln\w*)\.)?hook_[a-z_]+")
+
+
+@dataclass(frozen=True, order=True)
+class HookSite:
+    """One place where an activation can be read or written.
+
+    Attributes:
+        component: TransformerLens's component name, such as "attn.hook_pattern".
+        stack: "blocks" (the core), "prelude", "coda", TransformerLens's name of another stack ("L_blocks"), or None for
+            a site that belongs to no stack of layers (the state, the embedding, the final norm).
+        layer: index in the stack, from 0; None with a stack means the stack's own state.
+        loop: index of the loop, from 0; None means every loop, or a site that fires once.
+    """
+
+    component: str
+    stack: str | None = None
+    layer: int | None = None
+    loop: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The hook name, e.g. "blocks.2.loop.3.attn.hook_z"."""
+        parts = [str(part) for part in (self.stack, self.layer) if part is not None]
+        if self.loop is not None:
+            parts += ["loop", str(self.loop)]
+        return ".".join([*parts, self.component])
+
+    @classmethod
+    def parse(cls, name: str) -> HookSite:
+        """The site that `name` means; the inverse of `.name`.
+
+        Raises:
+            HookNameError: when the name does not have the form of a hook name. Whether a model has such a site is for
+                the model to say.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None or not _COMPONENT.fullmatch(match["component"]):
+            raise HookNameError(
+                f"{name!r} does not have the form of a hook name, such as 'blocks.2.loop.3.attn.hook_z', "
+                "'loop.3.hook_state_post' or 'prelude.0.hook_resid_post'."
+            )
+        layer, loop = (int(match[part]) if match[part] is not None else None for part in ("layer", "loop"))
+        site = cls(match["component"], match["stack"], layer, loop)
+        if site.name != name:  # leading zeros would give one site two names
+            raise HookNameError(f"{name!r} is not written as hook names are: the same site is {site.name!r}.")
+        return site
+
+    def at(self, loop: int | None) -> HookSite:
+        """The same site at another loop, or with None its name for every loop."""
+        return replace(self, loop=loop)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the activation's axes, batch first."""
+        base = self.component.removesuffix("_grad")
+        if self.layer is not None:
+            return BLOCK_AXES[base]
+        return LOOP_AXES[base] if base in LOOP_AXES else MODEL_AXES[base]
+
+    @property
+    def pos_axis(self) -> int:
+        """The axis of `axes` that counts positions (of queries, for patterns)."""
+        return self.axes.index("query" if "query" in self.axes else "pos")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through all layers of a stack. `loop` is None for a stack that runs once."""
+
+    stack: str
+    n_layers: int
+    loop: int | None
+    coordinates: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoopSchedule:
+    """The order in which the stacks of a model run.
+
+    Realised depth d counts every layer call from 0: for p prelude layers, k core layers run T times and c coda layers,
+    0 <= d < p + k*T + c.
+    """
+
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def looped(cls, n_prelude: int, n_core: int, n_coda: int, n_loops: int) -> LoopSchedule:
+        """The (p, k⊗T, c) family: prelude, the core `n_loops` times, coda."""
+        check_count("n_loops", n_loops)
+        check_count("n_core", n_core)
+        once = [Pass(PRELUDE, n_prelude, None)] if n_prelude else []
+        end = [Pass(CODA, n_coda, None)] if n_coda else []
+        return cls((*once, *(Pass(CORE, n_core, t, (t,)) for t in range(n_loops)), *end))
+
+    @classmethod
+    def nested(cls, n_layers: int, h_cycles: int, l_cycles: int) -> LoopSchedule:
+        """Two timescales, as HRM-Text has them: in every H cycle, the L stack `l_cycles` times, then the H stack once.
+
+        Each stack has one flat loop count; `coordinates` gives a loop's (H, L) or (H,) place.
+        """
+        for name, value in (("n_layers", n_layers), ("h_cycles", h_cycles), ("l_cycles", l_cycles)):
+            check_count(name, value)
+        passes = []
+        for h in range(h_cycles):
+            passes += [Pass("L_blocks", n_layers, h * l_cycles + i, (h, i)) for i in range(l_cycles)]
+            passes.append(Pass("H_blocks", n_layers, h, (h,)))
+        return cls(tuple(passes))
+
+    @cached_property
+    def _starts(self) -> dict[tuple[str, int | None], int]:
+        starts, depth = {}, 0
+        for run in self.passes:
+            starts[run.stack, run.loop] = depth
+            depth += run.n_layers
+        return starts
+
+    @property
+    def depth(self) -> int:
+        """Number of layer calls in one forward."""
+        return sum(run.n_layers for run in self.passes)
+
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks, in the order of their first pass."""
+        return tuple(dict.fromkeys(run.stack for run in self.passes))
+
+    def n_layers(self, stack: str) -> int:
+        """Number of layers of a stack; 0 when the schedule does not run it."""
+        return next((run.n_layers for run in self.passes if run.stack == stack), 0)
+
+    def n_loops(self, stack: str = CORE) -> int:
+        """How often a stack runs as a loop; 0 for one that runs once or not at all."""
+        return sum(run.stack == stack and run.loop is not None for run in self.passes)
+
+    def coordinates(self, stack: str, loop: int) -> tuple[int, ...]:
+        """Where a loop lies in nested cycles: (H, L) or (H,) for HRM-Text, (loop,) otherwise."""
+        loop = resolve_index("loop", loop, self.n_loops(stack))
+        return next(run.coordinates for run in self.passes if run.stack == stack and run.loop == loop)
+
+    def realised_depth(self, stack: str, layer: int, loop: int | None = None) -> int:
+        """The realised depth at which `layer` of `stack` runs in `loop` (None for a stack that runs once)."""
+        if (stack, loop) not in self._starts:
+            raise InputError(f"{stack} does not run in loop {loop}: {self.describe()}.")
+        return self._starts[stack, loop] + resolve_index("layer", layer, self.n_layers(stack))
+
+    def at_depth(self, depth: int) -> tuple[str, int, int | None]:
+        """The (stack, layer, loop) that runs at a realised depth; the inverse of `realised_depth`."""
+        depth = resolve_index("depth", depth, self.depth)
+        for run in self.passes:
+            if depth < run.n_layers:
+                return run.stack, depth, run.loop
+            depth -= run.n_layers
+        raise AssertionError("unreachable: depth was checked")
+
+    def layer_calls(self) -> Iterator[tuple[str, int, int | None]]:
+        """Every (stack, layer, loop), in the order in which they run."""
+        for run in self.passes:
+            for layer in range(run.n_layers):
+                yield run.stack, layer, run.loop
+
+    def describe(self) -> str:
+        """A line such as "prelude 2, blocks 4 x 32 loops, coda 2"."""
+        texts = []
+        for stack in self.stacks():
+            loops = self.n_loops(stack)
+            texts.append(f"{stack} {self.n_layers(stack)}" + (f" x {loops} loops" if loops else ""))
+        return ", ".join(texts)
