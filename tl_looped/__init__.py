@@ -1,9 +1,9 @@
 """Looped language models in TransformerLens: every activation of every loop, by name.
 
-    from tl_looped import LoopedModel
-    model = LoopedModel.from_pretrained("looped-hops")
-    logits, cache = model.run_with_cache("a=4; c=a; b=7; d=c; f=b; ? d")
-    cache["pattern", 0, 2]   # layer 0 in loop 2
+from tl_looped import LoopedModel
+model = LoopedModel.from_pretrained("looped-hops")
+logits, cache = model.run_with_cache("a=4; c=a; b=7; d=c; f=b; ? d")
+cache["pattern", 0, 2]   # layer 0 in loop 2
 """
 
 from tl_looped.cache import LoopedCache as LoopedCache

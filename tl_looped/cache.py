@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice, get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
+from transformer_lens.utilities.slice import Slice
 
 from tl_looped.errors import HookNameError, InputError, nearest, resolve_index
 from tl_looped.hooks import LoopHookPoint
 from tl_looped.runs import Run
 from tl_looped.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE, HookSite
+
+if TYPE_CHECKING:
+    from tl_looped.model import LoopedModel
 
 _GRAD = "_grad"
 _SHORT_NAMES = [name.rpartition("hook_")[2] for name in (*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES)]
@@ -137,15 +141,19 @@ class LoopedCache(ActivationCache):
                 return HookSite(component)
             return HookSite(component, loop=self._index("loop", rest[-1], self.run.n_loops) if rest else None)
         if not rest or rest[0] is None:
-            raise HookNameError(f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{'' if stack else ', loop'}].")
-        n_layers = {None: "n_core", PRELUDE: "n_prelude", CODA: "n_coda"}[stack]
-        layer = self._index("layer", rest[0], getattr(self.model.cfg, n_layers))
+            raise HookNameError(
+                f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{'' if stack else ', loop'}]."
+            )
+        layer = self._index("layer", rest[0], self._n_layers(stack or CORE))
         if stack is not None:
             if len(rest) > 1:
                 raise HookNameError(f"the {stack} runs once: leave the loop out of {key!r}.")
             return HookSite(component, stack, layer)
         loop = self._index("loop", rest[1], self.run.n_loops) if len(rest) > 1 and rest[1] is not None else None
         return HookSite(component, CORE, layer, loop)
+
+    def _n_layers(self, stack: str) -> int:
+        return cast("LoopedModel", self.model).schedule.n_layers(stack)
 
     @staticmethod
     def _index(name: str, value: object, size: int) -> int:
@@ -175,8 +183,7 @@ class LoopedCache(ActivationCache):
         """
         component = _component(name, layer_type) if "." not in name else None
         if component is not None and component.removesuffix(_GRAD) in BLOCK_AXES and layer is None:
-            layers = range(self.model.cfg.n_core)
-            sites = [HookSite(component, CORE, index) for index in layers]
+            sites = [HookSite(component, CORE, index) for index in range(self._n_layers(CORE))]
             sites = [site for site in sites if self._loops(site)]
             if len({tuple(self._loops(site)) for site in sites}) > 1:
                 raise HookNameError(f"the layers of {name!r} have different loops cached: name a layer.")
@@ -211,8 +218,8 @@ class LoopedCache(ActivationCache):
 
     def _refuse(self, what: str) -> NoReturn:
         raise InputError(
-            f"{what} sums the residual stream over a feedforward model's layers. In a looped model injection and the norms "
-            "between loops are not part of that sum, so it would be wrong here; read states with cache.stack instead."
+            f"{what} sums the residual stream over a feedforward model's layers. In a looped model injection and the "
+            "norms between loops are not part of that sum, so it would be wrong here; read states with cache.stack instead."
         )
 
     def accumulated_resid(self, *args: Any, **kwargs: Any) -> NoReturn:

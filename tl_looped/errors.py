@@ -1,4 +1,4 @@
-"""The errors that tl_looped raises about its input. Each message says what happened, the value seen, and what mends it."""
+"""The errors that tl_looped raises about its input. A message says what happened, the value seen, and what mends it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Loop-indexed hook points, on TransformerLens's `HookPoint`.
 
-A looped model has one `SharedHookPoint` at each physical site: 48 layers run 128 times have 48 points at a site, not 6,144. It
-is called with the loop that is running and hands a hook a light `LoopHookPoint`, whose name, loop and layer are those of
-that very call. A hook may be registered for one loop, for every loop, or for the names that a function accepts.
+A looped model has one `SharedHookPoint` at each physical site: 48 layers run 128 times have 48 points at a site, not
+6,144. It is called with the loop that is running and hands a hook a light `LoopHookPoint`, whose name, loop and layer
+are those of that very call. A hook may be registered for one loop, for every loop, or for the names that a function
+accepts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tl_looped.schedule import HookSite
 
 Direction = Literal["fwd", "bwd"]
 HookFn = Callable[..., Any]
-# At which loops a hook acts: None for every loop, an index, some indices, or a function on the name with the loop in it.
+# At which loops a hook acts: None for every loop, an index, some indices, or a function on the name with the loop in
+# it.
 Where = int | frozenset[int] | Callable[[str], bool] | None
 
 
@@ -98,23 +100,21 @@ class LoopHandle(LensHandle):
 class SharedHookPoint(HookPoint):
     """The hook point at one physical site, shared by all loops: `x = point(x, loop)`.
 
-    Without hooks it returns `x` and costs a function call. A forward hook `fn(x, hook=LoopHookPoint)` may return a tensor of
-    the same shape and dtype, which takes the place of `x`. A backward hook `fn(grad, hook=LoopHookPoint)` is bound to the
-    activation of the loop it saw in the forward, so a gradient is never paired with another loop; it belongs to that
-    forward's graph, and fires when that graph is run backward, also after the hook was removed from the model.
+    Without hooks it returns `x` and costs a function call. A forward hook `fn(x, hook=LoopHookPoint)` may return a tensor
+    of the same shape and dtype, which takes the place of `x`. A backward hook `fn(grad, hook=LoopHookPoint)` is bound to
+    the activation of the loop it saw in the forward, so a gradient is never paired with another loop; it belongs to that
+    forward's graph, and acts when that graph is run backward, also after the hook was removed from the model.
 
     Args:
         site: the site without a loop.
         looped: whether it fires once in every loop.
     """
 
-    name: str
-
     def __init__(self, site: HookSite, looped: bool):
         super().__init__()
         self.site = site
         self.looped = looped
-        self.name = site.name
+        self.name: str = site.name  # pyright: ignore[reportIncompatibleVariableOverride] - never None here
         self._registered: OrderedDict[int, HookFn] = OrderedDict()
 
     def add_hook(
@@ -181,7 +181,7 @@ class SharedHookPoint(HookPoint):
         backward = self._acting(self.bwd_hooks, here.site)
         if backward and x.requires_grad:
             x = x.view_as(x)  # a node of its own, as the same tensor may pass through several sites
-            x.register_hook(partial(_run_backward, [handle.user_hook for handle in backward], here))
+            x.register_hook(partial(_run_backward, [handle.user_hook for handle in backward if handle.user_hook], here))
         return x, edited
 
     def forward(self, x: Tensor, loop: int | None = None) -> Tensor:
@@ -191,7 +191,9 @@ class SharedHookPoint(HookPoint):
 
 def _checked(result: object, x: Tensor, name: str) -> Tensor:
     if not isinstance(result, Tensor):
-        raise InputError(f"the hook on {name!r} returned {type(result).__name__}; return a tensor, or None for no change.")
+        raise InputError(
+            f"the hook on {name!r} returned {type(result).__name__}; return a tensor, or None for no change."
+        )
     if result.shape != x.shape or result.dtype != x.dtype:
         raise InputError(
             f"the hook on {name!r} returned shape {tuple(result.shape)} {result.dtype}, but the activation has shape "
@@ -241,7 +243,8 @@ class HookDict(dict[str, HookPoint]):
 class HookGroup:
     """The hook points of one module, as attributes: `group.hook_q(q, loop)`.
 
-    Not a module itself: `nn.Module` finds its submodules through a slow look-up, which 20 hook points a layer would feel.
+    Not a module itself: `nn.Module` finds its submodules through a slow look-up, which 20 hook points a layer would
+    feel.
 
     Args:
         registry: the model's hook points by name; the new ones are added.
@@ -264,7 +267,8 @@ class HookGroup:
 def same_value(value: Tensor, through: Tensor) -> Tensor:
     """`value`'s numbers, to the bit, with the gradient of `through`.
 
-    Lets a hook see a quantity that the fast path does not form, such as an attention pattern, without changing the output.
+    Lets a hook see a quantity that the fast path does not form, such as an attention pattern, without changing the
+    output.
     """
     if not through.requires_grad:
         return value

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tl_looped.adapters import Adapter, Source, adapter_for
+from tl_looped.adapters import Source, adapter_for
 from tl_looped.adapters.native import to_json
-from tl_looped.config import LoopedConfig
 from tl_looped.errors import LoadError, nearest
 from tl_looped.nn import LoopedTransformer
 
@@ -136,7 +135,9 @@ def _check_shapes(
     if wrong:
         problems.append("misshapen: " + _some([f"{n} is {shapes[n]}, not {wanted[n]}" for n in wrong]))
     if problems:
-        raise LoadError(f"the stored weights are not those of a {model.cfg.family} model of this config. " + ". ".join(problems))
+        raise LoadError(
+            f"the stored weights are not those of a {model.cfg.family} model of this config. " + ". ".join(problems)
+        )
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import LensHandle
-from transformer_lens.utilities import Slice
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+from transformer_lens.utilities.slice import Slice
 from transformers import PreTrainedTokenizerBase
 
 from tl_looped import loading
@@ -35,8 +34,8 @@ Self = TypeVar("Self", bound="LoopedModel")
 class LoopedModel(HookedRootModule):
     """A looped language model with a hook point at every activation of every loop.
 
-    Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the loop in
-    them (`tl_looped.schedule`), and every run takes:
+    Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
+    loop in them (`tl_looped.schedule`), and every run takes:
 
     - `n_loops`: how many loops; by default as many as the model was trained with.
     - `initial_state`, `seed`: the state that enters the first loop, or the seed that draws it. A model that draws
@@ -60,7 +59,7 @@ class LoopedModel(HookedRootModule):
     def setup(self) -> None:
         """List the hook points by name."""
         self.hook_dict = self.transformer.hook_dict
-        self.mod_dict = dict(self.transformer.named_modules()) | dict(self.hook_dict)
+        self.mod_dict = {**dict(self.transformer.named_modules()), **self.hook_dict}
 
     # Making and keeping models.
 
@@ -90,15 +89,16 @@ class LoopedModel(HookedRootModule):
         """Load a checkpoint whole and exactly, without running code from it.
 
         Args:
-            name: a hub id ("ByteDance/Ouro-1.4B"), a folder, or an embedded model ("looped-hops", "looped-hops-settling").
+            name: a hub id ("ByteDance/Ouro-1.4B"), a folder, or an embedded model ("looped-hops",
+                "looped-hops-settling").
             device: where to put it; None: a GPU where there is one.
             dtype: of the weights; None: as stored.
             tokenizer: instead of the checkpoint's own.
             revision: branch, tag or commit on the hub.
 
         Raises:
-            LoadError: an unknown family, a config value that is not implemented, a missing, extra or misshapen weight, a
-                pickled checkpoint, or a name that is neither.
+            LoadError: an unknown family, a config value that is not implemented, a missing, extra or misshapen weight,
+                a pickled checkpoint, or a name that is neither.
         """
         folder = loading.find(name, revision)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -159,7 +159,7 @@ class LoopedModel(HookedRootModule):
         tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text.flatten()
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
-        return [self.tokenizer.decode([token]) for token in tokens.tolist()]
+        return [str(self.tokenizer.decode([token])) for token in tokens.tolist()]
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token, or an error that shows its tokens."""
@@ -189,7 +189,9 @@ class LoopedModel(HookedRootModule):
             tokens = check_tokens(input, self.cfg).to(self.device)
             padding = padding_mask(tokens, self.tokenizer)
         else:
-            tokens, padding = (one.to(self.device) for one in tokenize(self.tokenizer, input, prepend_bos, padding_side))
+            tokens, padding = (
+                one.to(self.device) for one in tokenize(self.tokenizer, input, prepend_bos, padding_side)
+            )
             tokens = check_tokens(tokens, self.cfg)
         mask, visible, causal = visibility(tokens, attention_mask, padding)
         if position_ids is None:
@@ -197,7 +199,9 @@ class LoopedModel(HookedRootModule):
         elif position_ids.shape == tokens.shape and not position_ids.is_floating_point():
             positions = position_ids.to(self.device).long()
         else:
-            raise InputError(f"position_ids must be integers of shape {tuple(tokens.shape)}, got {tuple(position_ids.shape)}.")
+            raise InputError(
+                f"position_ids must be integers of shape {tuple(tokens.shape)}, got {tuple(position_ids.shape)}."
+            )
         state, drawn = resolve_state(self.cfg, positions, initial_state, seed, self.dtype, self.training)
         given = initial_state is not None
         return Run(
@@ -226,8 +230,8 @@ class LoopedModel(HookedRootModule):
                 in all rows of a batch, so a prompt's result does not depend on its batch.
             start_at_loop: first loop to run; needs `initial_state`.
             stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
-            attention_mask: which tokens are real, [batch, pos]; None: as the tokenizer padded them, or for token ids, all
-                but leading padding. Or [batch, query, key], who may attend to whom in full.
+            attention_mask: which tokens are real, [batch, pos]; None: as the tokenizer padded them, or for token ids,
+                all but leading padding. Or [batch, query, key], who may attend to whom in full.
             position_ids: positions for rotary, [batch, pos]; None: counted over real tokens.
             prepend_bos, padding_side: see `to_tokens`.
 
@@ -260,11 +264,13 @@ class LoopedModel(HookedRootModule):
     def _reach(self, run: Run) -> Reach:
         return Reach(self.hook_dict, run, self.transformer.needs_input(run.state is not None))
 
-    def readout(self, state: Tensor, input: str | list[str] | Tensor, **options: Any) -> Float[Tensor, "batch pos d_vocab"]:
+    def readout(
+        self, state: Tensor, input: str | list[str] | Tensor, **options: Any
+    ) -> Float[Tensor, "batch pos d_vocab"]:
         """The exact logits of the model if it stopped with this state.
 
-        That is what the family does after its last loop: the head (Ouro: the state is normed already); or the final norm
-        and the head; or norm, coda, norm, head (Huginn). The coda attends over all positions of the state.
+        That is what the family does after its last loop: the head (Ouro: the state is normed already); or the final
+        norm and the head; or norm, coda, norm, head (Huginn). The coda attends over all positions of the state.
 
         Args:
             state: a state leaving a loop (`hook_state_post`, or what `stop_at_loop` returned), [batch, pos, d_model].
@@ -318,9 +324,10 @@ class LoopedModel(HookedRootModule):
         """Hooks for the length of a `with` block, as in TransformerLens; names as in `add_hook`."""
         self.context_level += 1
         try:
-            for dir, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
-                for name, hook in pairs:
-                    self.add_hook(name, hook, dir, level=self.context_level)
+            for name, hook in fwd_hooks:
+                self.add_hook(name, hook, level=self.context_level)
+            for name, hook in bwd_hooks:
+                self.add_hook(name, hook, "bwd", level=self.context_level)
             yield self
         finally:
             if reset_hooks_end:
@@ -338,7 +345,8 @@ class LoopedModel(HookedRootModule):
     ) -> Any:
         """Run once with hooks, as in TransformerLens; names as in `add_hook`.
 
-        Backward hooks belong to this run's graph: they act when its output is run backward, after this call has returned.
+        Backward hooks belong to this run's graph: they act when its output is run backward, after this call has
+        returned.
         """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **model_kwargs)
@@ -364,8 +372,8 @@ class LoopedModel(HookedRootModule):
 
         Args:
             input, n_loops, return_type, loss_per_token, options: as in `forward`.
-            names_filter: a name, with a loop or (for all of them) without; several names; a function on names with their
-                loop; None for every site but each head's result.
+            names_filter: a name, with a loop or (for all of them) without; several names; a function on names with
+                their loop; None for every site but each head's result.
             loops: the loops to keep of the sites that loop; None for all. Negative numbers count from the end.
             pos_slice: positions to keep, as TransformerLens's Slice; of queries, for patterns and scores.
             device: where to keep the activations; None for where they are.

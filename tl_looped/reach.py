@@ -96,7 +96,9 @@ class Reach:
             if at is not None and (wanted.loop not in at if wanted.loop is not None else not at):
                 raise HookNameError(f"nothing to cache at {name!r}: {self._ran()}, and {sorted(kept)} are kept.")
         if not chosen:
-            raise HookNameError(f"names_filter={names_filter!r} accepts no hook name that this run reaches: {self._ran()}.")
+            raise HookNameError(
+                f"names_filter={names_filter!r} accepts no hook name that this run reaches: {self._ran()}."
+            )
         return chosen
 
     def _acceptor(self, names_filter: NamesFilter) -> Callable[[HookSite], bool]:

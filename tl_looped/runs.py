@@ -53,7 +53,12 @@ class Run:
     def describe(self) -> dict[str, object]:
         """Plain values that say what made a result."""
         source = "given" if self.state_given else "model" if self.seed is None else f"seed {self.seed}"
-        return {"n_loops": self.n_loops, "start_at_loop": self.start, "stop_at_loop": self.stop, "initial_state": source}
+        return {
+            "n_loops": self.n_loops,
+            "start_at_loop": self.start,
+            "stop_at_loop": self.stop,
+            "initial_state": source,
+        }
 
 
 def check_tokens(tokens: Tensor, cfg: LoopedConfig) -> Int[Tensor, "batch pos"]:
@@ -65,7 +70,9 @@ def check_tokens(tokens: Tensor, cfg: LoopedConfig) -> Int[Tensor, "batch pos"]:
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise InputError(f"tokens must be [batch, pos] with at least one token, got shape {tuple(tokens.shape)}.")
     if tokens.shape[1] > cfg.n_ctx:
-        raise InputError(f"the prompt has {tokens.shape[1]} tokens, more than the model's context of {cfg.n_ctx}: shorten it.")
+        raise InputError(
+            f"the prompt has {tokens.shape[1]} tokens, more than the model's context of {cfg.n_ctx}: shorten it."
+        )
     low, high = (int(end) for end in torch.aminmax(tokens))
     if low < 0 or high >= cfg.d_vocab:
         raise InputError(f"token id {low if low < 0 else high} is out of the vocabulary [0, {cfg.d_vocab}).")

@@ -1,7 +1,7 @@
 """Which layer runs when, and what its hooks are called.
 
-`HookSite` is one place in one loop (or in every loop); its name and its parts are each other's inverse. `LoopSchedule` is
-the order in which a model's stacks run, and maps (stack, layer, loop) to realised depth and back. No other module
+`HookSite` is one place in one loop (or in every loop); its name and its parts are each other's inverse. `LoopSchedule`
+is the order in which a model's stacks run, and maps (stack, layer, loop) to realised depth and back. No other module
 formats or takes apart a hook name.
 
 A name has TransformerLens's own component, with the loop between the layer and the component::
@@ -34,7 +34,8 @@ KEY = ("batch", "pos", "kv_head", "d_head")
 PATTERN = ("batch", "head", "query", "key")
 NEURON = ("batch", "pos", "d_mlp")
 
-# The one table of what there is to read and write: component -> axes of its activation, in the order in which they fire.
+# The one table of what there is to read and write: component -> axes of its activation, in the order in which they
+# fire.
 BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_pre": RESID,
     "ln1.hook_scale": SCALE,
@@ -79,7 +80,9 @@ MODEL_AXES: dict[str, tuple[str, ...]] = {
     "ln_final.hook_normalized": RESID,
 }
 
-_NAME = re.compile(r"(?:(?P<stack>\w*blocks|prelude|coda)\.(?:(?P<layer>\d+)\.)?)?(?:loop\.(?P<loop>\d+)\.)?(?P<component>.+)")
+_NAME = re.compile(
+    r"(?:(?P<stack>\w*blocks|prelude|coda)\.(?:(?P<layer>\d+)\.)?)?(?:loop\.(?P<loop>\d+)\.)?(?P<component>.+)"
+)
 _COMPONENT = re.compile(r"(?:(?:attn|mlp|ln\w*)\.)?hook_[a-z_]+")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.utilities.tokenize_utils import get_input_with_manually_prepended_bos
@@ -26,12 +25,13 @@ def tokenize(
     Args:
         tokenizer: any tokenizer of transformers.
         text: one prompt or several; several are padded to one length.
-        prepend_bos: whether a beginning-of-text token comes first. None: as the model's own tokenizer does it, which is how
-            the model was trained and evaluated. (TransformerLens's default is to add one.)
+        prepend_bos: whether a beginning-of-text token comes first. None: as the model's own tokenizer does it, which is
+            how the model was trained and evaluated. (TransformerLens's default is to add one.)
         padding_side: "left" or "right"; None: as the tokenizer says.
 
     Raises:
-        InputError: no tokenizer, an empty prompt, text that the tokenizer can't read, or padding without a token for it.
+        InputError: no tokenizer, an empty prompt, text that the tokenizer can't read, or padding without a token for
+            it.
     """
     if tokenizer is None:
         raise InputError("this model has no tokenizer, so it can't read text: pass token ids, or set model.tokenizer.")
@@ -43,12 +43,14 @@ def tokenize(
     if padding_side not in (None, "left", "right"):
         raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
     if len(texts) > 1 and tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token: run the prompts one at a time, or set tokenizer.pad_token.")
+        raise InputError(
+            "the tokenizer has no padding token: run the prompts one at a time, or set tokenizer.pad_token."
+        )
     options: dict[str, Any] = {"add_special_tokens": prepend_bos is not False}
     if prepend_bos and not prepends_bos(tokenizer):
         if tokenizer.bos_token is None:
             raise InputError("prepend_bos=True, but the tokenizer has no beginning-of-text token.")
-        texts = list(get_input_with_manually_prepended_bos(tokenizer.bos_token, texts))
+        texts = list(get_input_with_manually_prepended_bos(str(tokenizer.bos_token), texts))
     if len(texts) > 1:
         options |= {"padding": True, "padding_side": padding_side or tokenizer.padding_side}
     try:

@@ -48,7 +48,7 @@ class Adapter(Protocol):
         ...
 
     def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
-        """Stored tensors that are not parameters, each with a check that raises LoadError when it is not as expected."""
+        """Stored tensors that are not parameters, each with a check that raises LoadError when it is wrong."""
         ...
 
 
@@ -60,7 +60,7 @@ def need(config: Json, key: str) -> Any:
 
 
 def only(config: Json, **allowed: Any) -> None:
-    """Refuse a config value that is not implemented: each key may be missing, or have the value (or one of a set) given."""
+    """Refuse what is not implemented: each key may be missing, or have the value (or one of the set) given."""
     for key, values in allowed.items():
         accepted = values if isinstance(values, set) else {values}
         if key in config and config[key] not in accepted:
@@ -78,6 +78,13 @@ def rotary(config: Json, default_base: float | None = None) -> tuple[float, Llam
     if kind == "default":
         return float(base), None
     if kind != "llama3":
-        raise LoadError(f"config.json has rope_type={kind!r}, which is not implemented: only 'default' and 'llama3' are.")
-    numbers = (need(parameters, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return float(base), Llama3Rope(*map(float, numbers), int(need(parameters, "original_max_position_embeddings")))
+        raise LoadError(
+            f"config.json has rope_type={kind!r}, which is not implemented: only 'default' and 'llama3' are."
+        )
+    scaling = Llama3Rope(
+        factor=float(need(parameters, "factor")),
+        low_freq_factor=float(need(parameters, "low_freq_factor")),
+        high_freq_factor=float(need(parameters, "high_freq_factor")),
+        original_n_ctx=int(need(parameters, "original_max_position_embeddings")),
+    )
+    return float(base), scaling

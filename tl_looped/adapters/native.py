@@ -34,7 +34,9 @@ class NativeAdapter:
     def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
         """The stored config; the model keeps the name that it was saved under."""
         if config.get("format_version") != VERSION:
-            raise LoadError(f"config.json has format_version {config.get('format_version')!r}; this release reads {VERSION}.")
+            raise LoadError(
+                f"config.json has format_version {config.get('format_version')!r}; this release reads {VERSION}."
+            )
         try:
             return LoopedConfig.from_dict(dict(need(config, "config")))
         except InputError as error:

@@ -35,7 +35,9 @@ class OuroAdapter:
         layers = need(config, "num_hidden_layers")
         kinds = config.get("layer_types") or ["full_attention"] * layers
         if set(kinds) != {"full_attention"} or len(kinds) != layers:
-            raise LoadError(f"config.json has layer_types={kinds}: only 'full_attention' in all {layers} layers is implemented.")
+            raise LoadError(
+                f"config.json has layer_types={kinds}: only 'full_attention' in all {layers} layers is implemented."
+            )
         base, scaling = rotary(config)
         d_model, n_heads = need(config, "hidden_size"), need(config, "num_attention_heads")
         return LoopedConfig(

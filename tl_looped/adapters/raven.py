@@ -1,4 +1,5 @@
-"""The Raven family: Huginn (arXiv 2502.05171), and Llama, TinyLlama and OLMo-2 with retrofitted recurrence (arXiv 2511.07384).
+"""The Raven family: Huginn (arXiv 2502.05171), and Llama, TinyLlama and OLMo-2 with retrofitted recurrence (arXiv
+2511.07384).
 
 All of them say `RavenForCausalLM`; the weights tell them apart: `norm_3` is Huginn's, `q_norm` OLMo-2's.
 """
@@ -51,7 +52,9 @@ class RavenAdapter:
         )
         p, k, c = (need(config, f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda"))
         if config.get("n_layers", p + k + c) != p + k + c:
-            raise LoadError(f"config.json has n_layers={config['n_layers']}, but prelude, block and coda are {p} + {k} + {c}.")
+            raise LoadError(
+                f"config.json has n_layers={config['n_layers']}, but prelude, block and coda are {p} + {k} + {c}."
+            )
         std = need(need(config, "init_values"), "std")
         return LoopedConfig(
             d_model=need(config, "n_embd"),

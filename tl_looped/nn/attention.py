@@ -29,8 +29,8 @@ class Frame(NamedTuple):
 class Attention(nn.Module):
     r"""o(softmax(q kᵀ / sqrt(d_head)) v), with rotary on q and k and as many key-value heads as the config says.
 
-    The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where they
-    are hooked, and take its place only where a hook changed them; so watching changes nothing, to the bit.
+    The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where
+    they are hooked, and take its place only where a hook changed them; so watching changes nothing, to the bit.
     """
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):

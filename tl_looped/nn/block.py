@@ -17,7 +17,7 @@ MLP_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). TransformerLens's names: pre is the gate's output, pre_linear up's, post the product."""
+    """down(silu(gate(x)) * up(x)). In TransformerLens's names, pre is gate's output, pre_linear up's, post the product."""
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
@@ -36,9 +36,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with the norms that `cfg.norm_placement` puts before and after it.
 
-    `ln1`, `ln2` come before attention and MLP, `ln1_post`, `ln2_post` after. `hook_attn_out` and `hook_mlp_out` are what is
-    added to the stream, so after an output norm. In a residual sandwich the norm comes after the sum, so there, and
-    only there, resid_mid is not resid_pre + attn_out.
+    `ln1`, `ln2` come before attention and MLP, `ln1_post`, `ln2_post` after. `hook_attn_out` and `hook_mlp_out` are
+    what is added to the stream, so after an output norm. In a residual sandwich the norm comes after the sum, so there,
+    and only there, resid_mid is not resid_pre + attn_out.
     """
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):

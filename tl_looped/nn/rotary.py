@@ -11,14 +11,14 @@ from torch import Tensor
 from tl_looped.config import Llama3Rope, LoopedConfig, RotaryStyle
 
 
-def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, "half"]:
-    """Angle per position of each pair, in radians: base^(-2i / d_head), scaled as the config says; float32, on the CPU."""
+def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, " half"]:
+    """Angle per position of each pair, in radians: base^(-2i / d_head), scaled as the config says; float32 on the CPU."""
     exponents = torch.arange(0, cfg.d_head, 2, dtype=torch.float32, device="cpu") / cfg.d_head
     frequencies = 1.0 / cfg.rotary_base**exponents
     return frequencies if cfg.rotary_scaling is None else _llama3(frequencies, cfg.rotary_scaling)
 
 
-def _llama3(frequencies: Float[Tensor, "half"], scaling: Llama3Rope) -> Float[Tensor, "half"]:
+def _llama3(frequencies: Float[Tensor, " half"], scaling: Llama3Rope) -> Float[Tensor, " half"]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     turns = scaling.original_n_ctx * frequencies / (2 * math.pi)  # full turns within the original context
     span = scaling.high_freq_factor - scaling.low_freq_factor
@@ -27,7 +27,7 @@ def _llama3(frequencies: Float[Tensor, "half"], scaling: Llama3Rope) -> Float[Te
 
 
 def rotary_angles(
-    frequencies: Float[Tensor, "half"], positions: Int[Tensor, "rows pos"]
+    frequencies: Float[Tensor, " half"], positions: Int[Tensor, "rows pos"]
 ) -> tuple[Float[Tensor, "rows pos 1 half"], Float[Tensor, "rows pos 1 half"]]:
     """Cosine and sine for every position, broadcast over heads, float32."""
     angles = (positions[..., None].float() * frequencies)[:, :, None]

@@ -1,9 +1,9 @@
 """LoopedTransformer: the (p, k⊗T, c)[I] family in plain PyTorch, with hook points.
 
-    e = prelude(embed(tokens))
-    x = initial state
-    T times:  x = loop_norm(core(inject(x, e)))          loop_norm only where it closes each loop
-    logits = unembed(final_norm(coda(loop_norm(x))))     loop_norm here only where it closes the last loop
+e = prelude(embed(tokens))
+x = initial state
+T times:  x = loop_norm(core(inject(x, e)))          loop_norm only where it closes each loop
+logits = unembed(final_norm(coda(loop_norm(x))))     loop_norm here only where it closes the last loop
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class LoopedTransformer(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Random weights from a seed, the same on every device.
 
-        Matrices N(0, 1/fan_in), embedding N(0, 1), norms one, biases zero: streams of order one at any width. Embedding and
-        head stay one tensor where they are tied.
+        Matrices N(0, 1/fan_in), embedding N(0, 1), norms one, biases zero: streams of order one at any width. Embedding
+        and head stay one tensor where they are tied.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -130,9 +130,7 @@ class LoopedTransformer(nn.Module):
             self.gate_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
         return x
 
-    def readout(
-        self, state: Float[Tensor, "batch pos d_model"], frame: Frame
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the model if it stops with this state."""
         x = state
         if self.coda_norm_hooks is not None:
