@@ -218,8 +218,8 @@ class LoopedCache(ActivationCache):
 
     def _refuse(self, what: str) -> NoReturn:
         raise InputError(
-            f"{what} sums the residual stream over a feedforward model's layers. In a looped model injection and the "
-            "norms between loops are not part of that sum, so it would be wrong here; read states with cache.stack instead."
+            f"{what} adds up a feedforward model's residual stream. In a looped model injection and "
+            "the norms between loops are not part of that sum, so it would be wrong here; read states with cache.stack instead."
         )
 
     def accumulated_resid(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -100,10 +100,10 @@ class LoopHandle(LensHandle):
 class SharedHookPoint(HookPoint):
     """The hook point at one physical site, shared by all loops: `x = point(x, loop)`.
 
-    Without hooks it returns `x` and costs a function call. A forward hook `fn(x, hook=LoopHookPoint)` may return a tensor
-    of the same shape and dtype, which takes the place of `x`. A backward hook `fn(grad, hook=LoopHookPoint)` is bound to
-    the activation of the loop it saw in the forward, so a gradient is never paired with another loop; it belongs to that
-    forward's graph, and acts when that graph is run backward, also after the hook was removed from the model.
+    Without hooks it returns `x` and costs a function call. A forward hook `fn(x, hook=LoopHookPoint)` may return a
+    tensor of the same shape and dtype, which takes the place of `x`. A backward hook `fn(grad, hook=LoopHookPoint)` is
+    bound to the activation of the loop it saw in the forward, so a gradient is never paired with another loop; it
+    belongs to that forward's graph, and acts when the graph is run backward, also after the hook left the model.
 
     Args:
         site: the site without a loop.

@@ -47,7 +47,7 @@ class LoopedModel(HookedRootModule):
         tokenizer: a tokenizer of transformers, or None for token ids only.
     """
 
-    hook_dict: HookDict  # pyright: ignore[reportIncompatibleVariableOverride] - adds names with a loop in them
+    hook_dict: HookDict
 
     def __init__(self, transformer: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None = None):
         super().__init__()
@@ -58,7 +58,7 @@ class LoopedModel(HookedRootModule):
 
     def setup(self) -> None:
         """List the hook points by name."""
-        self.hook_dict = self.transformer.hook_dict
+        self.hook_dict = self.transformer.hook_dict  # pyright: ignore[reportIncompatibleVariableOverride]
         self.mod_dict = {**dict(self.transformer.named_modules()), **self.hook_dict}
 
     # Making and keeping models.

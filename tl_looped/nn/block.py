@@ -17,7 +17,7 @@ MLP_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). In TransformerLens's names, pre is gate's output, pre_linear up's, post the product."""
+    """down(silu(gate(x)) * up(x)). TransformerLens's pre and pre_linear are gate and up, post the product."""
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()

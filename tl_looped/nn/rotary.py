@@ -12,7 +12,7 @@ from tl_looped.config import Llama3Rope, LoopedConfig, RotaryStyle
 
 
 def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, " half"]:
-    """Angle per position of each pair, in radians: base^(-2i / d_head), scaled as the config says; float32 on the CPU."""
+    """Radians per position of each pair: base^(-2i / d_head), with the config's scaling; float32, on the CPU."""
     exponents = torch.arange(0, cfg.d_head, 2, dtype=torch.float32, device="cpu") / cfg.d_head
     frequencies = 1.0 / cfg.rotary_base**exponents
     return frequencies if cfg.rotary_scaling is None else _llama3(frequencies, cfg.rotary_scaling)
