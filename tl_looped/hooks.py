@@ -84,6 +84,7 @@ class LoopHandle(LensHandle):
     """TransformerLens's record of a registered hook, with the loops at which it acts."""
 
     where: Where = None
+    reads_only: bool = False
     _matched: dict[int | None, bool] = field(default_factory=dict, repr=False)
 
     def acts_at(self, site: HookSite) -> bool:
@@ -126,15 +127,21 @@ class SharedHookPoint(HookPoint):
         prepend: bool = False,
         alias_names: list[str] | None = None,
         where: Where = None,
+        reads_only: bool = False,
     ) -> LensHandle:
-        """Register a hook, as TransformerLens's `HookPoint.add_hook`; `where` says at which loops it acts."""
+        """Register a hook, as TransformerLens's `HookPoint.add_hook`.
+
+        Args:
+            where: the loops at which it acts.
+            reads_only: the hook promises not to change its tensor, which saves a copy.
+        """
         if dir not in ("fwd", "bwd"):
             raise InputError(f"a hook's direction must be 'fwd' or 'bwd', got {dir!r}.")
         if alias_names is not None:
             raise InputError("alias_names is not supported: every loop of a site has one name.")
         removable = RemovableHandle(self._registered)
         self._registered[removable.id] = hook
-        handle = LoopHandle(removable, is_permanent, level, hook, where)
+        handle = LoopHandle(removable, is_permanent, level, hook, where, reads_only)
         handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
         handles.insert(0 if prepend else len(handles), handle)
         return handle
@@ -160,33 +167,33 @@ class SharedHookPoint(HookPoint):
     def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, bool]:
         """Run the hooks of this loop on `x`; return the activation to go on with, and whether a hook changed it.
 
-        In-place changes count, by the tensor's version; inference tensors have none, so there the values are compared.
+        A hook that may write gets a copy: the tensor itself may be the caller's initial state, the prelude's output that
+        every loop reads again, or in a cache already, and none of these is to change under a hook that edits in place.
         """
         here = LoopHookPoint(self, loop)
         acting = self._acting(self.fwd_hooks, here.site)
-        before = x
-        snapshot = None
-        if acting:
-            snapshot = x.clone() if x.is_inference() else x._version
+        final = shown = x if all(handle.reads_only for handle in acting) else x.clone()
         for handle in acting:
             assert handle.user_hook is not None
-            result = handle.user_hook(x, hook=here)
+            result = handle.user_hook(final, hook=here)
             if result is not None:
-                x = _checked(result, x, here.name)
-        edited = x is not before
-        if isinstance(snapshot, Tensor):
-            edited = edited or not torch.equal(snapshot, x)
-        elif snapshot is not None:
-            edited = edited or x._version != snapshot
+                final = _checked(result, x, here.name)
+        edited = final is not shown or (shown is not x and _written(shown, x))
         backward = self._acting(self.bwd_hooks, here.site)
-        if backward and x.requires_grad:
-            x = x.view_as(x)  # a node of its own, as the same tensor may pass through several sites
-            x.register_hook(partial(_run_backward, [handle.user_hook for handle in backward if handle.user_hook], here))
-        return x, edited
+        if backward and final.requires_grad:
+            final = final.view_as(final)  # a node of its own, as one tensor may pass through several sites
+            hooks = [handle.user_hook for handle in backward if handle.user_hook]
+            final.register_hook(partial(_run_backward, hooks, here))
+        return final, edited
 
     def forward(self, x: Tensor, loop: int | None = None) -> Tensor:
         """The same as calling the point."""
         return self(x, loop)
+
+
+def _written(copy: Tensor, original: Tensor) -> bool:
+    """Whether a fresh copy was written to: by its version, or for inference tensors, which have none, by its values."""
+    return not torch.equal(copy, original) if copy.is_inference() else copy._version > 0
 
 
 def _checked(result: object, x: Tensor, name: str) -> Tensor:

@@ -397,7 +397,7 @@ class LoopedModel(HookedRootModule):
         writer = CacheWriter(store, device, Slice.unwrap(pos_slice), remove_batch_dim)
         with self.hooks():
             for point, where in chosen:
-                point.add_hook(writer.save, level=self.context_level, where=where)
+                point.add_hook(writer.save, level=self.context_level, where=where, reads_only=True)
                 if incl_bwd:
                     point.add_hook(writer.save_grad, "bwd", level=self.context_level, where=where)
             output = self.execute(run, return_type, loss_per_token)
