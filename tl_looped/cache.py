@@ -219,7 +219,8 @@ class LoopedCache(ActivationCache):
     def _refuse(self, what: str) -> NoReturn:
         raise InputError(
             f"{what} adds up a feedforward model's residual stream. In a looped model injection and "
-            "the norms between loops are not part of that sum, so it would be wrong here; read states with cache.stack instead."
+            "the norms between loops are not part of that sum, so it would be wrong here: read states with "
+            "cache.stack, or use model.unrolled(n_loops), whose cache adds up where that holds."
         )
 
     def accumulated_resid(self, *args: Any, **kwargs: Any) -> NoReturn:

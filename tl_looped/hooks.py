@@ -24,6 +24,7 @@ from tl_looped.schedule import HookSite
 
 Direction = Literal["fwd", "bwd"]
 HookFn = Callable[..., Any]
+HookName = str | Callable[[str], bool]
 # At which loops a hook acts: None for every loop, an index, some indices, or a function on the name with the loop in
 # it.
 Where = int | frozenset[int] | Callable[[str], bool] | None
@@ -83,6 +84,7 @@ class LoopHookPoint:
 class LoopHandle(LensHandle):
     """TransformerLens's record of a registered hook, with the loops at which it acts."""
 
+    fn: HookFn = lambda tensor, hook: None
     where: Where = None
     reads_only: bool = False
     _matched: dict[int | None, bool] = field(default_factory=dict, repr=False)
@@ -132,6 +134,12 @@ class SharedHookPoint(HookPoint):
         """Register a hook, as TransformerLens's `HookPoint.add_hook`.
 
         Args:
+            hook: `fn(tensor, hook=LoopHookPoint)`.
+            dir: "fwd" for activations, "bwd" for their gradients.
+            is_permanent: whether `remove_hooks` leaves it unless told otherwise.
+            level: TransformerLens's nesting level of contexts.
+            prepend: before the hooks that are there, not after.
+            alias_names: must be None.
             where: the loops at which it acts.
             reads_only: the hook promises not to change its tensor, which saves a copy.
         """
@@ -141,12 +149,13 @@ class SharedHookPoint(HookPoint):
             raise InputError("alias_names is not supported: every loop of a site has one name.")
         removable = RemovableHandle(self._registered)
         self._registered[removable.id] = hook
-        handle = LoopHandle(removable, is_permanent, level, hook, where, reads_only)
+        handle = LoopHandle(removable, is_permanent, level, hook, fn=hook, where=where, reads_only=reads_only)
         handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
         handles.insert(0 if prepend else len(handles), handle)
         return handle
 
     def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
+        """The activation after this loop's hooks."""
         if not (self.fwd_hooks or self.bwd_hooks):
             return x
         return self.fire(x, loop)[0]
@@ -158,6 +167,10 @@ class SharedHookPoint(HookPoint):
             if isinstance(handle, LoopHandle) and handle.hook.id in self._registered and handle.acts_at(site)
         ]
 
+    def handles(self) -> list[LoopHandle]:
+        """The registered hooks, forward and backward."""
+        return [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if isinstance(handle, LoopHandle)]
+
     def wants(self, loop: int | None = None) -> bool:
         """Whether any hook acts at this loop: what is not asked for need not be computed."""
         if not (self.fwd_hooks or self.bwd_hooks):
@@ -167,23 +180,21 @@ class SharedHookPoint(HookPoint):
     def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, bool]:
         """Run the hooks of this loop on `x`; return the activation to go on with, and whether a hook changed it.
 
-        A hook that may write gets a copy: the tensor itself may be the caller's initial state, the prelude's output that
-        every loop reads again, or in a cache already, and none of these is to change under a hook that edits in place.
+        A hook that may write gets a copy: the tensor itself may be the caller's initial state, the prelude's output
+        that every loop reads again, or in a cache, and none of these is to change when a hook edits in place.
         """
         here = LoopHookPoint(self, loop)
         acting = self._acting(self.fwd_hooks, here.site)
         final = shown = x if all(handle.reads_only for handle in acting) else x.clone()
         for handle in acting:
-            assert handle.user_hook is not None
-            result = handle.user_hook(final, hook=here)
+            result = handle.fn(final, hook=here)
             if result is not None:
                 final = _checked(result, x, here.name)
         edited = final is not shown or (shown is not x and _written(shown, x))
         backward = self._acting(self.bwd_hooks, here.site)
         if backward and final.requires_grad:
             final = final.view_as(final)  # a node of its own, as one tensor may pass through several sites
-            hooks = [handle.user_hook for handle in backward if handle.user_hook]
-            final.register_hook(partial(_run_backward, hooks, here))
+            final.register_hook(partial(_run_backward, [handle.fn for handle in backward], here))
         return final, edited
 
     def forward(self, x: Tensor, loop: int | None = None) -> Tensor:

@@ -80,7 +80,7 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | Non
     with tqdm(total=len(shapes), desc=f"Loading {cfg.model_name}", disable=len(shapes) < 200) as bar:
         for file in sorted(set(homes.values())):
             with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():
+                for stored in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                     tensor = tensors.get_tensor(stored)
                     if stored in checks:
                         checks[stored](tensor)
@@ -164,7 +164,7 @@ def _stored(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                     if name in homes:
                         raise LoadError(f"{name!r} is stored twice: in {homes[name].name} and in {file.name}.")
                     shapes[name], homes[name] = tuple(tensors.get_slice(name).get_shape()), file

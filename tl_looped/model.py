@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,15 +19,15 @@ from tl_looped import loading
 from tl_looped.cache import CacheWriter, LoopedCache
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import InputError
-from tl_looped.hooks import Direction, HookDict, HookFn
+from tl_looped.hooks import Direction, HookDict, HookFn, HookName
 from tl_looped.nn import Frame, LoopedTransformer
 from tl_looped.reach import NamesFilter, Reach
 from tl_looped.runs import Run, check_tokens, padding_mask, resolve_loops, resolve_state, visibility
 from tl_looped.schedule import HookSite, LoopSchedule
 from tl_looped.tokenization import PaddingSide, single_token, tokenize
+from tl_looped.unrolled import UnrolledModel
 
 ReturnType = Literal["logits", "loss", "both"] | None
-HookName = str | Callable[[str], bool]
 Self = TypeVar("Self", bound="LoopedModel")
 
 
@@ -279,6 +279,18 @@ class LoopedModel(HookedRootModule):
         """
         run = self.prepare(input, self.cfg.n_loops, initial_state=state, **options)
         return self.transformer.readout(state.to(self.device), self._frame(run))
+
+    def unrolled(
+        self, n_loops: int | None = None, *, initial_state: Tensor | None = None, seed: int | None = None
+    ) -> UnrolledModel:
+        """This model as one of realised depth p + k·T + c, for TransformerLens's own tools; the weights are shared.
+
+        Args:
+            n_loops: loops to unroll; None for the count it was trained with.
+            initial_state, seed: what every run of the view starts from, as in `forward`.
+        """
+        total, _, _ = resolve_loops(n_loops, None, None, self.cfg)
+        return UnrolledModel(self, total, initial_state, seed)
 
     # Hooks.
 

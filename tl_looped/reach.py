@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from tl_looped.errors import HookNameError, InputError, resolve_index
-from tl_looped.hooks import HookDict, LoopHandle, SharedHookPoint
+from tl_looped.hooks import HookDict, SharedHookPoint
 from tl_looped.runs import Run
 from tl_looped.schedule import PRELUDE, HookSite
 
@@ -59,8 +59,7 @@ class Reach:
             raise InputError("a backward hook is registered, but gradients are off: run outside torch.no_grad().")
         matched: dict[Callable[[str], bool], bool] = {}
         for point in points:
-            for handle in (*point.fwd_hooks, *point.bwd_hooks):
-                assert isinstance(handle, LoopHandle)
+            for handle in point.handles():
                 where = handle.where
                 if callable(where):
                     matched[where] = matched.get(where, False) or any(map(handle.acts_at, self.sites(point)))
@@ -92,7 +91,7 @@ class Reach:
             names_filter = [names_filter]
         for name in names_filter if names_filter is not None and not callable(names_filter) else ():
             wanted = HookSite.parse(name)
-            at = dict((point.name, loops) for point, loops in chosen).get(wanted.at(None).name, frozenset())
+            at = {point.name: loops for point, loops in chosen}.get(wanted.at(None).name, frozenset())
             if at is not None and (wanted.loop not in at if wanted.loop is not None else not at):
                 raise HookNameError(f"nothing to cache at {name!r}: {self._ran()}, and {sorted(kept)} are kept.")
         if not chosen:

@@ -75,7 +75,6 @@ def single_token(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
         InputError: it is not one token; the message shows its tokens.
     """
     tokens = tokenize(tokenizer, text, prepend_bos=False)[0][0].tolist()
-    if len(tokens) != 1:
-        assert tokenizer is not None
+    if len(tokens) != 1 and tokenizer is not None:
         raise InputError(f"{text!r} is {len(tokens)} tokens, not one: {tokenizer.convert_ids_to_tokens(tokens)}.")
     return tokens[0]

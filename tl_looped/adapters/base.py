@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class Source:
     shape: tuple[int, ...] | None = None
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """One checkpoint family."""
 

@@ -1,7 +1,7 @@
-"""The Raven family: Huginn (arXiv 2502.05171), and Llama, TinyLlama and OLMo-2 with retrofitted recurrence (arXiv
-2511.07384).
+"""The Raven family: Huginn (arXiv 2502.05171), and models with retrofitted recurrence (arXiv 2511.07384).
 
-All of them say `RavenForCausalLM`; the weights tell them apart: `norm_3` is Huginn's, `q_norm` OLMo-2's.
+The latter come from Llama, TinyLlama and OLMo-2. All of them say `RavenForCausalLM`; the weights tell them apart:
+`norm_3` is Huginn's, `q_norm` OLMo-2's.
 """
 
 from __future__ import annotations

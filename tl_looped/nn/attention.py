@@ -46,6 +46,29 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(n_query, cfg.eps)
             self.k_norm = RMSNorm(n_key, cfg.eps)
 
+    def _by_head(self, linear: nn.Linear) -> Float[Tensor, "heads d_model d_head"]:
+        return linear.weight.unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "heads d_model d_head"]:
+        """Query weights by head, a view."""
+        return self._by_head(self.q)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_heads d_model d_head"]:
+        """Key weights by key-value head, a view."""
+        return self._by_head(self.k)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_heads d_model d_head"]:
+        """Value weights by key-value head, a view."""
+        return self._by_head(self.v)
+
+    @property
+    def W_O(self) -> Float[Tensor, "heads d_head d_model"]:
+        """Output weights by head, a view."""
+        return self.o.weight.unflatten(1, (-1, self.cfg.d_head)).permute(1, 2, 0)
+
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
@@ -104,8 +127,7 @@ class Attention(nn.Module):
         self, out: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"], loop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Show each head's contribution to its hooks; the given output, unless a hook changed one."""
-        weight = self.o.weight.unflatten(1, (self.cfg.n_heads, self.cfg.d_head))
-        result = einsum("bphd,mhd->bphm", z, weight)
+        result = einsum("bphd,hdm->bphm", z, self.W_O)
         result, edited = self.hooks.hook_result.fire(result, loop)
         explicit = result.sum(2)
         return explicit if edited else same_value(out, explicit)

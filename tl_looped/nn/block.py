@@ -26,6 +26,21 @@ class MLP(nn.Module):
         self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
         self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
 
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Gate weights, a view."""
+        return self.gate.weight.T
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Input weights, a view."""
+        return self.up.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights, a view."""
+        return self.down.weight.T
+
     def forward(self, x: Float[Tensor, "batch pos d_model"], loop: int | None) -> Float[Tensor, "batch pos d_model"]:
         """Apply to every position."""
         pre = self.hooks.hook_pre(self.gate(x), loop)

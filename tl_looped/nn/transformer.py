@@ -155,11 +155,11 @@ class LoopedTransformer(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state after loops start, ..., stop - 1, from `state`, or from e where it is None."""
         e = self.read(tokens, frame) if self.needs_input(state is not None) else None
-        if state is None:
-            assert e is not None
-            state = e
+        x = e if state is None else state
+        if x is None:
+            raise ValueError("unreachable: a run without a state reads the tokens")
         if start == 0:
-            state = self.hooks.hook_state_init(state)
+            x = self.hooks.hook_state_init(x)
         for t in range(start, stop):
-            state = self.loop(state, e if self.cfg.injection != "none" else None, frame, t)
-        return state
+            x = self.loop(x, e if self.cfg.injection != "none" else None, frame, t)
+        return x

@@ -1,0 +1,30 @@
+"""What every test has: no network, the same random numbers, the same number of threads."""
+
+import os
+import random
+
+# Before anything imports huggingface_hub, which reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The models here are tiny: a second thread costs more than it brings, and sums could come out in another order.
+torch.set_num_threads(1)
+
+# No deadline: the cores may be shared. In CI the examples are the same in every run.
+hypothesis.settings.register_profile("tl_looped", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("tl_looped")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test starts from the same random state, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

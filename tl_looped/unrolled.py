@@ -1,0 +1,381 @@
+"""The realised-depth view: a looped model as one deep transformer, for TransformerLens's own tools.
+
+Layer d of the view is the d-th layer call of a run: prelude, core in every loop, coda. The weights are the looped
+model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import LensHandle
+
+from tl_looped.cache import LoopedCache
+from tl_looped.config import LoopedConfig
+from tl_looped.errors import HookNameError, InputError, nearest
+from tl_looped.hooks import Direction, HookFn, HookName, LoopHookPoint
+from tl_looped.nn.block import Block
+from tl_looped.reach import NamesFilter
+from tl_looped.schedule import CORE, HookSite, LoopSchedule
+
+if TYPE_CHECKING:
+    from tl_looped.model import LoopedModel
+else:  # a name for annotations only: the model makes its views, so imports go the other way
+    LoopedModel = Any
+
+_FINAL_NORM = "ln_final."
+_LOOP_NORM = "ln_loop."
+
+
+class DepthNames:
+    """Names of the looped model and of its realised-depth view, each from the other.
+
+    `blocks.{l}.loop.{t}.X` is `blocks.{d}.X`; the norm that closes the last loop is the view's `ln_final` where nothing
+    but the head comes after it (Ouro). Sites of the loop itself keep their names.
+    """
+
+    def __init__(self, cfg: LoopedConfig, schedule: LoopSchedule):
+        self.schedule = schedule
+        self.closing = not cfg.final_norm and cfg.n_coda == 0 and cfg.loop_norm == "each"
+        self.last = schedule.n_loops() - 1
+
+    def to_depth(self, name: str) -> str:
+        """The view's name of a looped model's site; a gradient's name works alike."""
+        site = HookSite.parse(name)
+        if site.stack is not None and site.layer is not None:
+            if site.stack == CORE and site.loop is None:
+                raise HookNameError(f"{name!r} means every loop: the realised-depth view needs one.")
+            return HookSite(site.component, CORE, self.schedule.realised_depth(site.stack, site.layer, site.loop)).name
+        if self.closing and site.loop == self.last and site.component.startswith(_LOOP_NORM):
+            return site.component.replace(_LOOP_NORM, _FINAL_NORM)
+        return name
+
+    def to_looped(self, name: str) -> str:
+        """The looped model's name of a site of the view."""
+        site = HookSite.parse(name)
+        if site.stack == CORE and site.layer is not None and site.loop is None:
+            if site.layer >= self.schedule.depth:
+                raise HookNameError(f"{name!r} does not exist: this view has {self.schedule.depth} layers.")
+            stack, layer, loop = self.schedule.at_depth(site.layer)
+            return HookSite(site.component, stack, layer, loop).name
+        if self.closing and site.component.startswith(_FINAL_NORM):
+            return HookSite(site.component.replace(_FINAL_NORM, _LOOP_NORM), loop=self.last).name
+        if site.stack is not None:
+            raise HookNameError(
+                f"{name!r} is not a name of the realised-depth view, which counts all layers as blocks."
+            )
+        return name
+
+
+class DepthHookPoint:
+    """What a hook on the view receives: a looped model's hook point, under the view's name."""
+
+    def __init__(self, name: str, point: LoopHookPoint):
+        self.name = name
+        self.point = point
+
+    @property
+    def ctx(self) -> dict[Any, Any]:
+        """TransformerLens's scratch dictionary."""
+        return self.point.ctx
+
+    @property
+    def loop(self) -> int | None:
+        """The loop in which the layer runs; None outside the loop."""
+        return self.point.loop
+
+    def layer(self) -> int:
+        """The realised depth."""
+        layer = HookSite.parse(self.name).layer
+        if layer is None:
+            raise HookNameError(f"{self.name!r} belongs to no layer.")
+        return layer
+
+
+def broken_sum(cfg: LoopedConfig, n_loops: int) -> str | None:
+    """Why the last state is not the embedding plus the layers' outputs; None where it is."""
+    if cfg.norm_placement == "residual_sandwich":
+        return "its layers normalise the residual stream itself"
+    if cfg.injection != "none":
+        return "the prelude's output is mixed in again in every loop"
+    if cfg.loop_norm == "each" and n_loops > 1:
+        return "the residual stream is normalised between loops"
+    if cfg.loop_norm == "last" and cfg.n_coda:
+        return "the residual stream is normalised before the coda"
+    return None if cfg.initial_state == "prelude" else "its loops start from a state of their own"
+
+
+class UnrolledCache(ActivationCache):
+    """An ActivationCache of the view. What adds up the residual stream refuses where the sum does not hold."""
+
+    def _needs_sum(self, what: str) -> None:
+        view: Any = self.model
+        reason = broken_sum(view.looped.cfg, view.n_loops)
+        if reason is not None:
+            raise InputError(
+                f"{what} adds up what the layers wrote, which is not the residual stream of a {view.looped.cfg.family} "
+                f"model: {reason}. Read the states themselves: cache.accumulated_resid or looped.run_with_cache."
+            )
+
+    def _needs_head_sum(self, what: str) -> None:
+        self._needs_sum(what)
+        view: Any = self.model
+        if view.looped.cfg.norm_placement in ("output", "output_sandwich"):
+            raise InputError(f"{what} splits attention by head, but a norm after attention mixes the heads here.")
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, where the sum holds."""
+        self._needs_sum("decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, where the sum holds head by head and neuron by neuron."""
+        self._needs_head_sum("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, where the sum holds head by head."""
+        self._needs_head_sum("stack_head_results")
+        return super().stack_head_results(*args, **kwargs)
+
+    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, where the sum holds neuron by neuron."""
+        self._needs_head_sum("stack_neuron_results")
+        return super().stack_neuron_results(*args, **kwargs)
+
+
+class UnrolledModel(HookedRootModule):
+    """A looped model as a feedforward one of depth p + k·T + c; get it from `LoopedModel.unrolled`.
+
+    It meets TransformerLens's `TransformerLensModel` and `TransformerLensModelWithWeights`: its `patching` module, its
+    `ActivationCache` and the tools that use hooks, weights and caches run on it. Hooks live on the looped model.
+
+    Args:
+        looped: the model.
+        n_loops: loops to unroll.
+        initial_state: the state that every run starts from; None for the model's own.
+        seed: seed of a drawn state.
+    """
+
+    def __init__(self, looped: LoopedModel, n_loops: int, initial_state: Tensor | None = None, seed: int | None = None):
+        super().__init__()
+        self.looped = looped
+        self.n_loops = n_loops
+        self.names = DepthNames(looped.cfg, looped.cfg.schedule(n_loops))
+        self._state = {"initial_state": initial_state, "seed": seed}
+        self.tokenizer = looped.tokenizer
+        self.train(looped.training)
+
+    @property
+    def cfg(self) -> TransformerLensConfig:
+        """TransformerLens's config of the view."""
+        cfg = self.looped.cfg
+        return TransformerLensConfig(
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            n_layers=self.names.schedule.depth,
+            n_ctx=cfg.n_ctx,
+            n_heads=cfg.n_heads,
+            d_mlp=cfg.d_mlp,
+            d_vocab=cfg.d_vocab,
+            device=str(self.looped.device),
+            positional_embedding_type="rotary",
+            n_key_value_heads=cfg.kv_heads if cfg.kv_heads != cfg.n_heads else None,
+            gated_mlp=True,
+            uses_rms_norm=True,
+            eps=cfg.eps,
+            act_fn=cfg.act_fn,
+            normalization_type="RMS",
+            final_rms=True,
+            dtype=self.looped.dtype,
+        )
+
+    # Weights.
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Layer d of the view is the layer that runs at depth d: the same module in every loop."""
+        stacks = {name: getattr(self.looped.transformer, name) for name in self.names.schedule.stacks()}
+        return [stacks[stack][layer] for stack, layer, _ in self.names.schedule.layer_calls()]
+
+    @property
+    def ln_final(self) -> nn.Module:
+        """The norm through which the head reads; for Ouro the one that closes every loop."""
+        return self.looped.transformer.ln_final
+
+    @property
+    def unembed(self) -> nn.Linear:
+        """The head."""
+        return self.looped.transformer.unembed
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding."""
+        return self.looped.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, a view."""
+        return self.looped.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The head has no bias: zeros."""
+        return self.W_U.new_zeros(self.W_U.shape[1])
+
+    def accumulated_bias(self, *args: Any, **kwargs: Any) -> Float[Tensor, " d_model"]:
+        """Nothing is written by biases in these families: zeros."""
+        return self.W_U.new_zeros(self.W_U.shape[0])
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
+        """The unembedding's columns of some tokens."""
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        return self.W_U.T[ids]
+
+    # Text.
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Int[Tensor, "batch pos"]:
+        """See `LoopedModel.to_tokens`."""
+        return self.looped.to_tokens(*args, **kwargs)
+
+    def to_str_tokens(self, *args: Any, **kwargs: Any) -> list[str]:
+        """See `LoopedModel.to_str_tokens`."""
+        return self.looped.to_str_tokens(*args, **kwargs)
+
+    def to_string(self, tokens: Tensor) -> str | list[str]:
+        """See `LoopedModel.to_string`."""
+        return self.looped.to_string(tokens)
+
+    def to_single_token(self, text: str) -> int:
+        """See `LoopedModel.to_single_token`."""
+        return self.looped.to_single_token(text)
+
+    # Hooks.
+
+    @cached_property
+    def hook_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Every hook point of the view by name. Made when asked for; running with hooks does not need it."""
+        points: dict[str, Any] = {}
+        for point in self.looped.hook_dict.points():
+            for loop in range(self.n_loops) if point.looped else [None]:
+                here = LoopHookPoint(point, loop)
+                points[self.names.to_depth(here.name)] = here
+        return points
+
+    def _looped_hook(self, name: HookName, hook: HookFn) -> tuple[HookName, HookFn]:
+        """A hook on the view, as one on the looped model."""
+
+        def renamed(tensor: Tensor, hook: LoopHookPoint, _hook: HookFn = hook) -> Any:
+            return _hook(tensor, hook=DepthHookPoint(self.names.to_depth(hook.name), hook))
+
+        if isinstance(name, str):
+            looped = self.names.to_looped(name)
+            site = HookSite.parse(looped).at(None).name
+            if site not in self.looped.hook_dict:
+                known = {
+                    self.names.to_depth(n) for n in (p.site.at(0 if p.looped else None).name for p in self.points())
+                }
+                raise HookNameError(f"this view has no hook point {name!r}.{nearest(name, known)}")
+            return looped, renamed
+        return (lambda looped_name, accepts=name: accepts(self.names.to_depth(looped_name))), renamed
+
+    def points(self) -> list[Any]:
+        """The looped model's physical hook points."""
+        return self.looped.hook_dict.points()
+
+    @contextmanager
+    def hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - immutable defaults
+        self,
+        fwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        bwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[UnrolledModel]:
+        """Hooks under the view's names for the length of a `with` block."""
+        forward = [self._looped_hook(name, hook) for name, hook in fwd_hooks]
+        backward = [self._looped_hook(name, hook) for name, hook in bwd_hooks]
+        with self.looped.hooks(forward, backward, reset_hooks_end, clear_contexts):
+            yield self
+
+    def add_hook(
+        self,
+        name: HookName,
+        hook: HookFn,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Register a hook under a name of the view, until `reset_hooks`."""
+        self.looped.add_hook(*self._looped_hook(name, hook), dir, is_permanent, level, prepend)
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the looped model's hooks, on which those of the view live."""
+        self.looped.reset_hooks(*args, **kwargs)
+
+    def list_hooks(self, *args: Any, **kwargs: Any) -> dict[str, list[LensHandle]]:
+        """The looped model's hooks, on which those of the view live."""
+        return self.looped.list_hooks(*args, **kwargs)
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> NoReturn:
+        """Refused: the layers have no separate copy of the residual stream for each head's query, key and value."""
+        raise InputError(
+            "this view has no hook_q_input, hook_k_input, hook_v_input, which TransformerLens's direct path patching "
+            "needs: use tl_looped.patching.path_patch, which also reaches across loops."
+        )
+
+    # Running.
+
+    def forward(self, input: str | list[str] | Tensor, **options: Any) -> Any:
+        """As `LoopedModel.forward`, with this view's loops and initial state."""
+        return self.looped(input, self.n_loops, **self._options(options))
+
+    def run_with_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - immutable defaults
+        self,
+        *model_args: Any,
+        fwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        bwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run once with hooks under the view's names."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*model_args, **model_kwargs)
+
+    def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: str | list[str] | Tensor, *, names_filter: NamesFilter = None, **options: Any
+    ) -> tuple[Any, UnrolledCache]:
+        """Run, and keep activations under the view's names; the rest as `LoopedModel.run_with_cache`."""
+        output, cache = self.looped.run_with_cache(
+            input, self.n_loops, names_filter=self._looped_filter(names_filter), **self._options(options)
+        )
+        return output, self.view(cache)
+
+    def view(self, cache: LoopedCache) -> UnrolledCache:
+        """A looped model's cache under the view's names, sharing its tensors."""
+        if cache.run.n_loops != self.n_loops:
+            raise InputError(f"the cache is of {cache.run.n_loops} loops, the view of {self.n_loops}.")
+        renamed = {self.names.to_depth(name): tensor for name, tensor in cache.cache_dict.items()}
+        return UnrolledCache(renamed, self, cache.has_batch_dim)
+
+    def _looped_filter(self, names_filter: NamesFilter) -> NamesFilter:
+        if names_filter is None:
+            return None
+        if isinstance(names_filter, str):
+            return self.names.to_looped(names_filter)
+        if callable(names_filter):
+            accepts: Callable[[str], bool] = names_filter
+            return lambda name: accepts(self.names.to_depth(name))
+        return [self.names.to_looped(name) for name in names_filter]
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in self._state.items() if value is not None}
+        return {**given, **options}
