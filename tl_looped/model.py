@@ -248,7 +248,7 @@ class LoopedModel(HookedRootModule):
         if run.reads_out and return_type in ("loss", "both") and run.tokens.shape[1] < 2:
             raise InputError("the loss needs at least two tokens: one to read and one to predict.")
         self._reach(run).check_hooks()
-        frame = self._frame(run)
+        frame = self.frame(run)
         state = self.transformer(run.tokens, frame, run.state, run.start, run.stop)
         if not run.reads_out:
             return state
@@ -258,7 +258,8 @@ class LoopedModel(HookedRootModule):
         loss = lm_cross_entropy_loss(logits, run.tokens, run.attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _frame(self, run: Run) -> Frame:
+    def frame(self, run: Run) -> Frame:
+        """Rotary angles and visibility of a run, for the native model."""
         return self.transformer.frame(run.visible, run.position_ids, run.causal)
 
     def _reach(self, run: Run) -> Reach:
@@ -278,7 +279,7 @@ class LoopedModel(HookedRootModule):
             options: `attention_mask`, `position_ids`, `prepend_bos`, `padding_side` as in `forward`.
         """
         run = self.prepare(input, self.cfg.n_loops, initial_state=state, **options)
-        return self.transformer.readout(state.to(self.device), self._frame(run))
+        return self.transformer.readout(state.to(self.device), self.frame(run))
 
     def unrolled(
         self, n_loops: int | None = None, *, initial_state: Tensor | None = None, seed: int | None = None

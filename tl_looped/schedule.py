@@ -35,7 +35,7 @@ PATTERN = ("batch", "head", "query", "key")
 NEURON = ("batch", "pos", "d_mlp")
 
 # The one table of what there is to read and write: component -> axes of its activation, in the order in which they
-# fire.
+# fire (in a residual sandwich ln1_post and ln2_post come after hook_attn_out and hook_mlp_out).
 BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_pre": RESID,
     "ln1.hook_scale": SCALE,
@@ -65,6 +65,7 @@ BLOCK_AXES: dict[str, tuple[str, ...]] = {
 }
 LOOP_AXES: dict[str, tuple[str, ...]] = {
     "hook_state_pre": RESID,
+    "hook_injection_in": RESID,
     "hook_injection": RESID,
     "ln_loop.hook_scale": SCALE,
     "ln_loop.hook_normalized": RESID,

@@ -42,7 +42,8 @@ class LoopedTransformer(nn.Module):
         self.hooks = self._group("", False, ("hook_embed", "hook_state_init"))
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
-        self.loop_hooks = self._group("", True, LOOP_HOOKS)
+        names = LOOP_HOOKS if cfg.injection == "none" else (*LOOP_HOOKS, "hook_injection_in")
+        self.loop_hooks = self._group("", True, names)
         if cfg.injection == "concat_linear":
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
@@ -101,15 +102,15 @@ class LoopedTransformer(nn.Module):
             x = block(x, frame)
         return x
 
-    def inject(
-        self, state: Float[Tensor, "batch pos d_model"], e: Float[Tensor, "batch pos d_model"] | None
+    def enter(
+        self, state: Float[Tensor, "batch pos d_model"], e: Float[Tensor, "batch pos d_model"] | None, t: int
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What the first core layer reads: the state, mixed with e as the config says (None where it is not mixed)."""
-        if e is None:
-            return state
-        if self.cfg.injection == "add":
-            return state + e
-        return self.injection(torch.cat((state, e), dim=-1))
+        """What the first core layer reads in loop t: the state, mixed with the prelude's output as the config says."""
+        x = self.loop_hooks.hook_state_pre(state, t)
+        if self.cfg.injection != "none" and e is not None:
+            e = self.loop_hooks.hook_injection_in(e, t)
+            x = x + e if self.cfg.injection == "add" else self.injection(torch.cat((x, e), dim=-1))
+        return self.loop_hooks.hook_injection(x, t)
 
     def loop(
         self,
@@ -117,11 +118,14 @@ class LoopedTransformer(nn.Module):
         e: Float[Tensor, "batch pos d_model"] | None,
         frame: Frame,
         t: int,
+        first_layer: int = 0,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """One pass through the core: the state entering loop t to the state leaving it."""
-        x = self.loop_hooks.hook_state_pre(state, t)
-        x = self.loop_hooks.hook_injection(self.inject(x, e), t)
-        for block in self.blocks:
+        """One pass through the core: the state entering loop t to the state leaving it.
+
+        With `first_layer` above 0 it goes on from the middle: `state` is what that layer reads.
+        """
+        x = self.enter(state, e, t) if first_layer == 0 else state
+        for block in self.blocks[first_layer:]:
             x = block(x, frame, t)
         if self.loop_norm_hooks is not None:
             x = self.ln_final(x, t, self.loop_norm_hooks)
@@ -161,5 +165,5 @@ class LoopedTransformer(nn.Module):
         if start == 0:
             x = self.hooks.hook_state_init(x)
         for t in range(start, stop):
-            x = self.loop(x, e if self.cfg.injection != "none" else None, frame, t)
+            x = self.loop(x, e, frame, t)
         return x

@@ -1,0 +1,185 @@
+"""Attribution patching: what patching would do, to first order, from one forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_looped.cache import LoopedCache
+from tl_looped.errors import InputError, check_count
+from tl_looped.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.model import LoopedModel
+from tl_looped.patching.cells import Axis, Group, Plan
+from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_source
+from tl_looped.patching.sources import Source, as_source
+from tl_looped.patching.sweep import LoopPatchingResult, str_tokens_of
+from tl_looped.runs import Run
+from tl_looped.schedule import HookSite
+
+
+def attribution_sweep(
+    model: LoopedModel,
+    corrupted: str | list[str] | Tensor,
+    clean_cache: LoopedCache | Source,
+    metric: Metric,
+    site: str = "resid_pre",
+    axes: Sequence[Axis] = ("loop", "layer", "pos"),
+    *,
+    n_steps: int | None = None,
+    reduce: Reduce = "scalar",
+    n_loops: int | None = None,
+    initial_state: Tensor | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> LoopPatchingResult:
+    r"""Estimate what `patch_sweep` (with when="at", or "every" without a loop axis) measures.
+
+    The estimate for a cell is the sum over its elements of (clean - corrupted) · d metric / d activation, with every
+    activation and its gradient from the same loop, added to the corrupted run's metric, so that values compare with
+    those of `patch_sweep`; `result.effect()` is the estimate itself. It is exact where the metric is linear in a site.
+
+    With `n_steps` m the gradient is the mean over m runs whose embeddings lie at (i + 1/2) / m of the way from
+    corrupted to clean (integrated gradients along the input).
+
+    Args:
+        model: in evaluation mode, without hooks of its own.
+        corrupted: the prompt or prompts.
+        clean_cache: of the clean run, with the site in all loops; with `n_steps` also "hook_embed".
+        metric: a differentiable function of logits, to a scalar or [batch], see `reduce`.
+        site, axes: as in `patch_sweep`, without "source_loop".
+        n_steps: steps of the integral; None for one gradient at the corrupted run.
+        reduce, n_loops, initial_state, seed: as in `patch_sweep`.
+        progress: show a bar over steps.
+
+    Returns:
+        A PatchingResult whose values are estimates.
+
+    Raises:
+        InputError: before the runs; or after the first when the metric can't be differentiated.
+
+    Source:
+        Attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348); along the input: EAP-IG (Hanna et al.
+        2024, arXiv 2403.17806).
+    """
+    check_model(model)
+    source = as_source(clean_cache)
+    metrics = Metrics(metric, reduce)
+    run = model.prepare(corrupted, n_loops, initial_state=initial_state, seed=seed)
+    check_source(source, run)
+    if "source_loop" in axes:
+        raise InputError("attribution pairs each loop with itself: leave 'source_loop' out, or use patch_sweep.")
+    if n_steps is not None and source.cache is None:
+        raise InputError("n_steps integrates from the corrupted prompt to another: pass that prompt's cache.")
+    steps = 1 if n_steps is None else check_count("n_steps", n_steps)
+    plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, "at" if "loop" in axes else "every", None)
+    groups = plan.groups()
+    sites = [written for group in groups for written, _ in group.sites]
+    for one in sites:
+        model.hook_dict.shared(one.name)
+    source.require([one.name for one in sites] + (["hook_embed"] if n_steps is not None else []))
+    fractions = [0.0] if n_steps is None else [(i + 0.5) / steps for i in range(steps)]
+    acts, baseline = _activations(model, run, sites, metrics)
+    grads: dict[str, Tensor] = {}
+    for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
+        for name, grad in _gradients(model, run, sites, metrics, source, fraction).items():
+            grads[name] = grads.get(name, 0) + grad / len(fractions)
+    products = {one.name: (source.values(one, acts[one.name]) - acts[one.name]) * grads[one.name] for one in sites}
+    effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
+    values = metrics.reduced(effects + baseline[0])
+    return LoopPatchingResult(
+        values=values,
+        axis_names=list(plan.axes),
+        index_df=plan.index(),
+        metric_names=["metric"],
+        reduced=reduce != "none",
+        baseline=metrics.reduced(baseline)[0],
+        site=site,
+        made_by={
+            "model": model.cfg.model_name,
+            **run.describe(),
+            "source": source.name,
+            "method": "attribution" if n_steps is None else f"integrated gradients, {steps} steps",
+        },
+        str_tokens=str_tokens_of(model, run),
+    )
+
+
+def _activations(
+    model: LoopedModel, run: Run, sites: Sequence[HookSite], metrics: Metrics
+) -> tuple[dict[str, Tensor], Float[Tensor, "metric *batch"]]:
+    acts: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: LoopHookPoint) -> None:
+        acts[hook.name] = x
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(site.name, keep) for site in sites]):
+        return acts, metrics(model.execute(run))
+
+
+def _gradients(
+    model: LoopedModel, run: Run, sites: Sequence[HookSite], metrics: Metrics, source: Source, fraction: float
+) -> dict[str, Tensor]:
+    """The metric's gradient at every site, each from its own loop; prompts do not mix, so one backward serves all."""
+    grads: dict[str, Tensor] = {}
+
+    def keep(grad: Tensor, hook: LoopHookPoint) -> None:
+        grads[hook.name] = grad
+
+    def leaf(x: Tensor, hook: LoopHookPoint) -> Tensor:
+        if fraction and hook.name == "hook_embed":
+            x = x + fraction * (source.values(hook.site, x) - x)
+        return x.detach().requires_grad_()
+
+    leaves: list[tuple[HookName, HookFn]] = [("hook_state_init", leaf)]
+    if model.transformer.needs_input(run.state is not None):
+        # where the state is the prelude's output itself, the embedding is the one leaf
+        leaves = [("hook_embed", leaf)] + (leaves if run.state is not None else [])
+    with frozen_weights(model), torch.enable_grad(), model.hooks(leaves, [(site.name, keep) for site in sites]):
+        value = metrics(model.execute(run)).sum()
+    if not value.requires_grad:
+        raise InputError("the metric does not depend on the logits in a way that can be differentiated.")
+    value.backward()
+    zero = {site.name for site in sites} - set(grads)
+    if zero:
+        raise InputError(f"no gradient reached {min(zero)!r}: nothing that the metric reads depends on it.")
+    return grads
+
+
+@contextmanager
+def frozen_weights(model: LoopedModel) -> Iterator[None]:
+    """Weights without gradients for the length of a `with` block, so that a backward leaves none on them."""
+    changed = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in changed:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in changed:
+            weight.requires_grad_(True)
+
+
+def _collect(
+    plan: Plan, groups: Sequence[Group], products: dict[str, Tensor], per_prompt: bool
+) -> Float[Tensor, "*cells"]:
+    """Sum each cell's elements: [*axes], or [*axes, batch]."""
+    first = next(iter(products.values()))
+    store = first.new_zeros(*plan.sizes, *(first.shape[:1] if per_prompt else ()))
+    order = [axis for axis in plan.axes if axis in plan.inner]
+    for group in groups:
+        total = torch.stack([_inner_sum(plan, products[site.name]) for site, _ in group.sites]).sum(0)
+        total = total.movedim(0, -1) if per_prompt else total.sum(0)
+        at = iter(group.outer)
+        store[tuple(slice(None) if axis in order else next(at) for axis in plan.axes)] = total
+    return store
+
+
+def _inner_sum(plan: Plan, product: Tensor) -> Float[Tensor, "batch *inner"]:
+    """Sum over the activation's axes that the sweep does not have, the rest in the order of the sweep."""
+    dims = [plan.dim(axis) for axis in plan.inner]
+    kept = product.movedim(dims, list(range(1, 1 + len(dims))))
+    return kept.flatten(1 + len(dims)).sum(-1) if kept.ndim > 1 + len(dims) else kept

@@ -1,0 +1,176 @@
+"""What a sweep patches: its axes, and for every cell the sites, loops and places that it writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens.utilities.components_utils import get_act_name
+
+from tl_looped.config import LoopedConfig
+from tl_looped.errors import InputError, nearest, resolve_index
+from tl_looped.schedule import BLOCK_AXES, CORE, LOOP_AXES, MODEL_AXES, HookSite
+
+Axis = Literal["source_loop", "loop", "layer", "pos", "head", "neuron", "key"]
+When = Literal["at", "from", "clamp", "every"]
+
+# Axis of a sweep -> axis of an activation, for those that pick a place inside it.
+_INNER = {"pos": ("pos", "query"), "head": ("head", "kv_head"), "neuron": ("d_mlp",), "key": ("key",)}
+_SITES = {"state": "hook_state_pre", "initial_state": "hook_state_init", "embed": "hook_embed"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that write the same sites from the same loops, and differ only in the place inside the activation.
+
+    Attributes:
+        sites: pairs of the site written and the site its values come from.
+        first: (loop, layer) before which nothing changes; None when the run changes from its beginning.
+        outer: the coordinates on the outer axes.
+    """
+
+    sites: tuple[tuple[HookSite, HookSite], ...]
+    first: tuple[int, int] | None
+    outer: tuple[int, ...]
+
+
+def component(site: str) -> str:
+    """TransformerLens's component of a site's short name; "state" is the one entering a loop, before injection."""
+    if site in _SITES:
+        return _SITES[site]
+    known = {**BLOCK_AXES, **LOOP_AXES, **MODEL_AXES}
+    full = site if "hook_" in site else f"hook_{site}"
+    if full not in known:
+        full = site if "hook_" in site else get_act_name(site, 0).removeprefix("blocks.0.")
+    if full not in known:
+        shorts = [*_SITES, *(name.rpartition("hook_")[2] for name in known)]
+        raise InputError(f"there is no site {site!r} to patch.{nearest(site, shorts)}")
+    return full
+
+
+class Plan:
+    """All cells of one sweep.
+
+    Args:
+        cfg: the model's config.
+        n_loops: loops of the patched run.
+        pos: length of the prompts.
+        site: short name of the site.
+        axes: what to sweep over, in the order of the result's axes.
+        when: "at": at the cell's loop only. "from": at it and every later loop, each from its own loop of the source.
+            "clamp": at it and every later loop, all from the cell's loop of the source. "every": at every loop.
+        source_loop: the source's loop for all cells; None: the loop that is written.
+
+    Raises:
+        InputError: an axis that the site does not have, or options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        cfg: LoopedConfig,
+        n_loops: int,
+        pos: int,
+        site: str,
+        axes: Sequence[str],
+        when: When,
+        source_loop: int | None,
+    ):
+        self.cfg, self.n_loops, self.when = cfg, n_loops, when
+        self.component = component(site)
+        self.layered = self.component in BLOCK_AXES
+        self.looped = self.layered or self.component in LOOP_AXES
+        self.inner_axes = HookSite(self.component, CORE if self.layered else None, 0 if self.layered else None).axes
+        self.axes = tuple(axes)
+        self.source_loop = None if source_loop is None else resolve_index("source_loop", source_loop, n_loops)
+        self._check(site)
+        sizes = {"loop": n_loops, "source_loop": n_loops, "layer": cfg.n_core, "pos": pos, "key": pos}
+        sizes |= {"head": cfg.kv_heads if "kv_head" in self.inner_axes else cfg.n_heads, "neuron": cfg.d_mlp}
+        self.sizes = tuple(sizes[axis] for axis in self.axes)
+        self.outer = tuple(axis for axis in self.axes if axis not in _INNER)
+        self.inner = tuple(axis for axis in self.axes if axis in _INNER)
+
+    def _check(self, site: str) -> None:
+        if not self.axes or len(set(self.axes)) != len(self.axes) or not set(self.axes) <= set(get_args(Axis)):
+            raise InputError(f"axes must be some of {get_args(Axis)}, each once, got {self.axes}.")
+        if self.when not in get_args(When):
+            raise InputError(f"when must be one of {get_args(When)}, got {self.when!r}.")
+        has = {axis for axis, names in _INNER.items() if set(names) & set(self.inner_axes)}
+        has |= {"layer"} if self.layered else set()
+        has |= {"loop", "source_loop"} if self.looped else set()
+        lacking = [axis for axis in self.axes if axis not in has]
+        if lacking:
+            raise InputError(f"site {site!r} has no axis {lacking[0]!r}: its axes are {sorted(has)}.")
+        if self.looped and ("loop" in self.axes) == (self.when == "every"):
+            mend = "leave 'loop' out of axes" if self.when == "every" else "put 'loop' into axes, or pass when='every'"
+            raise InputError(f"when={self.when!r} and axes={self.axes} do not go together: {mend}.")
+        sourced = "source_loop" in self.axes or self.source_loop is not None
+        if sourced and not self.looped:
+            raise InputError(f"site {site!r} fires once in a run, so it has no source_loop.")
+        if sourced and self.when == "clamp":
+            raise InputError(
+                "when='clamp' takes the source at the cell's own loop: leave source_loop out, or use 'from'."
+            )
+        if "source_loop" in self.axes and self.source_loop is not None:
+            raise InputError("source_loop is an axis of this sweep and given as a value too: leave one out.")
+
+    def index(self) -> pd.DataFrame:
+        """One row for each cell, in the order of the result."""
+        rows = itertools.product(*map(range, self.sizes))
+        return pd.DataFrame(list(rows), columns=list(self.axes))
+
+    def groups(self) -> list[Group]:
+        """The groups in the order of the run, so that one unpatched run can pass along them."""
+        sizes = [self.sizes[self.axes.index(axis)] for axis in self.outer]
+        groups = [
+            self._group(dict(zip(self.outer, at, strict=True)), at) for at in itertools.product(*map(range, sizes))
+        ]
+        return sorted(groups, key=lambda group: group.first or (-1, -1))
+
+    def _group(self, at: dict[str, int], outer: tuple[int, ...]) -> Group:
+        if not self.looped:
+            site = HookSite(self.component)
+            begins = (0, 0) if self.component == "hook_state_init" else None
+            after = self.component.startswith(("ln_coda", "ln_final"))
+            return Group(((site, site),), (self.n_loops - 1, self.cfg.n_core - 1) if after else begins, outer)
+        t = at.get("loop", 0)
+        loops = {"at": range(t, t + 1), "every": range(self.n_loops)}.get(self.when, range(t, self.n_loops))
+        layers = [at["layer"]] if "layer" in at else range(self.cfg.n_core) if self.layered else [None]
+        source = at.get("source_loop", self.source_loop)
+        pairs = []
+        for loop in loops:
+            origin = source if source is not None else t if self.when == "clamp" else loop
+            for layer in layers:
+                site = HookSite(self.component, CORE if self.layered else None, layer, loop)
+                pairs.append((site, site.at(origin)))
+        return Group(tuple(pairs), (loops.start, self._first_layer(layers[0])), outer)
+
+    def _first_layer(self, layer: int | None) -> int:
+        """The layer from which a run must be repeated for a patch at this layer, or at the loop's own site."""
+        if layer is not None:
+            # layer 0 may be entered only through the state; what a later layer reads can be handed over
+            return layer
+        closes = self.component in ("hook_state_post", "hook_exit_gate") or self.component.startswith("ln_loop")
+        return self.cfg.n_core - 1 if closes else 0
+
+    def places(self) -> list[tuple[int, ...]]:
+        """The cells of a group: their coordinates on the inner axes."""
+        return list(itertools.product(*(range(self.sizes[self.axes.index(axis)]) for axis in self.inner)))
+
+    def dim(self, axis: str) -> int:
+        """The activation's axis that an axis of the sweep picks from."""
+        return next(i for i, name in enumerate(self.inner_axes) if name in _INNER[axis])
+
+    def mask(self, places: Sequence[tuple[int, ...]], shape: torch.Size, device: torch.device) -> Tensor:
+        """True where each cell writes: [cell, *activation axes], of size one on axes that a cell writes in full."""
+        masks = torch.ones(len(places), *(1 for _ in shape), dtype=torch.bool, device=device)
+        for column, axis in enumerate(self.inner):
+            dim = self.dim(axis)
+            chosen = torch.tensor([place[column] for place in places], device=device)
+            hit = torch.arange(shape[dim], device=device) == chosen[:, None]
+            masks = masks & hit.view(len(places), *(shape[dim] if i == dim else 1 for i in range(len(shape))))
+        return masks

@@ -1,0 +1,135 @@
+"""Checks that every patching call makes before it runs anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_looped.config import LoopedConfig
+from tl_looped.errors import InputError
+from tl_looped.model import LoopedModel
+from tl_looped.patching.sources import Source
+from tl_looped.runs import Run
+
+Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor]
+Reduce = Literal["scalar", "mean", "none"]
+
+_SHARE = 0.5  # of the free memory that one batch may take
+
+
+def check_model(model: LoopedModel) -> None:
+    """Raise for a model in training mode, or with hooks of its own."""
+    if any(module.training for module in model.modules()):
+        raise InputError("the model is in training mode: call model.eval() before patching.")
+    hooked = [point.name for point in model.hook_dict.points() if point.handles()]
+    if hooked:
+        raise InputError(f"the model has hooks already, at {hooked[0]!r}: call model.reset_hooks() before patching.")
+
+
+def check_source(source: Source, run: Run) -> None:
+    """Raise unless the source's run and the patched run can be compared position by position and loop by loop."""
+    theirs = source.run
+    if theirs is None:
+        return
+    if theirs.n_loops != run.n_loops:
+        raise InputError(
+            f"the source ran {theirs.n_loops} loops, this call {run.n_loops}: pass n_loops={theirs.n_loops}, "
+            "or cache the source again."
+        )
+    if source.name == "cache" and theirs.tokens.shape != run.tokens.shape:
+        raise InputError(
+            f"source and patched prompts differ: tokens of shape {tuple(theirs.tokens.shape)} and "
+            f"{tuple(run.tokens.shape)}. Patching needs the same number of prompts, of the same length."
+        )
+    if source.name == "cache" and not torch.equal(theirs.attention_mask.cpu(), run.attention_mask.cpu()):
+        raise InputError("source and patched prompts have their padding at different places.")
+    if theirs.seed != run.seed:
+        raise InputError(f"the source's initial state was drawn with seed {theirs.seed}, this run's with {run.seed}.")
+    if theirs.state_given != run.state_given:
+        raise InputError("only one of the source and the patched run was given an initial state: give both the same.")
+    if theirs.state_given and theirs.state is not None and run.state is not None:
+        same = theirs.state.shape == run.state.shape and torch.equal(theirs.state.cpu(), run.state.cpu())
+        if not same:
+            raise InputError("the source and the patched run were given different initial states.")
+
+
+class Metrics:
+    """One metric or several, evaluated as TransformerLens does.
+
+    Args:
+        metric: from logits [batch, pos, d_vocab] to a scalar, or to [batch]; or a mapping of names to such functions.
+        reduce: "scalar": the metric returns a scalar. "mean": it returns [batch], averaged. "none": it returns [batch],
+            kept.
+    """
+
+    def __init__(self, metric: Metric | Mapping[str, Metric], reduce: Reduce):
+        if reduce not in ("scalar", "mean", "none"):
+            raise InputError(f"reduce must be 'scalar', 'mean' or 'none', got {reduce!r}.")
+        self.several = isinstance(metric, Mapping)
+        self.functions: dict[str, Metric] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
+        self.reduce = reduce
+        if not self.functions or not all(callable(function) for function in self.functions.values()):
+            raise InputError(f"metric must be a function of logits, or a mapping of names to such, got {metric!r}.")
+
+    def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "metric *batch"]:
+        """All metrics of one batch: [metric], or [metric, batch] unless they are scalar.
+
+        Raises:
+            InputError: a metric of another shape, or one that is NaN.
+        """
+        rows = []
+        for name, function in self.functions.items():
+            value = torch.as_tensor(function(logits))
+            wanted = () if self.reduce == "scalar" else (logits.shape[0],)
+            if tuple(value.shape) != wanted:
+                hint = "; or pass reduce='none' for a metric per prompt" if self.reduce == "scalar" else ""
+                raise InputError(
+                    f"metric {name!r} must return shape {wanted} with reduce={self.reduce!r}, "
+                    f"got {tuple(value.shape)}{hint}."
+                )
+            if bool(torch.isnan(value).any()):
+                raise InputError(f"metric {name!r} gives NaN: check what it divides by and takes logarithms of.")
+            rows.append(value)
+        return torch.stack(rows)
+
+    def reduced(self, values: Float[Tensor, "metric *rest"]) -> Float[Tensor, "metric *rest"]:
+        """Average the last axis away where asked for."""
+        return values.mean(-1) if self.reduce == "mean" else values
+
+
+def row_bytes(cfg: LoopedConfig, pos: int, itemsize: int) -> int:
+    """About how many bytes one row of a batch takes at its peak: a layer's activations and the logits."""
+    layer = 8 * cfg.d_model + 4 * cfg.n_heads * cfg.d_head + 3 * cfg.d_mlp + 2 * cfg.n_heads * pos
+    return pos * (layer + 2 * cfg.d_vocab) * itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def rows_that_fit(model: LoopedModel, run: Run, batch_size: int | None) -> int:
+    """Rows to run at once: `batch_size`, or as many as half of the free memory holds, 256 at most.
+
+    Raises:
+        InputError: `batch_size` would exceed the memory, or is below the number of prompts.
+    """
+    prompts, pos = run.tokens.shape
+    each = row_bytes(model.cfg, pos, model.dtype.itemsize)
+    fit = max(int(_SHARE * free_bytes(model.device)) // each, prompts)
+    if batch_size is None:
+        return max(prompts, min(256, fit))
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < prompts:
+        raise InputError(
+            f"batch_size counts rows, so it must be an integer of at least the {prompts} prompts, got {batch_size!r}."
+        )
+    if batch_size > fit:
+        raise InputError(f"batch_size={batch_size} would need about {batch_size * each / 2**30:.1f} GiB: {fit} fits.")
+    return batch_size

@@ -1,0 +1,110 @@
+"""What is patched in: the activation of another run, a mean over a reference set, zero, or a given tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tl_looped.cache import LoopedCache
+from tl_looped.errors import InputError
+from tl_looped.model import LoopedModel
+from tl_looped.reach import NamesFilter
+from tl_looped.runs import Run
+from tl_looped.schedule import HookSite
+
+Values = Callable[[HookSite, Tensor], Tensor]
+"""From a site (with its loop) and the activation there to what takes its place; broadcasts against the activation."""
+
+
+class Source:
+    """What a patch writes. Make one with `zero`, `fixed` or `mean`; a LoopedCache serves as one directly.
+
+    Args:
+        name: for results.
+        values: the function that gives the values.
+        run: the run they come from, where they come from one; it must match the patched run.
+        cache: the cache they come from, where they come from one.
+    """
+
+    def __init__(self, name: str, values: Values, run: Run | None = None, cache: LoopedCache | None = None):
+        self.name = name
+        self.values = values
+        self.run = run
+        self.cache = cache
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raise for a name that the cache does not have; a source without a cache has all."""
+        missing = [name for name in names if self.cache is not None and name not in self.cache.cache_dict]
+        if missing:
+            raise InputError(
+                f"the source's cache has no {missing[0]!r} (and {len(missing) - 1} more that this call reads): "
+                "run it with a names_filter and loops that keep them."
+            )
+
+
+def as_source(source: Source | LoopedCache) -> Source:
+    """A cache as the source of its own activations."""
+    if isinstance(source, Source):
+        return source
+    if not isinstance(source, LoopedCache):
+        raise InputError(
+            f"the source must be a LoopedCache of model.run_with_cache, or tl_looped.patching's zero(), fixed(...) or "
+            f"mean(...), got {type(source).__name__}."
+        )
+    if not source.has_batch_dim:
+        raise InputError("the source's cache has no batch axis: run it without remove_batch_dim.")
+    return Source("cache", lambda site, x: source.cache_dict[site.name].to(x), source.run, source)
+
+
+def zero() -> Source:
+    """Zeros: ablation."""
+    return Source("zero", lambda site, x: torch.zeros_like(x))
+
+
+def fixed(values: Tensor) -> Source:
+    """One tensor for every site, of the activation's shape or one that broadcasts to it."""
+
+    def give(site: HookSite, x: Tensor) -> Tensor:
+        try:
+            return values.to(x).expand_as(x)
+        except RuntimeError as error:
+            raise InputError(
+                f"the given tensor of shape {tuple(values.shape)} does not fit {site.name!r} of {tuple(x.shape)}."
+            ) from error
+
+    return Source("fixed", give)
+
+
+def mean(
+    model: LoopedModel,
+    reference: list[str] | Tensor,
+    names_filter: NamesFilter = None,
+    n_loops: int | None = None,
+    seed: int | None = None,
+    per_position: bool = True,
+) -> Source:
+    """The mean activation over a reference set of prompts, for mean ablation.
+
+    Args:
+        model: the model.
+        reference: prompts of one length, as text or tokens [batch, pos].
+        names_filter: which activations to keep, as in `run_with_cache`.
+        n_loops, seed: of the reference runs; they must match the patched run's.
+        per_position: one mean for each position, for prompts as long as the patched one; else one over all positions.
+
+    Raises:
+        InputError: the prompts differ in length, so positions do not correspond.
+    """
+    run = model.prepare(reference, n_loops, seed=seed)
+    if not bool(run.attention_mask.all()):
+        raise InputError("the reference prompts differ in length, so their positions do not correspond.")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(run.tokens, n_loops, seed=seed, names_filter=names_filter)
+    means = {}
+    for name, tensor in cache.cache_dict.items():
+        average = tensor.mean(0, keepdim=True)
+        means[name] = average if per_position else average.mean(HookSite.parse(name).pos_axis, keepdim=True)
+    kept = LoopedCache(means, model, cache.run)
+    return Source("mean", lambda site, x: means[site.name].to(x).expand_as(x), cache.run, kept)
