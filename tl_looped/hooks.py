@@ -238,7 +238,7 @@ class HookDict(dict[str, HookPoint]):
         return LoopHookPoint(self.shared(name), HookSite.parse(name).loop)
 
     def points(self) -> list[SharedHookPoint]:
-        """The points, in the order in which a run first reaches them."""
+        """The points, module by module; the order in which they fire within a layer is `schedule.BLOCK_AXES`'s."""
         return [point for point in self.values() if isinstance(point, SharedHookPoint)]
 
     def shared(self, name: str) -> SharedHookPoint:

@@ -230,8 +230,7 @@ class LoopedModel(HookedRootModule):
                 in all rows of a batch, so a prompt's result does not depend on its batch.
             start_at_loop: first loop to run; needs `initial_state`.
             stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
-            attention_mask: which tokens are real, [batch, pos]; None: as the tokenizer padded them, or for token ids,
-                all but leading padding. Or [batch, query, key], who may attend to whom in full.
+            attention_mask: which tokens are real, [batch, pos]; None: all but the padding at either end. Or [batch, query, key], who may attend to whom in full.
             position_ids: positions for rotary, [batch, pos]; None: counted over real tokens.
             prepend_bos, padding_side: see `to_tokens`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerBase
@@ -79,15 +79,21 @@ def check_tokens(tokens: Tensor, cfg: LoopedConfig) -> Int[Tensor, "batch pos"]:
     return tokens.long()
 
 
-def padding_mask(tokens: Int[Tensor, "batch pos"], tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """True for real tokens, judged by leading padding alone, [batch, pos].
+def padding_mask(
+    tokens: Int[Tensor, "batch pos"], tokenizer: PreTrainedTokenizerBase | None
+) -> Bool[Tensor, "batch pos"]:
+    """True for real tokens, judged by the padding tokens at either end.
 
-    Trailing padding can't reach earlier positions in a causal model, and may be a real end of text; so it is left.
-    Where padding and beginning of text share an id, the last of the leading ones counts as real.
+    Where padding shares its id with the beginning or the end of text, one token of the leading or trailing run is that
+    and counts as real.
     """
     if tokenizer is None or tokenizer.pad_token_id is None:
         return torch.ones_like(tokens, dtype=torch.bool)
-    return get_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side="left").bool()
+    real = get_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side="left").bool()
+    body = get_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side="right").bool()
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        body |= body.roll(1, dims=-1) & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
+    return real & (body | ~body.any(-1, keepdim=True))
 
 
 def visibility(
