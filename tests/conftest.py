@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
 
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -28,3 +29,9 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without beartype's checks, which users do not have: what our own checks make of a value of a wrong type."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

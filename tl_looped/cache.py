@@ -70,6 +70,7 @@ class LoopedCache(ActivationCache):
     cache["scale", layer, loop, "ln1"]        a norm's site, named as in TransformerLens
     cache["state_post", loop]                 a site of the loop itself
     cache["prelude.resid_post", layer]        a layer that runs once; also "coda.…"
+    cache["coda.scale", layer, None, "ln1"]   a norm's site in it
     cache["embed"]                            a site that fires once
     cache["blocks.2.loop.3.attn.hook_z"]      any full name
     cache.stack("pattern", layer)             all cached loops, [loop, ...]
@@ -139,14 +140,16 @@ class LoopedCache(ActivationCache):
                 if rest:
                     raise HookNameError(f"{component!r} fires once in a run: read it as cache[{name!r}].")
                 return HookSite(component)
-            return HookSite(component, loop=self._index("loop", rest[-1], self.run.n_loops) if rest else None)
+            if len(rest) > 1:
+                raise HookNameError(f"{component!r} belongs to no layer: read it as cache[{name!r}, loop].")
+            return HookSite(component, loop=self._index("loop", rest[0], self.run.n_loops) if rest else None)
         if not rest or rest[0] is None:
             raise HookNameError(
                 f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{'' if stack else ', loop'}]."
             )
         layer = self._index("layer", rest[0], self._n_layers(stack or CORE))
         if stack is not None:
-            if len(rest) > 1:
+            if len(rest) > 1 and rest[1] is not None:
                 raise HookNameError(f"the {stack} runs once: leave the loop out of {key!r}.")
             return HookSite(component, stack, layer)
         loop = self._index("loop", rest[1], self.run.n_loops) if len(rest) > 1 and rest[1] is not None else None
@@ -246,6 +249,26 @@ class LoopedCache(ActivationCache):
     def stack_activation(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, as it would mix loops: use `stack`."""
         self._refuse("stack_activation")
+
+    def apply_ln_to_stack(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it scales parts of that sum."""
+        self._refuse("apply_ln_to_stack")
+
+    def compute_head_results(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it looks for one loop only; cache "attn.hook_result" by name instead."""
+        self._refuse("compute_head_results")
+
+    def get_neuron_results(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it makes parts of that sum."""
+        self._refuse("get_neuron_results")
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it splits a logit into parts of that sum."""
+        self._refuse("logit_attrs")
+
+    def logit_lens(self, **kwargs: Any) -> NoReturn:
+        """Refused: it reads layers without their loops."""
+        self._refuse("logit_lens")
 
 
 def _component(short: str, layer_type: str | None) -> str:

@@ -110,6 +110,11 @@ class LoopedConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise InputError(f"{name} must be a positive number, got {value!r}.")
+        if self.injection == "none" and self.initial_state != "prelude":
+            raise InputError(
+                f"initial_state={self.initial_state!r} without injection would never read the tokens: "
+                "take initial_state='prelude', or an injection."
+            )
 
     @property
     def kv_heads(self) -> int:

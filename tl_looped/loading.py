@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tl_looped.adapters import Source, adapter_for
 from tl_looped.adapters.native import to_json
-from tl_looped.errors import LoadError, nearest
+from tl_looped.errors import InputError, LoadError, nearest
 from tl_looped.nn import LoopedTransformer
 
 EMBEDDED = Path(__file__).parent / "training" / "checkpoints"
@@ -65,7 +65,10 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | Non
     config = _read_json(folder / "config.json")
     adapter = adapter_for(config)
     shapes, homes = _stored(folder)
-    cfg = adapter.config(config, frozenset(shapes), name)
+    try:
+        cfg = adapter.config(config, frozenset(shapes), name)
+    except InputError as error:
+        raise LoadError(f"config.json: {error}") from error
     with torch.device("meta"):
         model = LoopedTransformer(cfg)
     sources = adapter.sources(cfg)
@@ -202,7 +205,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a folder, from tokenizer.json; None when there is none. Runs no code of the checkpoint."""
     if not (folder / "tokenizer.json").exists():
         return None
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise LoadError(f"the tokenizer.json in {folder} can't be read: {error}") from error
 
 
 def save(model: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -22,7 +22,7 @@ from tl_looped.errors import InputError
 from tl_looped.hooks import Direction, HookDict, HookFn, HookName
 from tl_looped.nn import Frame, LoopedTransformer
 from tl_looped.reach import NamesFilter, Reach
-from tl_looped.runs import Run, check_tokens, padding_mask, resolve_loops, resolve_state, visibility
+from tl_looped.runs import Run, check_tokens, padding_mask, resolve_loops, resolve_positions, resolve_state, visibility
 from tl_looped.schedule import HookSite, LoopSchedule
 from tl_looped.tokenization import PaddingSide, single_token, tokenize
 from tl_looped.unrolled import UnrolledModel
@@ -194,14 +194,7 @@ class LoopedModel(HookedRootModule):
             )
             tokens = check_tokens(tokens, self.cfg)
         mask, visible, causal = visibility(tokens, attention_mask, padding)
-        if position_ids is None:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        elif position_ids.shape == tokens.shape and not position_ids.is_floating_point():
-            positions = position_ids.to(self.device).long()
-        else:
-            raise InputError(
-                f"position_ids must be integers of shape {tuple(tokens.shape)}, got {tuple(position_ids.shape)}."
-            )
+        positions = resolve_positions(mask, position_ids)
         state, drawn = resolve_state(self.cfg, positions, initial_state, seed, self.dtype, self.training)
         given = initial_state is not None
         return Run(
@@ -230,7 +223,8 @@ class LoopedModel(HookedRootModule):
                 in all rows of a batch, so a prompt's result does not depend on its batch.
             start_at_loop: first loop to run; needs `initial_state`.
             stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
-            attention_mask: which tokens are real, [batch, pos]; None: all but the padding at either end. Or [batch, query, key], who may attend to whom in full.
+            attention_mask: which tokens are real, [batch, pos]; None: all but the padding at either end. Or
+                [batch, query, key], who may attend to whom in full.
             position_ids: positions for rotary, [batch, pos]; None: counted over real tokens.
             prepend_bos, padding_side: see `to_tokens`.
 
@@ -244,8 +238,16 @@ class LoopedModel(HookedRootModule):
         """Run what `prepare` made; returns as `forward` does."""
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
-        if run.reads_out and return_type in ("loss", "both") and run.tokens.shape[1] < 2:
-            raise InputError("the loss needs at least two tokens: one to read and one to predict.")
+        if return_type in ("loss", "both"):
+            if not run.reads_out:
+                raise InputError(
+                    f"a run with stop_at_loop returns a state, so it has no loss: leave out stop_at_loop, or "
+                    f"return_type={return_type!r}."
+                )
+            if run.tokens.shape[1] < 2:
+                raise InputError("the loss needs at least two tokens: one to read and one to predict.")
+        elif loss_per_token:
+            raise InputError(f"loss_per_token needs return_type 'loss' or 'both', got {return_type!r}.")
         self._reach(run).check_hooks()
         frame = self.frame(run)
         state = self.transformer(run.tokens, frame, run.state, run.start, run.stop)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
 from tl_looped.config import LoopedConfig
@@ -84,16 +83,24 @@ def padding_mask(
 ) -> Bool[Tensor, "batch pos"]:
     """True for real tokens, judged by the padding tokens at either end.
 
-    Where padding shares its id with the beginning or the end of text, one token of the leading or trailing run is that
-    and counts as real.
+    Where padding shares its id with the beginning (or the end) of text, and every row has it there, one of each row's
+    run is that and counts as real. A row without one shows that no row has one: then the whole run is padding.
     """
     if tokenizer is None or tokenizer.pad_token_id is None:
         return torch.ones_like(tokens, dtype=torch.bool)
-    real = get_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side="left").bool()
-    body = get_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side="right").bool()
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        body |= body.roll(1, dims=-1) & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
-    return real & (body | ~body.any(-1, keepdim=True))
+    padding = tokens == tokenizer.pad_token_id
+    whole = padding.all(-1, keepdim=True)
+    leading = _padding_run(padding, tokenizer.pad_token_id == tokenizer.bos_token_id)
+    trailing = _padding_run((padding & ~whole).flip(-1), tokenizer.pad_token_id == tokenizer.eos_token_id).flip(-1)
+    return ~(leading | trailing)
+
+
+def _padding_run(padding: Bool[Tensor, "batch pos"], shared: bool) -> Bool[Tensor, "batch pos"]:
+    """The run at the beginning of each row, without its last token where that has a meaning of its own in every row."""
+    run = padding.long().cumprod(-1).bool()
+    if shared and bool(run[:, 0].all()):
+        return torch.cat((run[:, 1:], torch.zeros_like(run[:, :1])), dim=-1)
+    return run
 
 
 def visibility(
@@ -105,6 +112,8 @@ def visibility(
     tokens show. A query that would see nothing, as padding does, sees itself: patterns stay finite and sum to one.
     """
     batch, pos = tokens.shape
+    if given is not None and not bool(((given == 0) | (given == 1)).all()):
+        raise InputError("attention_mask must be of zeros and ones: 1 for tokens that are seen, 0 for others.")
     triangle = torch.ones(1, pos, pos, dtype=torch.bool, device=tokens.device).tril()
     mask = padding if given is None else given.to(tokens.device).bool()
     if mask is None:
@@ -124,6 +133,18 @@ def visibility(
     return real, visible | (blind & torch.eye(pos, dtype=torch.bool, device=tokens.device)), False
 
 
+def resolve_positions(mask: Bool[Tensor, "batch pos"], given: Tensor | None) -> Int[Tensor, "batch pos"]:
+    """Positions for the rotary embedding and the drawn state: as given, or counted over real tokens."""
+    if given is None:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if given.shape != mask.shape or given.is_floating_point() or bool((given < 0).any()):
+        raise InputError(
+            f"position_ids must be integers of at least 0 and of shape {tuple(mask.shape)}, got {given.dtype} of shape "
+            f"{tuple(given.shape)}{', some negative' if bool((given < 0).any()) else ''}."
+        )
+    return given.to(mask.device).long()
+
+
 def resolve_loops(
     n_loops: int | None, start_at_loop: int | None, stop_at_loop: int | None, cfg: LoopedConfig
 ) -> tuple[int, int, int]:
@@ -131,7 +152,7 @@ def resolve_loops(
     total = cfg.n_loops if n_loops is None else check_count("n_loops", n_loops)
     start = 0 if start_at_loop is None else resolve_index("start_at_loop", start_at_loop, total)
     stop = total
-    if stop_at_loop is not None and stop_at_loop != total:
+    if stop_at_loop is not None and (stop_at_loop != total or isinstance(stop_at_loop, bool)):
         stop = resolve_index("stop_at_loop", stop_at_loop, total)
     if stop < start:
         raise InputError(f"stop_at_loop {stop} comes before start_at_loop {start}: no loop would run.")

@@ -35,7 +35,7 @@ def tokenize(
     """
     if tokenizer is None:
         raise InputError("this model has no tokenizer, so it can't read text: pass token ids, or set model.tokenizer.")
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else []
     if not texts or not all(isinstance(one, str) for one in texts):
         raise InputError(f"text must be a string or a list of at least one string, got {text!r}.")
     if any(not one for one in texts):

@@ -23,6 +23,7 @@ from tl_looped.errors import HookNameError, InputError, nearest
 from tl_looped.hooks import Direction, HookFn, HookName, LoopHookPoint
 from tl_looped.nn.block import Block
 from tl_looped.reach import NamesFilter
+from tl_looped.runs import Run
 from tl_looped.schedule import CORE, HookSite, LoopSchedule
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ else:  # a name for annotations only: the model makes its views, so imports go t
     LoopedModel = Any
 
 _FINAL_NORM = "ln_final."
-_LOOP_NORM = "ln_loop."
 
 
 class DepthNames:
@@ -43,8 +43,10 @@ class DepthNames:
 
     def __init__(self, cfg: LoopedConfig, schedule: LoopSchedule):
         self.schedule = schedule
-        self.closing = not cfg.final_norm and cfg.n_coda == 0 and cfg.loop_norm == "each"
-        self.last = schedule.n_loops() - 1
+        self.closing = None  # the site that is the view's ln_final, where that is not the model's own
+        if not cfg.final_norm and cfg.n_coda == 0:
+            last = schedule.n_loops() - 1
+            self.closing = {"each": HookSite("ln_loop.", loop=last), "last": HookSite("ln_coda.")}.get(cfg.loop_norm)
 
     def to_depth(self, name: str) -> str:
         """The view's name of a looped model's site; a gradient's name works alike."""
@@ -53,8 +55,9 @@ class DepthNames:
             if site.stack == CORE and site.loop is None:
                 raise HookNameError(f"{name!r} means every loop: the realised-depth view needs one.")
             return HookSite(site.component, CORE, self.schedule.realised_depth(site.stack, site.layer, site.loop)).name
-        if self.closing and site.loop == self.last and site.component.startswith(_LOOP_NORM):
-            return site.component.replace(_LOOP_NORM, _FINAL_NORM)
+        norm = self.closing
+        if norm is not None and site.loop == norm.loop and site.component.startswith(norm.component):
+            return site.component.replace(norm.component, _FINAL_NORM)
         return name
 
     def to_looped(self, name: str) -> str:
@@ -65,8 +68,9 @@ class DepthNames:
                 raise HookNameError(f"{name!r} does not exist: this view has {self.schedule.depth} layers.")
             stack, layer, loop = self.schedule.at_depth(site.layer)
             return HookSite(site.component, stack, layer, loop).name
-        if self.closing and site.component.startswith(_FINAL_NORM):
-            return HookSite(site.component.replace(_FINAL_NORM, _LOOP_NORM), loop=self.last).name
+        norm = self.closing
+        if norm is not None and site.component.startswith(_FINAL_NORM):
+            return HookSite(site.component.replace(_FINAL_NORM, norm.component), loop=norm.loop).name
         if site.stack is not None:
             raise HookNameError(
                 f"{name!r} is not a name of the realised-depth view, which counts all layers as blocks."
@@ -107,17 +111,39 @@ def broken_sum(cfg: LoopedConfig, n_loops: int) -> str | None:
         return "the prelude's output is mixed in again in every loop"
     if cfg.loop_norm == "each" and n_loops > 1:
         return "the residual stream is normalised between loops"
-    if cfg.loop_norm == "last" and cfg.n_coda:
+    if cfg.loop_norm != "none" and cfg.n_coda:
         return "the residual stream is normalised before the coda"
-    return None if cfg.initial_state == "prelude" else "its loops start from a state of their own"
+    return None
+
+
+def broken_readout(cfg: LoopedConfig) -> str | None:
+    """Why the head does not read the last layer's output through `ln_final` and nothing else; None where it does."""
+    norms = (cfg.loop_norm != "none" and cfg.n_coda == 0) + cfg.final_norm
+    return None if norms == 1 else f"its head reads the last layer's output through {('no norm', '', 'two norms')[norms]}"
 
 
 class UnrolledCache(ActivationCache):
-    """An ActivationCache of the view. What adds up the residual stream refuses where the sum does not hold."""
+    """An ActivationCache of the view. What adds up the residual stream refuses where the sum does not hold.
+
+    Attributes:
+        run: what made it.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: UnrolledModel, run: Run, has_batch_dim: bool = True):
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.run = run
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> UnrolledCache:
+        """The cache of some rows of the batch, as in TransformerLens."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        view: Any = self.model
+        return UnrolledCache(sliced.cache_dict, view, self.run, sliced.has_batch_dim)
 
     def _needs_sum(self, what: str) -> None:
         view: Any = self.model
         reason = broken_sum(view.looped.cfg, view.n_loops)
+        if reason is None and self.run.state_given:
+            reason = "its loops started from a state that was given"
         if reason is not None:
             raise InputError(
                 f"{what} adds up what the layers wrote, which is not the residual stream of a {view.looped.cfg.family} "
@@ -129,6 +155,17 @@ class UnrolledCache(ActivationCache):
         view: Any = self.model
         if view.looped.cfg.norm_placement in ("output", "output_sandwich"):
             raise InputError(f"{what} splits attention by head, but a norm after attention mixes the heads here.")
+
+    def apply_ln_to_stack(self, residual_stack: Tensor, layer: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's; before the head, where the head reads through one norm."""
+        view: Any = self.model
+        reason = broken_readout(view.looped.cfg)
+        if layer in (None, -1, view.cfg.n_layers) and reason is not None:
+            raise InputError(
+                f"apply_ln before the head needs the head's norm, but this is a {view.looped.cfg.family} model and "
+                f"{reason}. Read states with looped.readout."
+            )
+        return super().apply_ln_to_stack(residual_stack, layer, *args, **kwargs)
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
         """As TransformerLens's, where the sum holds."""
@@ -208,6 +245,9 @@ class UnrolledModel(HookedRootModule):
     @property
     def ln_final(self) -> nn.Module:
         """The norm through which the head reads; for Ouro the one that closes every loop."""
+        reason = broken_readout(self.looped.cfg)
+        if reason is not None:
+            raise AttributeError(f"this view has no ln_final: {reason}.")
         return self.looped.transformer.ln_final
 
     @property
@@ -235,9 +275,16 @@ class UnrolledModel(HookedRootModule):
         return self.W_U.new_zeros(self.W_U.shape[0])
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
-        """The unembedding's columns of some tokens."""
+        """What some tokens' logits read of the residual stream after the final norm's division.
+
+        The unembedding's columns times the norm's weight, as TransformerLens has them once the norm is folded in; so
+        `logit_attrs` adds up to the logit.
+        """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        return self.W_U.T[ids]
+        if isinstance(ids, Tensor) and ids.numel() == 1:
+            ids = int(ids)
+        weight: Any = getattr(self, "ln_final", None)
+        return self.W_U.T[ids] if weight is None else self.W_U.T[ids] * weight.weight
 
     # Text.
 
@@ -320,6 +367,14 @@ class UnrolledModel(HookedRootModule):
         """Remove the looped model's hooks, on which those of the view live."""
         self.looped.reset_hooks(*args, **kwargs)
 
+    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the looped model's hooks, on which those of the view live."""
+        self.looped.remove_all_hook_fns(*args, **kwargs)
+
+    def clear_contexts(self) -> None:
+        """Empty the scratch dictionaries of all hook points."""
+        self.looped.clear_contexts()
+
     def list_hooks(self, *args: Any, **kwargs: Any) -> dict[str, list[LensHandle]]:
         """The looped model's hooks, on which those of the view live."""
         return self.looped.list_hooks(*args, **kwargs)
@@ -364,7 +419,7 @@ class UnrolledModel(HookedRootModule):
         if cache.run.n_loops != self.n_loops:
             raise InputError(f"the cache is of {cache.run.n_loops} loops, the view of {self.n_loops}.")
         renamed = {self.names.to_depth(name): tensor for name, tensor in cache.cache_dict.items()}
-        return UnrolledCache(renamed, self, cache.has_batch_dim)
+        return UnrolledCache(renamed, self, cache.run, cache.has_batch_dim)
 
     def _looped_filter(self, names_filter: NamesFilter) -> NamesFilter:
         if names_filter is None:

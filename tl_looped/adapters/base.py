@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from tl_looped.config import Llama3Rope, LoopedConfig
-from tl_looped.errors import LoadError
+from tl_looped.errors import LoadError, check_count
 
 Json = Mapping[str, Any]
 
@@ -41,7 +41,12 @@ class Adapter(Protocol):
         ...
 
     def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
-        """Our config, from config.json and the names of the stored weights; LoadError for what is not implemented."""
+        """Our config, from config.json and the names of the stored weights.
+
+        Raises:
+            LoadError: for what is not implemented.
+            InputError: for a value that no model can have.
+        """
         ...
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
@@ -67,6 +72,11 @@ def only(config: Json, **allowed: Any) -> None:
         if key in config and config[key] not in accepted:
             shown = " or ".join(repr(value) for value in sorted(accepted, key=repr))
             raise LoadError(f"config.json has {key}={config[key]!r}, which is not implemented: only {shown} is.")
+
+
+def head_size(config: Json, d_model: Any, n_heads: Any) -> int:
+    """Size of a head: stored, or the model's divided among the heads."""
+    return config.get("head_dim") or check_count("d_model", d_model) // check_count("n_heads", n_heads)
 
 
 def rotary(config: Json, default_base: float | None = None) -> tuple[float, Llama3Rope | None]:

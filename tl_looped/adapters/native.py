@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_looped.adapters.base import Json, Source, need
 from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError, LoadError
+from tl_looped.errors import LoadError
 from tl_looped.nn import LoopedTransformer
 
 FORMAT = "tl_looped"
@@ -37,10 +37,7 @@ class NativeAdapter:
             raise LoadError(
                 f"config.json has format_version {config.get('format_version')!r}; this release reads {VERSION}."
             )
-        try:
-            return LoopedConfig.from_dict(dict(need(config, "config")))
-        except InputError as error:
-            raise LoadError(f"config.json: {error}") from error
+        return LoopedConfig.from_dict(dict(need(config, "config")))
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """Every parameter under its own name."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tl_looped.adapters.base import Json, Source, need, only, rotary
+from tl_looped.adapters.base import Json, Source, head_size, need, only, rotary
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import LoadError
 
@@ -27,7 +27,7 @@ class OuroAdapter:
 
     def claims(self, config: Json) -> bool:
         """Whether a config.json is Ouro's."""
-        return "OuroForCausalLM" in config.get("architectures", ()) or config.get("model_type") == "ouro"
+        return "OuroForCausalLM" in (config.get("architectures") or ()) or config.get("model_type") == "ouro"
 
     def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
         """Our config from theirs."""
@@ -43,7 +43,7 @@ class OuroAdapter:
         return LoopedConfig(
             d_model=d_model,
             n_heads=n_heads,
-            d_head=config.get("head_dim") or d_model // n_heads,
+            d_head=head_size(config, d_model, n_heads),
             d_mlp=need(config, "intermediate_size"),
             d_vocab=need(config, "vocab_size"),
             n_ctx=need(config, "max_position_embeddings"),

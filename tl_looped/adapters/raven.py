@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_looped.adapters.base import Json, Source, need, only, rotary
+from tl_looped.adapters.base import Json, Source, head_size, need, only, rotary
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import LoadError
 from tl_looped.nn.rotary import inverse_frequencies
@@ -36,7 +36,7 @@ class RavenAdapter:
 
     def claims(self, config: Json) -> bool:
         """Whether a config.json is of the Raven family."""
-        return "RavenForCausalLM" in config.get("architectures", ()) or config.get("model_type") == "huginn_raven"
+        return "RavenForCausalLM" in (config.get("architectures") or ()) or config.get("model_type") == "huginn_raven"
 
     def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
         """Our config from theirs and the weights' names."""
@@ -59,7 +59,7 @@ class RavenAdapter:
         return LoopedConfig(
             d_model=need(config, "n_embd"),
             n_heads=need(config, "n_heads"),
-            d_head=config.get("head_dim") or config["n_embd"] // config["n_heads"],
+            d_head=head_size(config, need(config, "n_embd"), need(config, "n_heads")),
             d_mlp=need(config, "intermediate_size"),
             d_vocab=need(config, "padded_vocab_size"),
             n_ctx=need(config, "block_size"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,13 +20,21 @@ def draw_noise(cfg: LoopedConfig, n_positions: int, seed: int | None) -> Float[T
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rows = -(-n_positions // _BLOCK) * _BLOCK
-    noise = torch.empty(rows, cfg.d_model)
-    std = cfg.initial_state_std
     if cfg.initial_state == "truncated_normal":
-        torch.nn.init.trunc_normal_(noise, std=std, a=-3 * std, b=3 * std, generator=generator)
+        noise = _truncated_normal(rows, cfg.d_model, generator)
     else:
-        noise.normal_(std=std, generator=generator)
-    return noise[:n_positions] * cfg.initial_state_scale
+        noise = torch.randn(rows, cfg.d_model, generator=generator)
+    return noise[:n_positions] * cfg.initial_state_std * cfg.initial_state_scale
+
+
+def _truncated_normal(rows: int, size: int, generator: torch.Generator | None) -> Float[Tensor, "rows size"]:
+    """Standard normal numbers within ±3, by inverting their distribution.
+
+    (`torch.nn.init.trunc_normal_` draws again what falls outside, so there a longer draw changes its beginning.)
+    """
+    uniform = torch.rand(rows, size, generator=generator, dtype=torch.float64)
+    quantile = (2 * uniform - 1) * math.erf(3 / math.sqrt(2))
+    return (math.sqrt(2) * torch.erfinv(quantile)).clamp(-3, 3).float()
 
 
 def random_state(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from transformer_lens.patching import PatchingResult
 
 from tl_looped.cache import LoopedCache
+from tl_looped.errors import InputError
 from tl_looped.hooks import HookFn, LoopHookPoint
 from tl_looped.model import LoopedModel
 from tl_looped.nn import Frame
@@ -21,6 +23,7 @@ from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, chec
 from tl_looped.patching.sources import Source, as_source
 from tl_looped.runs import Run
 from tl_looped.schedule import HookSite
+from tl_looped.viz.patching import patching_heatmap
 
 
 @dataclass
@@ -36,6 +39,19 @@ class LoopPatchingResult(PatchingResult):
     site: str = ""
     made_by: dict[str, Any] = field(default_factory=dict)
     str_tokens: list[str] | None = None
+
+    def plot(self, metric_name: str | None = None) -> go.Figure:
+        """The effect of every patch, averaged over prompts, as a heatmap.
+
+        Args:
+            metric_name: which metric, where there are several.
+        """
+        if self.has_metric_axis and metric_name is None:
+            raise InputError(f"this result has the metrics {self.metric_names}: pass metric_name.")
+        one: PatchingResult = self if metric_name is None else self[metric_name]
+        effect = one.effect() if one.reduced else one.effect().mean(-1)
+        title = f"{self.made_by.get('method', 'patching')} of {self.site}: {self.made_by.get('model', '')}"
+        return patching_heatmap(effect, self.axis_names, title, f"change of {one.metric_names[0]}", self.str_tokens)
 
 
 def patch_sweep(

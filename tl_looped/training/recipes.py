@@ -73,7 +73,7 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("looped-hops", shuffled=True, n_core=1, steps=4000, decay=0.7),
+        Recipe("looped-hops", shuffled=True, n_core=2, steps=2000, decay=0.7),
         Recipe("looped-hops-settling", shuffled=False, n_core=2, steps=1200, decay=0.3),
     )
 }

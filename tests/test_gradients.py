@@ -1,0 +1,187 @@
+"""Backward hooks: each loop's activation gets its own gradient, and no other loop's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, hook_count, noise_like, tiny, tokens_for
+from plain import Plain, Tape, weights_of
+
+from tl_looped import InputError, LoopedModel
+
+SITES = ["loop.{}.hook_state_pre", "blocks.0.loop.{}.hook_resid_pre", "blocks.1.loop.{}.attn.hook_pattern"]
+SITES += ["blocks.1.loop.{}.attn.hook_v", "blocks.0.loop.{}.mlp.hook_post", "loop.{}.hook_state_post"]
+
+
+@pytest.fixture(params=TINY)
+def model(request: pytest.FixtureRequest) -> Iterator[LoopedModel]:
+    model = tiny(request.param, torch.float64)
+    yield model
+    assert hook_count(model) == 0
+    model.zero_grad()
+
+
+@pytest.fixture
+def tokens(model: LoopedModel) -> torch.Tensor:
+    return tokens_for(model, batch=2, pos=4)
+
+
+def gradients(model: LoopedModel, tokens: torch.Tensor, names: list[str], n_loops: int = 3) -> dict[str, torch.Tensor]:
+    """What backward hooks on these names are given, by the name that the hook was told."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(grad, hook):
+        assert hook.name not in found
+        found[hook.name] = grad.clone()
+
+    loss = model.run_with_hooks(tokens, n_loops, return_type="loss", bwd_hooks=[(name, keep) for name in names])
+    loss.backward()
+    return found
+
+
+def plain_tape(model: LoopedModel, tokens: torch.Tensor, n_loops: int = 3) -> Tape:
+    tape = Tape()
+    weights = {name: weight.requires_grad_() for name, weight in weights_of(model).items()}
+    logits = Plain(model.cfg, weights, tape).run(tokens, n_loops, model.prepare(tokens).state)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return tape
+
+
+def test_every_loop_gets_its_own_gradient(model, tokens):
+    """Named with the loop or without, one site or several that the same tensor passes."""
+    tape = plain_tape(model, tokens)
+    names = [site.format(t) for site in SITES for t in range(3)]
+    indexed = gradients(model, tokens, names)
+    unindexed = gradients(model, tokens, [site.replace("loop.{}.", "") for site in SITES])
+    assert set(indexed) == set(unindexed)
+    for name in names:
+        wanted = tape.grad(name)
+        if wanted is None:  # the first state is drawn: it comes from nothing
+            assert name == "loop.0.hook_state_pre"
+            assert name not in indexed
+            continue
+        torch.testing.assert_close(indexed[name], wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(unindexed[name], wanted, rtol=1e-10, atol=1e-12)
+    loops = [tape.grad(f"loop.{t}.hook_state_post") for t in range(3)]
+    assert not any(torch.allclose(loops[s], loops[t]) for s, t in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_gradients_come_from_the_last_loop_to_the_first(model, tokens):
+    names = list(gradients(model, tokens, ["hook_state_post"]))
+    assert names == [f"loop.{t}.hook_state_post" for t in (2, 1, 0)]
+
+
+def test_a_function_on_names_chooses_loops_of_gradients(model, tokens):
+    found = []
+    hooks = [(lambda name: name.endswith("loop.1.hook_resid_post"), lambda grad, hook: found.append(hook.name))]
+    model.run_with_hooks(tokens, n_loops=3, return_type="loss", bwd_hooks=hooks).backward()
+    assert sorted(found) == ["blocks.0.loop.1.hook_resid_post", "blocks.1.loop.1.hook_resid_post"]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_gradient_predicts_a_finite_difference(model, tokens, site):
+    """The same move at one loop, forward and by the gradient: predicted effect equals measured effect."""
+    name, step = site.format(1), 1e-6
+    grad = gradients(model, tokens, [name])[name]
+    direction = noise_like(grad)
+    if "pattern" in site:
+        direction = direction.tril()
+
+    def loss(size: float) -> float:
+        hooks = [(name, lambda x, hook: x + size * direction)]
+        with torch.no_grad():
+            return model.run_with_hooks(tokens, n_loops=3, return_type="loss", fwd_hooks=hooks).item()
+
+    measured = (loss(step) - loss(-step)) / (2 * step)
+    assert measured == pytest.approx(float((grad * direction).sum()), rel=1e-5, abs=1e-8)
+
+
+def test_editing_a_gradient_at_one_loop(model, tokens):
+    """A gradient cut at loop 1 leaves loop 0 nothing, where no other way leads there."""
+    cut = [("loop.1.hook_state_pre", lambda grad, hook: torch.zeros_like(grad))]
+    seen = {}
+    with model.hooks(bwd_hooks=[*cut, ("hook_state_post", lambda grad, hook: seen.update({hook.loop: grad}))]):
+        model(tokens, n_loops=3, return_type="loss").backward()
+    assert float(seen[0].abs().max()) == 0
+    assert float(seen[1].abs().max()) > 0
+    whole = gradients(model, tokens, ["hook_state_post"])
+    assert torch.equal(seen[2], whole["loop.2.hook_state_post"])
+
+
+def test_gradient_hooks_of_one_site_see_each_others_edits(model, tokens):
+    seen = []
+    name = "blocks.0.loop.1.hook_resid_post"
+    plain = gradients(model, tokens, [name])[name]
+    hooks = [
+        (name, lambda grad, hook: 2 * grad),
+        (name, lambda grad, hook: (grad + 1,)),  # TransformerLens's backward hooks may return a tuple of one
+        (name, lambda grad, hook: seen.append(grad)),
+    ]
+    model.run_with_hooks(tokens, n_loops=3, return_type="loss", bwd_hooks=hooks).backward()
+    torch.testing.assert_close(seen[0], 2 * plain + 1)
+
+
+def test_a_gradient_of_another_shape_is_refused(model, tokens):
+    name = "blocks.0.loop.1.hook_resid_post"
+    loss = model.run_with_hooks(tokens, return_type="loss", bwd_hooks=[(name, lambda grad, hook: grad[:1])])
+    with pytest.raises(
+        InputError, match=r"the hook on 'blocks.0.loop.1.hook_resid_post \(gradient\)' returned shape \(1,"
+    ):
+        loss.backward()
+
+
+def test_a_backward_hook_belongs_to_its_run(model, tokens):
+    """It acts on the graph of the run it was there for, also once it left the model, and on no other run's."""
+    seen = []
+    hooks = [("loop.1.hook_state_post", lambda grad, hook: seen.append(hook.name))]
+    before = model(tokens, return_type="loss")
+    hooked = model.run_with_hooks(tokens, return_type="loss", bwd_hooks=hooks)
+    assert hook_count(model) == 0
+    after = model(tokens, return_type="loss")
+    for loss in (before, after):
+        loss.backward()
+    assert seen == []
+    hooked.backward()
+    assert seen == ["loop.1.hook_state_post"]
+
+
+def test_watching_gradients_changes_nothing(model, tokens):
+    def weights_gradients(bwd_hooks) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.run_with_hooks(tokens, return_type="loss", bwd_hooks=bwd_hooks).backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    watched = weights_gradients([(lambda _: True, lambda grad, hook: None)])
+    torch.testing.assert_close(watched, weights_gradients([]), rtol=1e-10, atol=1e-12)
+    assert torch.equal(
+        model(tokens), model.run_with_hooks(tokens, bwd_hooks=[(lambda _: True, lambda grad, hook: None)])
+    )
+
+
+@pytest.mark.parametrize("site", ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_result"])
+def test_a_detached_value_stops_the_gradient(model, tokens, site):
+    """Freezing attention: the values stay (to rounding), the gradient through the site does not."""
+    name = f"blocks.1.loop.1.{site}"
+    hooks = [(name, lambda x, hook: x.detach())]
+    loss, whole = (
+        model.run_with_hooks(tokens, n_loops=3, return_type="loss", fwd_hooks=fwd_hooks) for fwd_hooks in (hooks, [])
+    )
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
+    tape = Tape()
+    weights = {key: weight.requires_grad_() for key, weight in weights_of(model).items()}
+    plain = Plain(model.cfg, weights, lambda at, x: tape(at, x.detach() if at == name else x))
+    logits = plain.run(tokens, 3, model.prepare(tokens).state)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    loss.backward()
+    for key, parameter in model.transformer.named_parameters():
+        if weights[key].grad is not None:
+            torch.testing.assert_close(parameter.grad, weights[key].grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_backward_hook_without_gradients_is_refused(model, tokens, mode):
+    with mode(), pytest.raises(InputError, match=r"a backward hook is registered, but gradients are off"):
+        model.run_with_hooks(tokens, bwd_hooks=[("hook_state_post", lambda grad, hook: None)])

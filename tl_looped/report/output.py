@@ -1,0 +1,54 @@
+"""A file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from tl_looped.errors import InputError
+
+
+def check_output(path: str | Path) -> Path:
+    """The path of a file that can be written, or an error; leaves nothing behind.
+
+    Raises:
+        InputError: the folder is missing or can't be written to; or the path is a folder, a device or a read-only file.
+    """
+    try:
+        target = Path(path).resolve()  # through a link, so that the link stays
+        if target.is_dir():
+            raise InputError(f"{str(path)!r} is a folder: give the name of the file to write.")
+        if not target.parent.is_dir():
+            raise InputError(f"{str(path)!r} can't be written: there is no folder {str(target.parent)!r}.")
+        if target.exists() and not target.is_file():
+            raise InputError(f"{str(path)!r} is not a regular file: give the name of the file to write.")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise InputError(f"{str(path)!r} is a read-only file: choose another name.")
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}-"):
+            pass  # the surest way to know whether a file can be made there
+    except (OSError, ValueError) as error:  # InputError is a ValueError, and goes on as it is
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(path)!r} can't be written: {error}.") from error
+    return target
+
+
+def write_whole(path: str | Path, text: str) -> Path:
+    """Write a text file under another name and move it into place when it is complete."""
+    target = check_output(path)
+    umask = os.umask(0)
+    os.umask(umask)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o666 & ~umask)  # as any new file; a temporary one is private
+        os.replace(partial, target)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} can't be written: {error}.") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    return target

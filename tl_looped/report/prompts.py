@@ -1,0 +1,80 @@
+"""What the report reads: prompts as asked for, and the built-in ones."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tl_looped.errors import InputError
+
+CHAIN_MODELS = ("looped-hops", "looped-hops-settling")
+"""The embedded models, which read variable chains and nothing else."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, as text or as token ids.
+
+    Attributes:
+        text: the text; None where token ids are given.
+        token_ids: the token ids; None where text is given.
+        answer: the text (or for a model without tokenizer the id) of the token that should come next; None: not known.
+        note: a remark for the reader.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    answer: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.token_ids is None):
+            raise InputError("a prompt is either text or token ids: give one of the two.")
+
+    @property
+    def name(self) -> str:
+        """The prompt on one line."""
+        return self.text if self.text is not None else "tokens " + ",".join(map(str, self.token_ids or ()))
+
+
+# Three chains mixed together, every variable defined before it is used, so that both embedded models can read them.
+_CHAINS = (
+    ("k=3; a=8; p=k; b=a; x=5; ? x", "5"),
+    ("a=4; m=9; c=a; b=7; d=c; f=b; ? d", "4"),
+    ("g=6; t=2; h=g; n=1; u=t; k=h; v=u; q=k; e=n; y=q; ? y", "6"),
+)
+# The paper's two illustrations.
+_ENGLISH = ("Hello! I've been well. I hope that you're doing well.", "The square root of 16 is")
+
+
+def built_in(model_name: str) -> tuple[Prompt, ...]:
+    """The prompts for a model when none are given: chains with known answers for the embedded ones, else English."""
+    if model_name not in CHAIN_MODELS:
+        return tuple(Prompt(text) for text in _ENGLISH)
+    return tuple(Prompt(text, answer=answer, note=_hops(text)) for text, answer in _CHAINS)
+
+
+def follow_chain(text: str) -> list[str]:
+    """The links that answer a variable-chain prompt, from the variable asked for to the digit.
+
+    >>> follow_chain("a=4; c=a; ? c")
+    ['c', 'a', '4']
+
+    Raises:
+        InputError: the text is not of this form, or its chain does not end in a digit.
+    """
+    *assignments, query = (part.strip() for part in text.split(";"))
+    if not re.fullmatch(r"\? [a-z]", query) or not all(re.fullmatch("[a-z]=[a-z0-9]", one) for one in assignments):
+        raise InputError(f"{text!r} is not a variable chain such as 'a=4; c=a; ? c'.")
+    values = {one[0]: one[2] for one in assignments}
+    links = [query[-1]]
+    while not links[-1].isdigit():
+        if links[-1] not in values or len(links) > len(values):
+            raise InputError(f"{text!r}: the chain {' → '.join(links)} does not end in a digit.")
+        links.append(values[links[-1]])
+    return links
+
+
+def _hops(text: str) -> str:
+    links = follow_chain(text)
+    return f"The answer is {len(links) - 1} hop{'s' if len(links) > 2 else ''} away: {' → '.join(links)}."

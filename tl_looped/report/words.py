@@ -1,0 +1,129 @@
+"""What a reader would say about a model and its numbers, in plain sentences. Only what the numbers show."""
+
+from __future__ import annotations
+
+from tl_looped.config import LoopedConfig
+from tl_looped.report.data import Reading, ReportData
+from tl_looped.viz import show_token
+
+_NORMS = {
+    "pre": "x + f(N(x)): every attention and MLP reads a normed copy of the stream; the stream itself is not normed",
+    "residual_sandwich": "N′(x + f(N(x))): a norm before every attention and MLP, and one on the stream after it",
+    "output_sandwich": "x + N′(f(N(x))): a norm before every attention and MLP, and one on its output",
+    "output": "x + N′(f(x)): a norm on the output of every attention and MLP, none before it",
+}
+_INJECTIONS = {
+    "none": "none: the core reads the state alone",
+    "add": "x + e: every loop starts by adding e, what comes out of {source}, to the state x",
+    "concat_linear": "W [x; e]: every loop starts with a linear map of the state x and e, what comes out of {source}",
+}
+_LOOP_NORMS = {
+    "none": "none",
+    "each": "after every loop, so the state has the same scale each time it comes back",
+    "last": "after the last loop only, before what follows",
+}
+_STATES = {
+    "prelude": "e, what comes out of {source}",
+    "zeros": "zero everywhere",
+    "normal": "drawn from a normal distribution, std {std:.4g}",
+    "truncated_normal": "drawn from a normal distribution, std {std:.4g}, cut at three of them",
+}
+
+
+def percent(ratio: float) -> str:
+    """A ratio in percent, to two significant digits; from 10% on in whole percents.
+
+    >>> percent(0.0512), percent(0.37), percent(1.0), percent(0.9999999), percent(4e-6)
+    ('5.1%', '37%', '100%', '>99.99%', '0.0004%')
+    """
+    value = 100 * ratio
+    if 99 < value < 100:  # not 100 while something is missing
+        return f"{value:.2f}%" if value < 99.99 else ">99.99%"
+    if value >= 10:
+        return f"{value:.0f}%"
+    text = f"{value:.2g}"
+    return f"{float(text):.10f}".rstrip("0").rstrip(".") + "%" if "e" in text else f"{text}%"
+
+
+def model_in_words(data: ReportData) -> list[tuple[str, str]]:
+    """The choices that make up the model, as (name, what it is) in the order of the drawing."""
+    cfg = data.cfg
+    source = _source(cfg)
+    loops = f"{data.n_loops} loops" + (f" (trained with {cfg.n_loops})" if data.n_loops != cfg.n_loops else "")
+    depth = cfg.schedule(data.n_loops).depth
+    heads = f"{cfg.n_heads} heads of {cfg.d_head}"
+    if cfg.kv_heads != cfg.n_heads:
+        heads += f", which share {cfg.kv_heads} keys and values"
+    words = [
+        ("family", cfg.family),
+        ("layers", f"{_stacks(cfg)}; with {loops}, {depth} layer calls in one run"),
+        ("width", f"d_model {cfg.d_model}, MLP {cfg.d_mlp}, {heads}; vocabulary {cfg.d_vocab:,}"),
+        ("weights", f"{data.n_parameters:,} in {data.dtype}, run on {data.device}"),
+        ("norm placement", _NORMS[cfg.norm_placement]),
+        ("injection", _INJECTIONS[cfg.injection].format(source=source)),
+        ("initial state", state_in_words(data)),
+        ("norm of the loop", _LOOP_NORMS[cfg.loop_norm]),
+        ("norm before the head", "yes" if cfg.final_norm else "no"),
+        ("position", f"rotary, base {cfg.rotary_base:,.0f}"),
+    ]
+    if cfg.exit_gate:
+        words.append(("exit gate", "a linear gate on the state after every loop; this report does not stop at it"))
+    return words
+
+
+def state_in_words(data: ReportData) -> str:
+    """What enters loop 0, and the seed that drew it."""
+    cfg = data.cfg
+    words = _STATES[cfg.initial_state].format(source=_source(cfg), std=cfg.initial_state_std * cfg.initial_state_scale)
+    return words if data.seed is None else f"{words}, seed {data.seed}"
+
+
+def _source(cfg: LoopedConfig) -> str:
+    return "the prelude" if cfg.n_prelude else "the embedding"
+
+
+def _stacks(cfg: LoopedConfig) -> str:
+    counts = [(cfg.n_prelude, "prelude"), (cfg.n_core, "core"), (cfg.n_coda, "coda")]
+    return ", ".join(f"{n} {name} layer{'s' if n > 1 else ''}" for n, name in counts if n)
+
+
+def answer_in_words(reading: Reading) -> str:
+    """When the answer comes to the top of the read-out at the last position, and whether it stays."""
+    answer = f"“{show_token(reading.answer)}”"
+    ranks = reading.answer_rank.tolist()
+    last, prob = len(ranks) - 1, percent(float(reading.answer_prob[-1]))
+    end = f"after the last loop its probability is {prob}"
+    if ranks[-1] != 1:
+        top = f"“{show_token(reading.top_tokens[-1][-1][0])}”"
+        seen = [t for t, rank in enumerate(ranks) if rank == 1]
+        before = f" It was the top token after loop {seen[-1]}, and lost that place." if seen else ""
+        return f"{answer} is not the top token at the end: {end}, rank {ranks[-1]:,}; the top token is {top}.{before}"
+    settled = last
+    while settled > 0 and ranks[settled - 1] == 1:
+        settled -= 1
+    if settled == 0:
+        return f"{answer} is the top token after every loop, from loop 0 on; {end}."
+    if settled == last:
+        return f"{answer} becomes the top token only after the last loop, loop {last}, with probability {prob}."
+    return f"{answer} is the top token after loop {settled} and every later one; {end}."
+
+
+def convergence_in_words(reading: Reading) -> str:
+    """How much the last loop still moves the state at the last position, and at the median position."""
+    steps = reading.step[:, -1].tolist()
+    here, median = steps[-1], float(reading.step[-1].nanmedian())
+    middle = f"the median position {percent(median)}"
+    if here < 1e-3:
+        moves = f"The state at the last position has all but stopped: the last loop moves it by {percent(here)} of its "
+        moves += f"length, {middle}."
+    else:
+        moves = f"The state at the last position still moves {percent(here)} of its length in the last loop, {middle}."
+    if len(steps) < 3:
+        return moves
+    # Loop 0 starts from the initial state, which is on another scale; so the comparison starts at loop 1.
+    ratio = here / steps[1] if steps[1] else 0.0
+    if ratio < 0.5:
+        return f"{moves} In loop 1 the last position moved {percent(steps[1])}."
+    if ratio <= 2:
+        return f"{moves} That is about as much as in loop 1 ({percent(steps[1])})."
+    return f"{moves} That is more than in loop 1 ({percent(steps[1])})."

@@ -1,0 +1,182 @@
+"""Attention patterns of every loop, with circuitsvis and plotly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import circuitsvis
+import plotly.graph_objects as go
+from circuitsvis.attention import attention_heads as circuitsvis_heads
+from circuitsvis.utils.render import RenderedHTML
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from tl_looped.schedule import CORE
+from tl_looped.viz.style import (
+    DARK_BLUE,
+    PROBABILITY_SCALE,
+    base_layout,
+    data_block,
+    heatmap_axes,
+    loop_axis,
+    numbers,
+    show_token,
+    token_axis,
+)
+
+_MOST_PANELS = 8
+_DECIMALS = 3  # of attention in a page: what a picture can show, at half the size of five digits
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """Attention of one layer for one prompt, in the loops at which it was kept.
+
+    Attributes:
+        stack: "prelude", "blocks" or "coda".
+        layer: index in its stack.
+        loops: the loops kept, in order; (None,) for a layer that runs once.
+        pattern: row-softmaxed attention.
+    """
+
+    stack: str
+    layer: int
+    loops: tuple[int | None, ...]
+    pattern: Float[Tensor, "loop head query key"]
+
+    @property
+    def name(self) -> str:
+        """Such as "core layer 0"."""
+        return f"{'core' if self.stack == CORE else self.stack} layer {self.layer}"
+
+
+def attention_heads(pattern: Float[Tensor, "head query key"], tokens: Sequence[str], label: str = "") -> RenderedHTML:
+    """All heads of one layer in one loop, as circuitsvis shows them.
+
+    Args:
+        pattern: attention of each head.
+        tokens: the token at each position.
+        label: put before each head's name, such as "loop 3".
+    """
+    names = [f"{label} head {head}".strip() for head in range(len(pattern))]
+    shown = [show_token(token) for token in tokens]
+    return circuitsvis_heads(pattern.float().cpu(), shown, attention_head_names=names, positive_color=DARK_BLUE)
+
+
+@dataclass(frozen=True)
+class LoopAttention:
+    """A circuitsvis view of attention heads in which the reader picks layer and loop.
+
+    Shows itself in a notebook, without a network. A page that has `circuitsvis_script()` once takes `fragment()` for
+    each view instead, which is only data.
+
+    Attributes:
+        tokens: the token at each position.
+        layers: what there is to pick from.
+        start: index into `layers` of the one to show first.
+    """
+
+    tokens: Sequence[str]
+    layers: Sequence[LayerAttention]
+    start: int = 0
+
+    def fragment(self) -> str:
+        """The view as an element of a page that has `circuitsvis_script()`."""
+        return f'<div class="tl-loop-attention">{data_block(self._props())}</div>'
+
+    def _repr_html_(self) -> str:
+        return f'{self.fragment()}<script type="module">{circuitsvis_script()}</script>'
+
+    def _props(self) -> dict[str, Any]:
+        layers = [
+            {"name": layer.name, "loops": list(layer.loops), "pattern": _rounded(layer.pattern)}
+            for layer in self.layers
+        ]
+        tokens = [show_token(token) for token in self.tokens]
+        return {"tokens": tokens, "layers": layers, "start": self.start, "color": DARK_BLUE}
+
+
+def _rounded(pattern: Tensor) -> list[Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(one) for one in value]
+        rounded = round(value, _DECIMALS)
+        return int(rounded) if rounded in (0, 1) else rounded
+
+    return short(pattern.double().nan_to_num().cpu().tolist())
+
+
+@lru_cache(maxsize=1)
+def circuitsvis_script() -> str:
+    """The circuitsvis bundle and the drawing of every `LoopAttention` of the page: the text of one script element."""
+    bundle = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
+    bundle = bundle.partition("//# sourceMappingURL")[0]  # a developer console would ask for that file
+    own = (Path(__file__).parent / "loop_attention.js").read_text(encoding="utf-8")
+    # The bundle has the tag that would end the script in a string; escaped, it is the same string.
+    return f"{bundle}\n{own}".replace("</script", "<\\/script")
+
+
+def attention_from_position(layers: Sequence[LayerAttention], tokens: Sequence[str], position: int = -1) -> go.Figure:
+    """Where one position looks, loop by loop: a panel for each head, a row for each loop, a column for each key.
+
+    Args:
+        layers: layers that run in every loop. With more than eight heads in all, a panel is a layer, the mean of its
+            heads, and of more than eight layers eight are shown, evenly spaced.
+        tokens: the token at each position.
+        position: the query position; the last by default.
+
+    Returns:
+        Heatmaps of attention from that position; the colour scale ends at the next tenth above the largest value.
+    """
+    panels = _panels(layers, position)
+    n_rows = len(panels[0][1])
+    loops = [t for t in layers[0].loops if t is not None]
+    inner, gap = max(70, min(20 * n_rows, 240)), 46
+    height = len(panels) * (inner + gap) + 90
+    spacing = gap / (height - 110) if len(panels) > 1 else 0
+    titles = [title for title, _ in panels]
+    fig = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=spacing, subplot_titles=titles)
+    labels = [show_token(token) for token in tokens]
+    for row, (_, values) in enumerate(panels, start=1):
+        fig.add_trace(
+            go.Heatmap(
+                z=numbers(values),
+                x=list(range(len(tokens))),
+                y=list(range(n_rows)),
+                customdata=[[[loops[t], j] for j in range(len(labels))] for t in range(n_rows)],
+                hovertemplate="loop %{customdata[0]}, key position %{x}: %{z:.1%}<extra></extra>",
+                coloraxis="coloraxis",
+                xgap=1,
+                ygap=1,
+            ),
+            row=row,
+            col=1,
+        )
+    fig.update_xaxes(**token_axis(tokens, title=""))
+    fig.update_xaxes(title={"text": "key position (label: its token)"}, row=len(panels), col=1)
+    places = loop_axis(n_rows)["dtick"]
+    kept = list(range(0, n_rows, places))
+    fig.update_yaxes(
+        title={"text": "loop"}, autorange="reversed", tickvals=kept, ticktext=[str(loops[t]) for t in kept]
+    )
+    most = max(float(values.nan_to_num().max()) for _, values in panels)
+    bar = {"title": {"text": "attention"}, "thickness": 14, "tickformat": ".0%"}
+    bar |= {"len": 200, "lenmode": "pixels", "y": 1, "yanchor": "top"}
+    scale = {"colorscale": PROBABILITY_SCALE, "cmin": 0, "cmax": max(0.1, math.ceil(most * 10) / 10), "colorbar": bar}
+    base_layout(fig, height=height, coloraxis=scale, margin={"l": 60, "r": 20, "t": 40, "b": 70})
+    heatmap_axes(fig)
+    return fig
+
+
+def _panels(layers: Sequence[LayerAttention], position: int) -> list[tuple[str, Float[Tensor, "loop key"]]]:
+    rows = [(layer.name, layer.pattern[:, :, position]) for layer in layers]  # [loop, head, key]
+    if sum(pattern.shape[1] for _, pattern in rows) <= _MOST_PANELS:
+        return [(f"{name}, head {h}", pattern[:, h]) for name, pattern in rows for h in range(pattern.shape[1])]
+    step = -(-len(rows) // _MOST_PANELS)
+    return [(f"{name}, mean of {pattern.shape[1]} heads", pattern.mean(1)) for name, pattern in rows[::step]]

@@ -1,0 +1,79 @@
+// Draws every element of class tl-loop-attention: circuitsvis's AttentionHeads, with a choice of layer and loop above.
+// Its data is the JSON in the element (see LoopAttention in attention.py); `CircuitsVis` comes with the bundle before.
+(() => {
+  let views = 0;
+
+  function make(tag, text, parent) {
+    const element = document.createElement(tag);
+    element.textContent = text; // never innerHTML: tokens are anybody's text
+    parent.append(element);
+    return element;
+  }
+
+  function draw(root) {
+    const { tokens, layers, start, color } = JSON.parse(root.querySelector("script").textContent);
+    const bar = make("div", "", root);
+    bar.className = "tl-picker";
+    const layerLabel = make("label", "Layer ", bar);
+    const layerChoice = make("select", "", layerLabel);
+    for (const [index, layer] of layers.entries()) make("option", layer.name, layerChoice).value = index;
+    layerChoice.value = start;
+    const loopLabel = make("label", "Loop ", bar);
+    const loopChoice = make("input", "", loopLabel);
+    Object.assign(loopChoice, { type: "range", min: 0, step: 1 });
+    const loopText = make("output", "", loopLabel);
+    const holder = make("div", "", root);
+    holder.className = "tl-heads";
+    let head = 0; // the head that the reader clicked; it stays when the loop changes
+
+    function thumbnails() {
+      return [...holder.querySelectorAll("h4")].map((title) => title.parentElement.parentElement);
+    }
+
+    holder.addEventListener("click", (event) => {
+      const clicked = thumbnails().findIndex((thumbnail) => thumbnail.contains(event.target));
+      if (clicked >= 0) head = clicked;
+    });
+
+    function show() {
+      const layer = layers[layerChoice.value];
+      const place = Number(loopChoice.value);
+      const loop = layer.loops[place];
+      loopChoice.disabled = layer.loops.length < 2;
+      loopText.textContent = loop === null ? "runs once" : `${loop}`;
+      const pattern = layer.pattern[place];
+      const target = document.createElement("div");
+      target.id = `tl-heads-${Date.now()}-${views++}`; // circuitsvis finds its element by id
+      holder.replaceChildren(target);
+      if (head > 0 && head < pattern.length) {
+        const watcher = new MutationObserver(() => {
+          if (!thumbnails()[head]) return;
+          watcher.disconnect();
+          thumbnails()[head].click(); // circuitsvis starts at head 0
+        });
+        watcher.observe(target, { childList: true, subtree: true });
+      }
+      CircuitsVis.render(target.id, CircuitsVis.AttentionHeads, {
+        attention: pattern,
+        tokens,
+        attentionHeadNames: pattern.map((_, index) => `Head ${index}`),
+        positiveColor: color,
+      });
+    }
+
+    function pickLayer() {
+      loopChoice.max = layers[layerChoice.value].loops.length - 1;
+      show();
+    }
+
+    layerChoice.addEventListener("change", pickLayer);
+    loopChoice.addEventListener("input", show);
+    loopChoice.value = 0;
+    pickLayer();
+  }
+
+  for (const root of document.querySelectorAll(".tl-loop-attention:not([data-drawn])")) {
+    root.dataset.drawn = "true";
+    draw(root);
+  }
+})();
