@@ -20,8 +20,8 @@ ATTENTION_HOOKS = tuple(name.removeprefix("attn.") for name in BLOCK_AXES if nam
 class Frame(NamedTuple):
     """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom."""
 
-    cos: Float[Tensor, "rows pos 1 half"]
-    sin: Float[Tensor, "rows pos 1 half"]
+    cos: Float[Tensor, "rows pos 1 d_head"]
+    sin: Float[Tensor, "rows pos 1 d_head"]
     visible: Bool[Tensor, "#batch pos pos"]  # [row, query, key]
     causal: bool  # whether `visible` is the plain causal triangle
 
@@ -73,13 +73,13 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Attend from every position of `x` to those that `frame.visible` allows."""
-        hooks, heads = self.hooks, (-1, self.cfg.d_head)
-        q = hooks.hook_q(self.q(x).unflatten(-1, heads), loop)
-        k = hooks.hook_k(self.k(x).unflatten(-1, heads), loop)
-        v = hooks.hook_v(self.v(x).unflatten(-1, heads), loop)
+        hooks, heads = self.hooks, (*x.shape[:2], -1, self.cfg.d_head)
+        q = hooks.hook_q(self.q(x).view(heads), loop)
+        k = hooks.hook_k(self.k(x).view(heads), loop)
+        v = hooks.hook_v(self.v(x).view(heads), loop)
         if self.cfg.qk_norm:
-            q = self.q_norm(q.flatten(-2)).unflatten(-1, heads)
-            k = self.k_norm(k.flatten(-2)).unflatten(-1, heads)
+            q = self.q_norm(q.flatten(-2)).view(heads)
+            k = self.k_norm(k.flatten(-2)).view(heads)
         q = hooks.hook_rot_q(rotate(q, frame.cos, frame.sin, self.cfg.rotary_style), loop)
         k = hooks.hook_rot_k(rotate(k, frame.cos, frame.sin, self.cfg.rotary_style), loop)
         z = hooks.hook_z(self._mix(q, k, v, frame, loop), loop)

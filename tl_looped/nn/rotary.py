@@ -26,23 +26,33 @@ def _llama3(frequencies: Float[Tensor, " half"], scaling: Llama3Rope) -> Float[T
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
+def component_frequencies(cfg: LoopedConfig) -> Float[Tensor, " d_head"]:
+    """Radians per position of each component of a head, as `rotate` wants them: the first of a pair turns backward."""
+    pairs = inverse_frequencies(cfg)[:, None] * torch.tensor([-1.0, 1.0], device="cpu")
+    return pairs.T.flatten() if cfg.rotary_style == "halves" else pairs.flatten()
+
+
 def rotary_angles(
-    frequencies: Float[Tensor, " half"], positions: Int[Tensor, "rows pos"]
-) -> tuple[Float[Tensor, "rows pos 1 half"], Float[Tensor, "rows pos 1 half"]]:
-    """Cosine and sine for every position, broadcast over heads, float32."""
-    angles = (positions[..., None].float() * frequencies)[:, :, None]
+    frequencies: Float[Tensor, " d_head"], positions: Int[Tensor, "rows pos"]
+) -> tuple[Float[Tensor, "rows pos 1 d_head"], Float[Tensor, "rows pos 1 d_head"]]:
+    """Cosine and sine for every position and component, broadcast over heads, float32."""
+    angles = positions[:, :, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(
     x: Float[Tensor, "batch pos heads d_head"],
-    cos: Float[Tensor, "rows pos 1 half"],
-    sin: Float[Tensor, "rows pos 1 half"],
+    cos: Float[Tensor, "rows pos 1 d_head"],
+    sin: Float[Tensor, "rows pos 1 d_head"],
     style: RotaryStyle,
 ) -> Float[Tensor, "batch pos heads d_head"]:
-    """Rotate each pair of components by its angle; the pairs lie side by side ("adjacent") or half a head apart."""
+    """Rotate each pair of components by its angle; the pairs lie side by side ("adjacent") or half a head apart.
+
+    (a, b) -> (a cos - b sin, b cos + a sin): every component times cos, plus its partner times a sine that is negative
+    for the first of a pair.
+    """
     if style == "halves":
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        partner = x.roll(x.shape[-1] // 2, dims=-1)
+    else:
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * cos + partner * sin

@@ -9,6 +9,7 @@ logits = unembed(final_norm(coda(loop_norm(x))))     loop_norm here only where i
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +20,7 @@ from tl_looped.hooks import HookDict, HookGroup
 from tl_looped.nn.attention import Frame
 from tl_looped.nn.block import Block
 from tl_looped.nn.norm import NORM_HOOKS, RMSNorm
-from tl_looped.nn.rotary import inverse_frequencies, rotary_angles
+from tl_looped.nn.rotary import component_frequencies, rotary_angles
 from tl_looped.schedule import CODA, CORE, PRELUDE, HookSite
 
 LOOP_HOOKS = ("hook_state_pre", "hook_injection", "hook_state_post")
@@ -59,7 +60,7 @@ class LoopedTransformer(nn.Module):
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.tie_embeddings:
             self.unembed.weight = self.embed.weight
-        self._frequencies = inverse_frequencies(cfg)
+        self._frequencies = component_frequencies(cfg)
 
     def _group(self, prefix: str, looped: bool, names: tuple[str, ...]) -> HookGroup:
         # ln_loop and ln_coda are the final norm's weights at other sites, with hook points of their own.
@@ -125,7 +126,7 @@ class LoopedTransformer(nn.Module):
         With `first_layer` above 0 it goes on from the middle: `state` is what that layer reads.
         """
         x = self.enter(state, e, t) if first_layer == 0 else state
-        for block in self.blocks[first_layer:]:
+        for block in islice(self.blocks, first_layer, None):  # a slice would be a new ModuleList
             x = block(x, frame, t)
         if self.loop_norm_hooks is not None:
             x = self.ln_final(x, t, self.loop_norm_hooks)
