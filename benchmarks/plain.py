@@ -28,10 +28,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.adjacent:
-            partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        else:
-            partner = x.roll(self.d_head // 2, dims=-1)
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if self.adjacent else x.roll(self.d_head // 2, dims=-1)
         return x * cos + partner * sin
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,7 +123,8 @@ class Plain(nn.Module):
     def of(cls, model: LoopedModel, n_pos: int, explicit: bool = False) -> Plain:
         """A plain model with the parameters of `model`, for prompts of `n_pos` tokens."""
         cfg = model.cfg
-        assert not cfg.qk_norm and cfg.rotary_scaling is None
+        if cfg.qk_norm or cfg.rotary_scaling is not None:
+            raise ValueError("the plain model has no norm on queries and keys, and no rotary scaling")
         with torch.device("meta"):
             plain = cls(cfg, explicit)
         plain.load_state_dict(model.transformer.state_dict(), assign=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -268,12 +269,10 @@ def test_what_can_not_be_cached(huginn: LoopedModel, options, message: str):
     assert hook_count(huginn) == 0
 
 
-@pytest.mark.parametrize("pos_slice", [2, -1, (1, 4), (0, 5, 2), [0, 3], torch.tensor([4, 1]), Slice((2, None))])
-def test_some_positions_of_every_site(model: LoopedModel, pos_slice):
-    """On the axis that each site's table entry names; queries, for patterns."""
+def assert_sliced(model: LoopedModel, pos_slice: Any) -> None:
     tokens = tokens_for(model)
-    _, whole = model.run_with_cache(tokens, **EVERY)
-    _, some = model.run_with_cache(tokens, pos_slice=pos_slice, **EVERY)
+    _, whole = model.run_with_cache(tokens, n_loops=1, **EVERY)
+    _, some = model.run_with_cache(tokens, n_loops=1, pos_slice=pos_slice, **EVERY)
     rows = torch.arange(5)[Slice.unwrap(pos_slice).indices(5)]
     for name, value in whole.items():
         axis = {"attn_scores": 2, "pattern": 2}.get(name.rpartition("hook_")[2], 1)
@@ -281,8 +280,19 @@ def test_some_positions_of_every_site(model: LoopedModel, pos_slice):
         assert torch.equal(some[name], value.index_select(axis, rows)), name
 
 
-def test_a_slice_does_not_hold_the_whole(huginn: LoopedModel):
-    _, cache = huginn.run_with_cache(tokens_for(huginn), pos_slice=-1, **EVERY)
+def test_some_positions_of_every_site(model: LoopedModel):
+    """On the axis that each site's table entry names; queries, for patterns."""
+    assert_sliced(model, [3, 0])
+
+
+@pytest.mark.parametrize("pos_slice", [2, -1, (1, 4), (0, 5, 2), torch.tensor([4, 1]), Slice((2, None))])
+def test_forms_of_a_slice(pos_slice):
+    assert_sliced(tiny("ouro"), pos_slice)
+
+
+@pytest.mark.parametrize("pos_slice", [-1, (1, 3)])
+def test_a_slice_does_not_hold_the_whole(huginn: LoopedModel, pos_slice):
+    _, cache = huginn.run_with_cache(tokens_for(huginn), pos_slice=pos_slice, **EVERY)
     for name, value in cache.items():
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name
 

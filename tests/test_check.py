@@ -165,9 +165,7 @@ def test_command_prints_a_line_for_each_check(capsys: pytest.CaptureFixture[str]
     assert lines[-1].endswith("8 of 8 checks passed")
 
 
-def test_command_ends_with_one_when_a_check_fails(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_command_ends_with_one_when_a_check_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     model = make()
     misread(model, monkeypatch)
     monkeypatch.setattr(LoopedModel, "from_pretrained", lambda name: model)

@@ -289,6 +289,7 @@ def test_additive_masks_are_refused(model):
             {"return_type": "loss"},
             r"the loss needs at least two tokens: one to read and one to",
         ),
+        ((), {"return_type": "both", "attention_mask": torch.eye(5)[[0, 4]]}, r"the loss needs at least two tokens"),
         ((), {"return_type": "loss", "stop_at_loop": 2}, r"a run with stop_at_loop returns a state, so it has no loss"),
         ((), {"return_type": "both", "stop_at_loop": 2}, r"leave out stop_at_loop, or return_type='both'"),
         ((), {"loss_per_token": True}, r"loss_per_token needs return_type 'loss' or 'both', got 'logits'"),

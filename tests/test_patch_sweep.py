@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformer_lens import patching
 
-from helpers import hook_count
+from helpers import hook_count, make, word_tokenizer
 from patching_helpers import (
     CASES,
     HEADS,
@@ -32,6 +32,9 @@ from patching_helpers import (
 )
 from tl_looped import LoopedModel
 from tl_looped.patching import LoopPatchingResult, patch_sweep
+
+# Many small runs: the checks of types at run time would be most of the time. Other tests of sweeps have them on.
+pytestmark = pytest.mark.usefixtures("as_a_user")
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  # the models here are in float64, so what agrees, agrees closely
 LENGTH = 4
@@ -187,9 +190,7 @@ def test_a_given_state_and_a_seed_are_those_of_the_patched_run() -> None:
             assert result.made_by["initial_state"] == ("seed 7" if "seed" in options else "given")
 
 
-def test_padded_prompts_are_patched_with_their_own_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from helpers import make, word_tokenizer
-
+def test_padded_prompts_are_patched_with_their_own_masks() -> None:
     model = make(torch.float64, word_tokenizer(), n_prelude=1, n_coda=1, injection="add")
     clean, corrupted = ["a b c d", "b c"], ["a b e d", "b f"]
     with torch.no_grad():

@@ -168,6 +168,7 @@ _PATCHES += [f"attn_head_{part}_{where}" for part in ("out", "q", "k", "v", "pat
 _PATCHES += ["attn_head_pattern_dest_src_pos", "attn_head_by_pos_every", "attn_head_all_pos_every"]
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("name", _PATCHES)
 def test_every_patching_function_gives_the_numbers_of_a_feedforward_model(name: str) -> None:
     _, corrupted = pair(looped())
@@ -187,6 +188,7 @@ def test_no_patching_function_was_forgotten() -> None:
     assert there - {"direct_path", "direct_path_all_sources"} == set(_PATCHES)
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("options", [{"reduce": "none"}, {"reduce": "mean", "baseline": True}, {"baseline": True}])
 def test_results_of_generic_activation_patch_are_those_of_a_feedforward_model(options: dict[str, Any]) -> None:
     _, corrupted = pair(looped())

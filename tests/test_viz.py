@@ -174,9 +174,7 @@ def test_loop_attention_holds_every_loop_and_no_code():
     data = json.loads(re.search(r">(\{.*\})<", fragment)[1])
     assert data["tokens"] == ["<bos>", "·a", "</script>", "⏎"]
     assert data["layers"][0]["loops"] == [0, 1, 2]
-    torch.testing.assert_close(
-        torch.tensor(data["layers"][0]["pattern"]), attention()[0].pattern, atol=5e-4, rtol=0
-    )
+    torch.testing.assert_close(torch.tensor(data["layers"][0]["pattern"]), attention()[0].pattern, atol=5e-4, rtol=0)
     assert fragment.lower().count("<script") == 1  # its data
 
 
@@ -199,7 +197,11 @@ def test_layer_attention_names():
         ({"n_prelude": 1, "injection": "concat_linear"}, ["prelude", "W [x; e]", "injection"], ["coda", "exit gate"]),
         ({"n_coda": 2, "injection": "add", "initial_state": "zeros"}, ["coda", "x + e", "= 0"], ["prelude"]),
         ({"exit_gate": True, "loop_norm": "each", "final_norm": False}, ["exit gate", "x₀ = e", "norm"], ["injection"]),
-        ({"initial_state": "truncated_normal", "injection": "add", "n_core": 24}, ["random (truncated normal)", "24 layers", "⋯"], []),
+        (
+            {"initial_state": "truncated_normal", "injection": "add", "n_core": 24},
+            ["random (truncated normal)", "24 layers", "⋯"],
+            [],
+        ),
         ({"final_norm": False}, ["head"], ["norm"]),
         ({"embed_scale": 8.0, "loop_norm": "last"}, ["× 8", "norm"], []),
     ],

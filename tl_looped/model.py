@@ -244,7 +244,7 @@ class LoopedModel(HookedRootModule):
                     f"a run with stop_at_loop returns a state, so it has no loss: leave out stop_at_loop, or "
                     f"return_type={return_type!r}."
                 )
-            if run.tokens.shape[1] < 2:
+            if not bool((run.attention_mask[:, :-1] & run.attention_mask[:, 1:]).any()):
                 raise InputError("the loss needs at least two tokens: one to read and one to predict.")
         elif loss_per_token:
             raise InputError(f"loss_per_token needs return_type 'loss' or 'both', got {return_type!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -88,10 +89,11 @@ def padding_mask(
     """
     if tokenizer is None or tokenizer.pad_token_id is None:
         return torch.ones_like(tokens, dtype=torch.bool)
-    padding = tokens == tokenizer.pad_token_id
+    pad = cast(int, tokenizer.pad_token_id)
+    padding = tokens.eq(pad)
     whole = padding.all(-1, keepdim=True)
-    leading = _padding_run(padding, tokenizer.pad_token_id == tokenizer.bos_token_id)
-    trailing = _padding_run((padding & ~whole).flip(-1), tokenizer.pad_token_id == tokenizer.eos_token_id).flip(-1)
+    leading = _padding_run(padding, pad == tokenizer.bos_token_id)
+    trailing = _padding_run((padding & ~whole).flip(-1), pad == tokenizer.eos_token_id).flip(-1)
     return ~(leading | trailing)
 
 

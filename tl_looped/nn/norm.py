@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped.hooks import HookGroup
+from tl_looped.hooks import HookGroup, same_value
 
 NORM_HOOKS = ("hook_scale", "hook_normalized")
 
@@ -14,7 +15,8 @@ NORM_HOOKS = ("hook_scale", "hook_normalized")
 class RMSNorm(nn.Module):
     r"""y = w · x / s, with s = sqrt(mean(x²) + eps), computed in float32 at least and cast back.
 
-    `hook_scale` is s, [batch, pos, 1]; `hook_normalized` is x / s before the weight, as in TransformerLens.
+    `hook_scale` is s, [batch, pos, 1]; `hook_normalized` is x / s before the weight, as in TransformerLens. As in
+    attention, the fused norm of torch computes the output, and the two are formed beside it only where they are hooked.
 
     Args:
         size: length of the vectors.
@@ -34,9 +36,18 @@ class RMSNorm(nn.Module):
     ) -> Float[Tensor, "*dims d"]:
         """Normalise the last axis."""
         hooks = hooks or self.hooks
+        out = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if hooks is not None and (hooks.hook_scale.wants(loop) or hooks.hook_normalized.wants(loop)):
+            return self._through_scale(out, x, loop, hooks)
+        return out
+
+    def _through_scale(
+        self, out: Float[Tensor, "*dims d"], x: Float[Tensor, "*dims d"], loop: int | None, hooks: HookGroup
+    ) -> Float[Tensor, "*dims d"]:
+        """Show the scale and the normalised vectors to their hooks; the given output, unless a hook changed them."""
         wide = x if x.dtype == torch.float64 else x.float()
         scale = (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        if hooks is None:
-            return (wide / scale).to(x.dtype) * self.weight
-        normalized = hooks.hook_normalized(wide / hooks.hook_scale(scale, loop), loop)
-        return normalized.to(x.dtype) * self.weight
+        scale, scale_edited = hooks.hook_scale.fire(scale, loop)
+        normalized, normalized_edited = hooks.hook_normalized.fire(wide / scale, loop)
+        explicit = normalized.to(x.dtype) * self.weight
+        return explicit if scale_edited or normalized_edited else same_value(out, explicit)

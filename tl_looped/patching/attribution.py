@@ -15,7 +15,7 @@ from tl_looped.errors import InputError, check_count
 from tl_looped.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.model import LoopedModel
 from tl_looped.patching.cells import Axis, Group, Plan
-from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_source
+from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source
 from tl_looped.patching.sources import Source, as_source
 from tl_looped.patching.sweep import LoopPatchingResult, str_tokens_of
 from tl_looped.runs import Run
@@ -69,6 +69,7 @@ def attribution_sweep(
     check_model(model)
     source = as_source(clean_cache)
     metrics = Metrics(metric, reduce)
+    metrics.single("attribution_sweep")
     run = model.prepare(corrupted, n_loops, initial_state=initial_state, seed=seed)
     check_source(source, run)
     if "source_loop" in axes:
@@ -79,16 +80,16 @@ def attribution_sweep(
     plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, "at" if "loop" in axes else "every", None)
     groups = plan.groups()
     sites = [written for group in groups for written, _ in group.sites]
-    for one in sites:
-        model.hook_dict.shared(one.name)
-    source.require([one.name for one in sites] + (["hook_embed"] if n_steps is not None else []))
+    names = [one.name for one in sites] + (["hook_embed"] if n_steps is not None else [])
+    check_sites(model, run, names)
+    source.require(names, run)
     fractions = [0.0] if n_steps is None else [(i + 0.5) / steps for i in range(steps)]
     acts, baseline = _activations(model, run, sites, metrics)
     grads: dict[str, Tensor] = {}
     for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
         for name, grad in _gradients(model, run, sites, metrics, source, fraction).items():
             grads[name] = grads.get(name, 0) + grad / len(fractions)
-    products = {one.name: (source.values(one, acts[one.name]) - acts[one.name]) * grads[one.name] for one in sites}
+    products = {one.name: _product(source.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites}
     effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
     values = metrics.reduced(effects + baseline[0])
     return LoopPatchingResult(
@@ -107,6 +108,11 @@ def attribution_sweep(
         },
         str_tokens=str_tokens_of(model, run),
     )
+
+
+def _product(clean: Tensor, corrupted: Tensor, grad: Tensor) -> Tensor:
+    """(clean - corrupted) · gradient; 0 where the gradient is, also for the infinite scores of what can't be seen."""
+    return torch.where(grad == 0, 0, (clean - corrupted) * grad)
 
 
 def _activations(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from tl_looped.runs import Run
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor]
 Reduce = Literal["scalar", "mean", "none"]
 
+_ASSUMED = 4 * 2**30  # bytes that are free where the system does not say
 _SHARE = 0.5  # of the free memory that one batch may take
 
 
@@ -29,6 +30,17 @@ def check_model(model: LoopedModel) -> None:
     hooked = [point.name for point in model.hook_dict.points() if point.handles()]
     if hooked:
         raise InputError(f"the model has hooks already, at {hooked[0]!r}: call model.reset_hooks() before patching.")
+
+
+def check_sites(model: LoopedModel, run: Run, names: Sequence[str]) -> None:
+    """Raise for a site that the model does not have, or that the run does not reach."""
+    for name in dict.fromkeys(names):
+        model.hook_dict.shared(name)
+        if name == "hook_embed" and not model.transformer.needs_input(run.state is not None):
+            raise InputError(
+                "this run never reads its tokens: its initial state was given, and the model injects nothing. "
+                "Patch 'initial_state', or leave initial_state out."
+            )
 
 
 def check_source(source: Source, run: Run) -> None:
@@ -48,6 +60,8 @@ def check_source(source: Source, run: Run) -> None:
         )
     if source.name == "cache" and not torch.equal(theirs.attention_mask.cpu(), run.attention_mask.cpu()):
         raise InputError("source and patched prompts have their padding at different places.")
+    if source.name == "cache" and not _same_course(theirs, run):
+        raise InputError("the source ran with another attention_mask, other position_ids, or from a later loop.")
     if theirs.seed != run.seed:
         raise InputError(f"the source's initial state was drawn with seed {theirs.seed}, this run's with {run.seed}.")
     if theirs.state_given != run.state_given:
@@ -56,6 +70,11 @@ def check_source(source: Source, run: Run) -> None:
         same = theirs.state.shape == run.state.shape and torch.equal(theirs.state.cpu(), run.state.cpu())
         if not same:
             raise InputError("the source and the patched run were given different initial states.")
+
+
+def _same_course(theirs: Run, run: Run) -> bool:
+    pairs = ((theirs.position_ids, run.position_ids), (theirs.visible, run.visible))
+    return theirs.start == run.start and all(torch.equal(one.cpu(), other.cpu()) for one, other in pairs)
 
 
 class Metrics:
@@ -76,6 +95,11 @@ class Metrics:
         if not self.functions or not all(callable(function) for function in self.functions.values()):
             raise InputError(f"metric must be a function of logits, or a mapping of names to such, got {metric!r}.")
 
+    def single(self, what: str) -> None:
+        """Raise for several metrics where one is needed."""
+        if self.several:
+            raise InputError(f"{what} takes one metric, not a mapping of {sorted(self.functions)}: call it for each.")
+
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "metric *batch"]:
         """All metrics of one batch: [metric], or [metric, batch] unless they are scalar.
 
@@ -85,6 +109,8 @@ class Metrics:
         rows = []
         for name, function in self.functions.items():
             value = torch.as_tensor(function(logits))
+            if not value.is_floating_point():
+                value = value.to(logits.dtype)  # counts and hits
             wanted = () if self.reduce == "scalar" else (logits.shape[0],)
             if tuple(value.shape) != wanted:
                 hint = "; or pass reduce='none' for a metric per prompt" if self.reduce == "scalar" else ""
@@ -97,7 +123,7 @@ class Metrics:
             rows.append(value)
         return torch.stack(rows)
 
-    def reduced(self, values: Float[Tensor, "metric *rest"]) -> Float[Tensor, "metric *rest"]:
+    def reduced(self, values: Float[Tensor, "metric *cells"]) -> Float[Tensor, "metric *reduced"]:
         """Average the last axis away where asked for."""
         return values.mean(-1) if self.reduce == "mean" else values
 
@@ -112,7 +138,10 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")  # counts what caches would give back, which sysconf's free pages do not
+    if meminfo.exists():
+        return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().split("\n") if "MemAvailable" in line)
+    return _ASSUMED  # no portable way to ask
 
 
 def rows_that_fit(model: LoopedModel, run: Run, batch_size: int | None) -> int:

@@ -90,6 +90,8 @@ def replace_injection(model: LoopedModel, cache: LoopedCache, loops: Iterable[in
         raise InputError(f"{model.cfg.model_name} has no input injection to replace.")
     total = cache.run.n_loops
     chosen = range(total) if loops is None else [resolve_index("loop", t, total) for t in loops]
+    if not chosen:
+        raise InputError("loops is empty, so nothing would change: leave it out for all loops.")
     source = as_source(cache)
     sites = [HookSite("hook_injection_in", loop=t) for t in chosen]
     source.require([site.name for site in sites])
@@ -102,4 +104,7 @@ def _loops(model: LoopedModel, n_loops: int | None) -> int:
 
 def _layers(model: LoopedModel, layers: Iterable[int] | None) -> list[int]:
     n_core = model.cfg.n_core
-    return list(range(n_core)) if layers is None else [resolve_index("layer", layer, n_core) for layer in layers]
+    chosen = list(range(n_core)) if layers is None else [resolve_index("layer", layer, n_core) for layer in layers]
+    if not chosen:
+        raise InputError("layers is empty, so nothing would change: leave it out for all layers.")
+    return chosen

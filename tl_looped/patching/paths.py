@@ -96,11 +96,12 @@ def path_patch(
     source = as_source(clean_cache)
     check_source(source, run)
     origin = _sender_site(model, run, sender)
-    source.require([origin.name])
+    source.require([origin.name], run)
     targets = [_receiver_sites(model, run, receiver, sender) for receiver in receivers]
     if not targets:
         raise InputError("receivers is empty: name at least one place where the path ends.")
     metrics = Metrics(metric, reduce)
+    metrics.single("path_patch")
     with torch.no_grad():
         metrics(model.execute(run))  # a metric that can't be used is found before the runs that need it
         frozen = _frozen_values(model, run)
@@ -137,12 +138,15 @@ def _receiver_sites(model: LoopedModel, run: Run, receiver: Receiver, sender: Se
     if receiver.kind not in get_args(ReceiverKind):
         raise InputError(f"a receiver's kind must be one of {get_args(ReceiverKind)}, got {receiver.kind!r}.")
     if receiver.kind == "readout":
+        if (receiver.loop, receiver.layer, receiver.head) != (None, None, None):
+            raise InputError(f"the readout has no loop, layer or head: leave them out of {receiver}.")
         return []
     loop = resolve_index("loop", receiver.loop, run.n_loops)
     layer = resolve_index("layer", receiver.layer, model.cfg.n_core)
     if receiver.head is not None:
-        heads = {"q": model.cfg.n_heads, "k": model.cfg.kv_heads, "v": model.cfg.kv_heads}.get(receiver.kind, 0)
-        resolve_index("head", receiver.head, heads)
+        if receiver.kind == "mlp":
+            raise InputError(f"an mlp has no heads: leave head out of {receiver}.")
+        resolve_index("head", receiver.head, model.cfg.n_heads if receiver.kind == "q" else model.cfg.kv_heads)
     begins = (resolve_index("loop", sender.loop, run.n_loops), resolve_index("layer", sender.layer, model.cfg.n_core))
     same_layer = (loop, layer) == begins and receiver.kind == "mlp" and sender.kind != "mlp"
     if (loop, layer) <= begins and not same_layer:
@@ -153,10 +157,11 @@ def _receiver_sites(model: LoopedModel, run: Run, receiver: Receiver, sender: Se
 def _frozen_values(model: LoopedModel, run: Run) -> dict[str, Tensor]:
     """Every head's z and every MLP's output in the corrupted run, by name."""
     values: dict[str, Tensor] = {}
+    stacks = (PRELUDE, CORE, CODA) if model.transformer.needs_input(run.state is not None) else (CORE, CODA)
     sites = [
         HookSite(name, stack, layer, loop).name
         for stack, layer, loop in model.cfg.schedule(run.n_loops).layer_calls()
-        if stack in (PRELUDE, CORE, CODA)
+        if stack in stacks
         for name in ("attn.hook_z", "hook_mlp_out")
     ]
     with model.hooks(fwd_hooks=[(name, partial(_keep, values)) for name in sites]):

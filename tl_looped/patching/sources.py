@@ -26,22 +26,57 @@ class Source:
         values: the function that gives the values.
         run: the run they come from, where they come from one; it must match the patched run.
         cache: the cache they come from, where they come from one.
+        spreads: whether one row or one position stands for all.
+        constant: whether the values do not depend on the activation, but for its shape; then they are asked for once
+            for all cells of a batch.
     """
 
-    def __init__(self, name: str, values: Values, run: Run | None = None, cache: LoopedCache | None = None):
+    def __init__(
+        self,
+        name: str,
+        values: Values,
+        run: Run | None = None,
+        cache: LoopedCache | None = None,
+        spreads: bool = False,
+        constant: bool = False,
+    ):
         self.name = name
         self.values = values
         self.run = run
         self.cache = cache
+        self.spreads = spreads
+        self.constant = constant
 
-    def require(self, names: Sequence[str]) -> None:
-        """Raise for a name that the cache does not have; a source without a cache has all."""
-        missing = [name for name in names if self.cache is not None and name not in self.cache.cache_dict]
+    def require(self, names: Sequence[str], run: Run | None = None) -> None:
+        """Raise for a name that the cache does not have, or not for all prompts and positions of the patched run.
+
+        A source without a cache has all.
+        """
+        if self.cache is None:
+            return
+        missing = [name for name in names if name not in self.cache.cache_dict]
         if missing:
             raise InputError(
                 f"the source's cache has no {missing[0]!r} (and {len(missing) - 1} more that this call reads): "
                 "run it with a names_filter and loops that keep them."
             )
+        for name in dict.fromkeys(names) if run is not None else ():
+            self._check_shape(name, *run.tokens.shape)
+
+    def _check_shape(self, name: str, batch: int, pos: int) -> None:
+        wanted = {"batch": batch, "pos": pos, "query": pos, "key": pos}
+        axes, shape = HookSite.parse(name).axes, () if self.cache is None else self.cache.cache_dict[name].shape
+        if len(axes) != len(shape):
+            raise InputError(
+                f"the source's {name!r} has shape {tuple(shape)} instead of {list(axes)}: cache it without pos_slice."
+            )
+        for axis, size in zip(axes, shape, strict=True):
+            if axis in wanted and size != wanted[axis] and not (self.spreads and size == 1 and axis != "key"):
+                raise InputError(
+                    f"the source's {name!r} has {size} along {axis!r}, the patched prompts {wanted[axis]}: take the "
+                    f"source from {batch} prompts of {pos} tokens, without pos_slice or rows left out"
+                    f"{', or a mean with per_position=False' if self.spreads else ''}."
+                )
 
 
 def as_source(source: Source | LoopedCache) -> Source:
@@ -55,12 +90,12 @@ def as_source(source: Source | LoopedCache) -> Source:
         )
     if not source.has_batch_dim:
         raise InputError("the source's cache has no batch axis: run it without remove_batch_dim.")
-    return Source("cache", lambda site, x: source.cache_dict[site.name].to(x), source.run, source)
+    return Source("cache", lambda site, x: source.cache_dict[site.name].to(x), source.run, source, constant=True)
 
 
 def zero() -> Source:
     """Zeros: ablation."""
-    return Source("zero", lambda site, x: torch.zeros_like(x))
+    return Source("zero", lambda site, x: torch.zeros_like(x), constant=True)
 
 
 def fixed(values: Tensor) -> Source:
@@ -74,7 +109,7 @@ def fixed(values: Tensor) -> Source:
                 f"the given tensor of shape {tuple(values.shape)} does not fit {site.name!r} of {tuple(x.shape)}."
             ) from error
 
-    return Source("fixed", give)
+    return Source("fixed", give, constant=True)
 
 
 def mean(
@@ -106,5 +141,9 @@ def mean(
     for name, tensor in cache.cache_dict.items():
         average = tensor.mean(0, keepdim=True)
         means[name] = average if per_position else average.mean(HookSite.parse(name).pos_axis, keepdim=True)
+
+    def give(site: HookSite, x: Tensor) -> Tensor:
+        return means[site.name].to(x).expand_as(x)
+
     kept = LoopedCache(means, model, cache.run)
-    return Source("mean", lambda site, x: means[site.name].to(x).expand_as(x), cache.run, kept)
+    return Source("mean", give, cache.run, kept, spreads=True, constant=True)

@@ -19,7 +19,7 @@ from tl_looped.hooks import HookFn, LoopHookPoint
 from tl_looped.model import LoopedModel
 from tl_looped.nn import Frame
 from tl_looped.patching.cells import Axis, Group, Plan, When
-from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_source, rows_that_fit
+from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source, rows_that_fit
 from tl_looped.patching.sources import Source, as_source
 from tl_looped.runs import Run
 from tl_looped.schedule import HookSite
@@ -39,6 +39,13 @@ class LoopPatchingResult(PatchingResult):
     site: str = ""
     made_by: dict[str, Any] = field(default_factory=dict)
     str_tokens: list[str] | None = None
+
+    def __getitem__(self, metric_name: str) -> LoopPatchingResult:
+        """One metric's result, with what made it."""
+        one = super().__getitem__(metric_name)
+        if isinstance(one, LoopPatchingResult):
+            return one
+        return LoopPatchingResult(**vars(one), site=self.site, made_by=self.made_by, str_tokens=self.str_tokens)
 
     def plot(self, metric_name: str | None = None) -> go.Figure:
         """The effect of every patch, averaged over prompts, as a heatmap.
@@ -112,9 +119,8 @@ def patch_sweep(
     plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, when, source_loop)
     groups = plan.groups()
     sites = [origin.name for group in groups for _, origin in group.sites]
-    for name in sites:
-        model.hook_dict.shared(name)
-    given.require(sites)
+    check_sites(model, run, sites)
+    given.require(sites, run)
     rows = rows_that_fit(model, run, batch_size)
     with torch.no_grad():
         values, baseline = _Sweep(model, run, plan, given, metrics, rows).values(groups, progress)
@@ -219,7 +225,9 @@ class _Sweep:
         def write(x: Tensor, hook: LoopHookPoint) -> Tensor:
             rows = x.unflatten(0, (len(places), self.prompts))
             mask = self.plan.mask(places, rows.shape[1:], x.device)
-            return torch.where(mask, self.source.values(origin, rows[0]), rows).flatten(0, 1)
+            give = self.source.values
+            given = give(origin, rows[0]) if self.source.constant else torch.stack([give(origin, row) for row in rows])
+            return torch.where(mask, given, rows).flatten(0, 1)
 
         return write
 

@@ -178,8 +178,8 @@ class _Checks:
                 changes.append(change)
                 early += sum(not torch.equal(*pair) for pair in zip(states[:t], self.states, strict=False))
         least = float(torch.tensor(changes).min())
-        measured = f"logits change by {least:.1%} of the largest at least, in {len(changes)} edited loops; "
-        return least > 0 and early == 0, f"{measured}{early} earlier states changed"
+        measured = f"a logit changes by at least {least:.0%} of the largest logit, in {len(changes)} edited loops"
+        return least > 0 and early == 0, f"{measured}; {early} earlier states changed"
 
     def edits_elsewhere(self) -> tuple[bool, str]:
         """Edit the last layer of every stack that runs once, in a run of one loop."""
@@ -190,8 +190,8 @@ class _Checks:
                 changes[stack] = self._edit(site, 1)[0]
         if not changes:
             return True, "no layers outside the loops"
-        words = ", ".join(f"{stack} by {change:.1%}" for stack, change in changes.items())
-        return all(change > 0 for change in changes.values()), f"logits change by a share of the largest: {words}"
+        words = ", ".join(f"{change:.0%} ({stack})" for stack, change in changes.items())
+        return all(change > 0 for change in changes.values()), f"a logit changes by {words} of the largest logit"
 
     def _worst(self, differences: list[float], what: str) -> tuple[bool, str]:
         worst = float(torch.tensor(differences).max())

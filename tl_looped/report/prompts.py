@@ -77,4 +77,8 @@ def follow_chain(text: str) -> list[str]:
 
 def _hops(text: str) -> str:
     links = follow_chain(text)
-    return f"The answer is {len(links) - 1} hop{'s' if len(links) > 2 else ''} away: {' → '.join(links)}."
+    hops = f"{len(links) - 1} hop{'s' if len(links) > 2 else ''}"
+    return (
+        f"The answer is {hops} away: {' → '.join(links)}. The model was trained to answer at the last position only, "
+        "so its read-outs at the others mean little."
+    )

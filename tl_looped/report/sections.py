@@ -121,8 +121,10 @@ def _tokens(reading: Reading) -> str:
     else:
         source = f"No answer was given, so the model’s own top token after the last loop is tracked: {answer}."
     note = f" {escape(reading.prompt.note)}" if reading.prompt.note else ""
+    ids = reading.prompt.text is None and reading.tokens == tuple(map(str, reading.token_ids))
+    what = " (as ids: the model has no tokenizer)" if ids else ""
     return (
-        f'<p class="note">{len(reading.tokens)} tokens with their positions:</p><div class="strip">{cells}</div>'
+        f'<p class="note">{len(reading.tokens)} tokens{what} with their positions:</p><div class="strip">{cells}</div>'
         f"<p>{source}{note}</p>"
     )
 

@@ -19,7 +19,7 @@ _INJECTIONS = {
 }
 _LOOP_NORMS = {
     "none": "none",
-    "each": "after every loop, so the state has the same scale each time it comes back",
+    "each": "after every loop, on the state that goes back in",
     "last": "after the last loop only, before what follows",
 }
 _STATES = {
@@ -120,10 +120,8 @@ def convergence_in_words(reading: Reading) -> str:
         moves = f"The state at the last position still moves {percent(here)} of its length in the last loop, {middle}."
     if len(steps) < 3:
         return moves
-    # Loop 0 starts from the initial state, which is on another scale; so the comparison starts at loop 1.
-    ratio = here / steps[1] if steps[1] else 0.0
-    if ratio < 0.5:
-        return f"{moves} In loop 1 the last position moved {percent(steps[1])}."
-    if ratio <= 2:
-        return f"{moves} That is about as much as in loop 1 ({percent(steps[1])})."
-    return f"{moves} That is more than in loop 1 ({percent(steps[1])})."
+    # Loop 0 starts from the initial state, which may be on another scale, so it is not compared with the others.
+    largest = max(range(1, len(steps)), key=steps.__getitem__)
+    if largest == len(steps) - 1:
+        return f"{moves} That is the last position’s largest step after loop 0."
+    return f"{moves} The last position’s largest step after loop 0 was {percent(steps[largest])}, in loop {largest}."

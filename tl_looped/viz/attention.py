@@ -118,8 +118,10 @@ def circuitsvis_script() -> str:
     bundle = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
     bundle = bundle.partition("//# sourceMappingURL")[0]  # a developer console would ask for that file
     own = (Path(__file__).parent / "loop_attention.js").read_text(encoding="utf-8")
+    # Run once in a notebook too, where every view brings it: a second run would warn of the first.
+    once = f"globalThis.CircuitsVis ??= (() => {{\n{bundle}\nreturn CircuitsVis;\n}})();"
     # The bundle has the tag that would end the script in a string; escaped, it is the same string.
-    return f"{bundle}\n{own}".replace("</script", "<\\/script")
+    return f"{once}\n{own}".replace("</script", "<\\/script")
 
 
 def attention_from_position(layers: Sequence[LayerAttention], tokens: Sequence[str], position: int = -1) -> go.Figure:

@@ -50,17 +50,6 @@ def readout_heatmap(
     """
     n_loops, n_positions, _ = top_probs.shape
     probs = numbers(top_probs)
-    hover = [
-        [
-            "<br>".join(
-                f"{prob:7.2%}  {plotly_text(token)}"
-                for prob, token in zip(probs[t][j], top_tokens[t][j], strict=True)
-                if prob is not None
-            )
-            for j in range(n_positions)
-        ]
-        for t in range(n_loops)
-    ]
     heading = [f"position {first_position + j}, reads {plotly_text(token)}" for j, token in enumerate(tokens)]
     room = int(PLOT_WIDTH / n_positions / 8)  # characters that fit in a cell
     longest = max(len(show_token(top[0])) for row in top_tokens for top in row)
@@ -74,7 +63,10 @@ def readout_heatmap(
             text=cells,
             texttemplate="%{text}" if written else None,
             textfont={"size": 12},
-            customdata=[[[heading[j], hover[t][j]] for j in range(n_positions)] for t in range(n_loops)],
+            customdata=[
+                [[heading[j], _ranked(probs[t][j], top_tokens[t][j])] for j in range(n_positions)]
+                for t in range(n_loops)
+            ],
             hovertemplate="%{customdata[0]}<br>after loop %{y}:<br>%{customdata[1]}<extra></extra>",
             colorscale=PROBABILITY_SCALE,
             zmin=0,
@@ -90,6 +82,12 @@ def readout_heatmap(
     base_layout(fig, height=max(240, round(row * n_loops) + 120), margin={"l": 60, "r": 20, "t": 36, "b": 70})
     heatmap_axes(fig)
     return fig
+
+
+def _ranked(probs: Sequence[float | None], tokens: Sequence[str]) -> str:
+    """Tokens with their probabilities, one a line, for plotly."""
+    pairs = zip(probs, tokens, strict=True)
+    return "<br>".join(f"{prob:7.2%}  {plotly_text(token)}" for prob, token in pairs if prob is not None)
 
 
 def readout_curves(

@@ -64,8 +64,8 @@ def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
         back, top = entry, _MIDDLE
         pen.x = entry - 2
     pen.stack("core", cfg.n_core, arrow=mixed)
-    core_left = entry if mixed else entry - 2 + _GAP
-    pen.arrow(before, _MIDDLE, core_left, _MIDDLE)
+    first_box = entry if mixed else entry - 2 + _GAP
+    pen.arrow(before, _MIDDLE, first_box, _MIDDLE)
     pen.label("e", before + 14, _MIDDLE - 8, italic=True)
     if cfg.loop_norm == "each":
         pen.step("norm", "norm")
