@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from common import COLUMNS, SHAPES, machine, make, parser, print_table, race, same
+from common import COLUMNS, SHAPES, Side, machine, make, parser, print_table, race, same
 from plain import Plain
 
 

@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from helpers import FAMILIES, make, parity
 from torch import Tensor
 
-from helpers import FAMILIES, make, parity
 from tl_looped import LoopedModel
 from tl_looped.cache import LoopedCache
 
@@ -95,7 +95,10 @@ def writes(
 ) -> Iterator[tuple[str, str]]:
     """(name that a cell writes, name that its values come from)."""
     component = SITES[site][0] if site in SITES else site
-    layered, looped = site in LAYER_SITES or component.startswith(("attn.", "mlp.", "ln1", "ln2")), site not in ONCE_SITES
+    layered, looped = (
+        site in LAYER_SITES or component.startswith(("attn.", "mlp.", "ln1", "ln2")),
+        site not in ONCE_SITES,
+    )
     looped = looped and not component.startswith(("ln_final", "ln_coda"))
     t = at.get("loop", 0)
     loops = [t] if when == "at" else range(n_loops) if when == "every" else range(t, n_loops)

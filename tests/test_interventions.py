@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from helpers import TINY, hook_count, make, noise_like, tiny
 from patching_helpers import CASES, case, prompts, run_clean
 from plain import Plain, weights_of
+from torch import Tensor
+
 from tl_looped import LoopedModel
 from tl_looped.errors import InputError
 from tl_looped.patching import freeze_patterns, replace_injection, skip_layer, skip_loop
@@ -121,7 +121,9 @@ def test_skipping_a_layer_hands_on_what_it_reads(name: str) -> None:
         seen[name] = value
         return seen["blocks.1.loop.1.hook_resid_pre"] if name == "blocks.1.loop.1.hook_resid_post" else value
 
-    torch.testing.assert_close(run(model, skip_layer(model, -1 if model.cfg.n_core == 2 else 1, 1, LOOPS)), plain(model, see), **EXACT)
+    torch.testing.assert_close(
+        run(model, skip_layer(model, -1 if model.cfg.n_core == 2 else 1, 1, LOOPS)), plain(model, see), **EXACT
+    )
     assert torch.equal(run(model, skip_layer(model, 1, -2, LOOPS)), run(model, skip_layer(model, 1, 1, LOOPS)))
 
 

@@ -141,3 +141,16 @@ def test_the_variant_is_told_from_config_and_weights(family: str, shape: tuple[i
     cfg = parity(family).cfg
     assert (cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_loops) == shape
     assert {name: getattr(cfg, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "ouro" not in family])
+def test_the_drawn_state_is_the_papers(family: str):
+    """A normal of variance 2 / (5 d_model), cut at three; times the embedding's scale, sqrt(d_model), in Huginn."""
+    cfg = parity(family).cfg
+    scale = cfg.d_model**0.5 if family == "huginn" else 1.0
+    assert cfg.initial_state == "truncated_normal"
+    assert cfg.initial_state_std == pytest.approx((2 / (5 * cfg.d_model)) ** 0.5)
+    assert cfg.initial_state_scale == pytest.approx(scale)
+    assert cfg.embed_scale == pytest.approx(scale)
+    state = parity(family)(torch.zeros(1, 64, dtype=torch.long), stop_at_loop=0, seed=1).detach()
+    assert float(state.std()) == pytest.approx(scale * cfg.initial_state_std, rel=0.05)

@@ -6,9 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from patching_helpers import (
+    CASES,
+    CHANGED,
+    LAYER_SITES,
+    ONCE_SITES,
+    SITES,
+    case,
+    everywhere,
+    legal_axes,
+    prompts,
+    run_clean,
+)
 from torch import Tensor
 
-from patching_helpers import CASES, CHANGED, LAYER_SITES, ONCE_SITES, SITES, case, everywhere, legal_axes, prompts, run_clean
 from tl_looped import LoopedModel
 from tl_looped.patching import patch_sweep
 
@@ -120,7 +131,7 @@ def test_positions_before_the_first_difference_have_no_effect(pair: Pair, site: 
 
 
 def test_what_happens_in_the_last_loop_of_a_layer_does_not_reach_other_positions() -> None:
-    """A head's query is read at its own position: patching it elsewhere leaves the last position alone at the last layer."""
+    """A head's query is read at its own position: patching it elsewhere changes no other position at the last layer."""
     for name in ("ouro", "bare"):
         pair = Pair(name)
         pair.metric = lambda logits: logits[:, -1, 0]

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers import make, noise_like, tokens_for, word_tokenizer
+from patching_helpers import CHANGED, by_hand, case, cells, everywhere, prompts, run_clean, sizes_of
 from torch import Tensor
 from transformer_lens.patching import PatchingResult, make_df_from_ranges
 
-from helpers import make, noise_like, tokens_for, word_tokenizer
-from patching_helpers import CHANGED, by_hand, case, cells, everywhere, prompts, run_clean, sizes_of
 from tl_looped import LoopedModel
 from tl_looped.patching import LoopPatchingResult, Source, fixed, mean, patch_sweep, zero
 
@@ -93,7 +93,9 @@ def test_a_mean_of_texts_is_that_of_their_tokens() -> None:
     model = make(torch.float64, word_tokenizer())
     texts, corrupted = ["a b c", "d e f", "a a a"], prompts(model, pos=3)[1]
     results = [
-        patch_sweep(model, corrupted, mean(model, one), everywhere(model), "z", ("loop",), reduce="mean", progress=False)
+        patch_sweep(
+            model, corrupted, mean(model, one), everywhere(model), "z", ("loop",), reduce="mean", progress=False
+        )
         for one in (texts, model.to_tokens(texts))
     ]
     assert torch.equal(results[0].values, results[1].values)
@@ -149,7 +151,9 @@ def test_a_cache_of_half_precision_serves_a_model_of_full_precision() -> None:
 # Metrics.
 
 
-def run_sweep(model: LoopedModel, metric: Any, reduce: str, axes: tuple[str, ...] = ("loop", "pos")) -> LoopPatchingResult:
+def run_sweep(
+    model: LoopedModel, metric: Any, reduce: str, axes: tuple[str, ...] = ("loop", "pos")
+) -> LoopPatchingResult:
     clean, corrupted = prompts(model, batch=3, pos=LENGTH)
     cache = run_clean(model, clean)
     return patch_sweep(model, corrupted, cache, metric, "resid_pre", axes, reduce=reduce, progress=False)
@@ -219,7 +223,9 @@ def test_the_statistics_of_the_result_work() -> None:
         corrupted_baseline = first(model(prompts(model, batch=3, pos=LENGTH)[1]))
     torch.testing.assert_close(result.baseline, corrupted_baseline, **EXACT)
     normalized = result.normalized(clean_baseline)
-    torch.testing.assert_close(normalized[0, CHANGED], torch.ones(3, dtype=torch.float64), **EXACT)  # "bare": the embedding
+    torch.testing.assert_close(
+        normalized[0, CHANGED], torch.ones(3, dtype=torch.float64), **EXACT
+    )  # "bare": the embedding
     assert torch.equal(normalized[0, 0], torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(result.stderr(), result.values.std(-1) / 3**0.5, **EXACT)
     low, high = result.bootstrap_ci(n_resamples=50, of_effect=True)

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformer_lens import patching
-
 from helpers import hook_count, make, word_tokenizer
 from patching_helpers import (
     CASES,
@@ -30,6 +27,9 @@ from patching_helpers import (
     run_clean,
     sizes_of,
 )
+from torch import Tensor
+from transformer_lens import patching
+
 from tl_looped import LoopedModel
 from tl_looped.patching import LoopPatchingResult, patch_sweep
 
@@ -44,7 +44,9 @@ def double(name: str) -> LoopedModel:
     return case(name, torch.float64)
 
 
-def sweep(model: LoopedModel, corrupted: Tensor, source: Any, site: str, axes: Any, **options: Any) -> LoopPatchingResult:
+def sweep(
+    model: LoopedModel, corrupted: Tensor, source: Any, site: str, axes: Any, **options: Any
+) -> LoopPatchingResult:
     """A sweep with a metric for each prompt, kept."""
     options = {"reduce": "none", "progress": False, "n_loops": 2, **options}
     return patch_sweep(model, corrupted, source, everywhere(model), site, axes, **options)
@@ -256,7 +258,11 @@ def test_only_what_a_patch_can_change_is_run_again(monkeypatch: pytest.MonkeyPat
     cache = run_clean(model, clean, 3)
     calls = []
     forward = type(model.transformer.blocks[0]).forward
-    places = {id(block): f"{stack}{i}" for stack in ("prelude", "blocks", "coda") for i, block in enumerate(getattr(model.transformer, stack))}
+    places = {
+        id(block): f"{stack}{i}"
+        for stack in ("prelude", "blocks", "coda")
+        for i, block in enumerate(getattr(model.transformer, stack))
+    }
 
     def spy(self: Any, x: Tensor, frame: Any, loop: int | None = None) -> Tensor:
         calls.append(places[id(self)])
@@ -300,7 +306,9 @@ def test_the_numbers_are_those_of_transformerlens_on_the_unrolled_view(name: str
 def test_the_default_sweep_is_the_residual_stream_over_loops_layers_and_positions() -> None:
     model = double("bare")
     clean, corrupted = prompts(model, pos=LENGTH)
-    result = patch_sweep(model, corrupted, run_clean(model, clean), lambda logits: logits[:, -1, 0].mean(), progress=False)
+    result = patch_sweep(
+        model, corrupted, run_clean(model, clean), lambda logits: logits[:, -1, 0].mean(), progress=False
+    )
     assert result.axis_names == ["loop", "layer", "pos"] and result.values.shape == (2, 2, LENGTH)
     assert result.site == "resid_pre" and result.reduced and result.metric_names == ["metric"]
     assert result.made_by["n_loops"] == 2 and result.made_by["when"] == "at" and result.made_by["source"] == "cache"

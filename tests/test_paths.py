@@ -7,23 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from helpers import hook_count, make, noise_like
 from patching_helpers import CASES, case, direction, everywhere, prompts, run_clean
 from plain import Plain, Tape, weights_of
+from torch import Tensor
+
 from tl_looped import LoopedModel
 from tl_looped.errors import InputError
 from tl_looped.patching import Receiver, Sender, patch_sweep, path_patch
 
 LOOPS, LENGTH = 3, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-INPUTS = {"q": ["attn.hook_q"], "k": ["attn.hook_k"], "v": ["attn.hook_v"], "mlp": ["mlp.hook_pre", "mlp.hook_pre_linear"]}
+INPUTS = {
+    "q": ["attn.hook_q"],
+    "k": ["attn.hook_k"],
+    "v": ["attn.hook_v"],
+    "mlp": ["mlp.hook_pre", "mlp.hook_pre_linear"],
+}
 
 
-def paths(
-    model: LoopedModel, sender: Sender, receivers: list[Receiver], metric: Any = None, **options: Any
-) -> Tensor:
+def paths(model: LoopedModel, sender: Sender, receivers: list[Receiver], metric: Any = None, **options: Any) -> Tensor:
     clean, corrupted = prompts(model, pos=LENGTH)
     options = {"reduce": "none", "n_loops": LOOPS, **options}
     cache = run_clean(model, clean, options["n_loops"])
@@ -177,7 +180,9 @@ def test_the_path_to_a_receiver_is_its_input_at_the_corrupted_stream_plus_what_w
     edits: dict[str, Tensor] = {}
     with torch.no_grad():
         if kind == "mlp":
-            edits["mlp.hook_pre"], edits["mlp.hook_pre_linear"] = (f(block.ln2(stream, 2)) for f in (block.mlp.gate, block.mlp.up))
+            edits["mlp.hook_pre"], edits["mlp.hook_pre_linear"] = (
+                f(block.ln2(stream, 2)) for f in (block.mlp.gate, block.mlp.up)
+            )
         else:
             edits[f"attn.hook_{kind}"] = getattr(block.attn, kind)(block.ln1(stream, 2)).unflatten(-1, (-1, 4))
         hooks = [(f"blocks.1.loop.2.{name}", lambda x, hook, v=value: v) for name, value in edits.items()]
@@ -195,9 +200,16 @@ def test_the_last_mlp_has_no_path_but_that_to_the_readout(name: str) -> None:
     clean, corrupted = prompts(model, pos=LENGTH)
     last = model.cfg.n_core - 1
     cells = patch_sweep(
-        model, corrupted, run_clean(model, clean, LOOPS), everywhere(model), "mlp_out", ("loop", "layer"), reduce="none",
-        n_loops=LOOPS, progress=False,
-    )  # fmt: skip
+        model,
+        corrupted,
+        run_clean(model, clean, LOOPS),
+        everywhere(model),
+        "mlp_out",
+        ("loop", "layer"),
+        reduce="none",
+        n_loops=LOOPS,
+        progress=False,
+    )
     direct = paths(model, Sender(LOOPS - 1, last, "mlp"), [Receiver("readout")])[0]
     torch.testing.assert_close(direct, cells.values[-1, last], **EXACT)
     assert not torch.allclose(paths(model, Sender(0, last, "mlp"), [Receiver("readout")])[0], cells.values[0, last])
@@ -222,7 +234,11 @@ def test_negative_indices_count_from_the_end_and_all_heads_are_attention() -> No
 
 
 def test_the_three_ways_to_reduce_agree() -> None:
-    model, sender, receivers = case("huginn", torch.float64), Sender(0, 0, "attn"), [Receiver("readout"), Receiver("mlp", 2, 1)]
+    model, sender, receivers = (
+        case("huginn", torch.float64),
+        Sender(0, 0, "attn"),
+        [Receiver("readout"), Receiver("mlp", 2, 1)],
+    )
     kept, metric = paths(model, sender, receivers), everywhere(model)
     assert kept.shape == (2, 2)
     torch.testing.assert_close(paths(model, sender, receivers, reduce="mean"), kept.mean(-1), **EXACT)
@@ -236,7 +252,9 @@ def test_clean_into_clean_changes_nothing() -> None:
         clean, _ = prompts(model, pos=LENGTH)
         receivers = [Receiver("q", 1, 1), Receiver("mlp", 2, 0), Receiver("readout")]
         cache, metric = run_clean(model, clean, LOOPS), everywhere(model)
-        values = path_patch(model, clean, cache, metric, Sender(0, 1, "head", 0), receivers, reduce="none", n_loops=LOOPS)
+        values = path_patch(
+            model, clean, cache, metric, Sender(0, 1, "head", 0), receivers, reduce="none", n_loops=LOOPS
+        )
         with torch.no_grad():
             expected = metric(model(clean, LOOPS)).expand(3, -1)
         torch.testing.assert_close(values, expected, **EXACT)
@@ -322,7 +340,19 @@ def test_a_cache_without_the_senders_output_is_refused(no_runs: None) -> None:
     model = case("added")
     cache = CACHE[0].apply_slice_to_loops([1])
     with pytest.raises(InputError, match=r"the source's cache has no 'blocks.0.loop.0.hook_mlp_out'"):
-        path_patch(model, prompts(model, pos=LENGTH)[1], cache, all_logits, Sender(0, 0, "mlp"), [Receiver("readout")], n_loops=3)
-    with pytest.raises(InputError, match=r"path_patch takes one metric, not a mapping of \['one', 'two'\]: call it for each"):
+        path_patch(
+            model,
+            prompts(model, pos=LENGTH)[1],
+            cache,
+            all_logits,
+            Sender(0, 0, "mlp"),
+            [Receiver("readout")],
+            n_loops=3,
+        )
+    with pytest.raises(
+        InputError, match=r"path_patch takes one metric, not a mapping of \['one', 'two'\]: call it for each"
+    ):
         two: Any = {"one": all_logits, "two": all_logits}
-        path_patch(model, prompts(model, pos=LENGTH)[1], CACHE[0], two, Sender(0, 0, "mlp"), [Receiver("readout")], n_loops=3)
+        path_patch(
+            model, prompts(model, pos=LENGTH)[1], CACHE[0], two, Sender(0, 0, "mlp"), [Receiver("readout")], n_loops=3
+        )

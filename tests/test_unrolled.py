@@ -1,4 +1,4 @@
-"""The realised-depth view against real feedforward models with copied weights: one of our own, and transformers' Llama in
+"""The realised-depth view against feedforward models with copied weights: one of our own, and transformers' Llama in
 TransformerLens's own bridge."""
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformer_lens.tools.analysis as tools
+from helpers import FAMILIES, hook_count, make, noise_like, parity, word_tokenizer
+from patching_helpers import CASES, case, prompts, run_clean
 from torch import Tensor
 from transformer_lens import ActivationCache, patching
 from transformer_lens.head_detector import detect_head
@@ -18,8 +20,6 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from helpers import FAMILIES, hook_count, make, noise_like, parity, word_tokenizer
-from patching_helpers import CASES, case, prompts, run_clean
 from tl_looped import LoopedModel
 from tl_looped.errors import HookNameError, InputError
 from tl_looped.schedule import CODA, CORE, PRELUDE
@@ -157,14 +157,16 @@ def test_the_copies_compute_what_the_view_computes() -> None:
     for name, tensor in native.items():
         if not name.startswith(("loop.", "hook_state")):
             assert_same(name, ours[name], tensor)
-    shared = [name for name in ours.keys() if name in hub.cache_dict and "scores" not in name]
+    shared = [name for name in ours if name in hub.cache_dict and "scores" not in name]
     assert len(shared) == 3 + 19 * 6  # the embedding, two of the final norm, and 19 in every layer
     for name in shared:
         assert_same(name, ours[name], hub[name])
 
 
 _PATCHES = ["resid_pre", "resid_mid", "attn_out", "mlp_out", "block_every"]
-_PATCHES += [f"attn_head_{part}_{where}" for part in ("out", "q", "k", "v", "pattern") for where in ("by_pos", "all_pos")]
+_PATCHES += [
+    f"attn_head_{part}_{where}" for part in ("out", "q", "k", "v", "pattern") for where in ("by_pos", "all_pos")
+]
 _PATCHES += ["attn_head_pattern_dest_src_pos", "attn_head_by_pos_every", "attn_head_all_pos_every"]
 
 
@@ -228,7 +230,9 @@ _CACHE_CALLS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "options"), _CACHE_CALLS)
-def test_activation_cache_functions_give_the_numbers_of_a_feedforward_model(method: str, options: dict[str, Any]) -> None:
+def test_activation_cache_functions_give_the_numbers_of_a_feedforward_model(
+    method: str, options: dict[str, Any]
+) -> None:
     with torch.no_grad():
         ours, native, hub = (getattr(cache, method)(**options) for cache in caches())
     assert_same(method, ours, native)
@@ -259,7 +263,9 @@ def test_the_parts_of_the_residual_stream_add_up() -> None:
             assert_same("logit_attrs", parts.sum(0), logits.gather(-1, clean[..., None])[..., 0])
 
 
-@pytest.mark.parametrize("tokens", [3, torch.tensor(3), torch.tensor([3]), torch.tensor([3, 4]), torch.ones(2, 3).long()])
+@pytest.mark.parametrize(
+    "tokens", [3, torch.tensor(3), torch.tensor([3]), torch.tensor([3, 4]), torch.ones(2, 3).long()]
+)
 def test_logit_attrs_are_those_of_a_bridge_with_its_norms_folded_in(tokens: Any) -> None:
     clean, _ = pair(looped())
     with torch.no_grad():
@@ -502,7 +508,9 @@ def test_a_last_norm_before_a_head_without_one_is_the_views_final_norm() -> None
 def test_a_head_that_does_not_read_through_one_norm_is_refused(changes: dict[str, Any], how: str) -> None:
     model = make(**changes)
     _, cache = model.unrolled(1).run_with_cache(pair(model)[0])
-    with pytest.raises(InputError, match=f"reads the last layer's output through {how}. Read states with looped.readout"):
+    with pytest.raises(
+        InputError, match=f"reads the last layer's output through {how}. Read states with looped.readout"
+    ):
         cache.accumulated_resid(apply_ln=True)
     with pytest.raises(ValueError, match="exposes no `ln_final` component"):
         cache.logit_lens()

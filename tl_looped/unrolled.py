@@ -119,7 +119,9 @@ def broken_sum(cfg: LoopedConfig, n_loops: int) -> str | None:
 def broken_readout(cfg: LoopedConfig) -> str | None:
     """Why the head does not read the last layer's output through `ln_final` and nothing else; None where it does."""
     norms = (cfg.loop_norm != "none" and cfg.n_coda == 0) + cfg.final_norm
-    return None if norms == 1 else f"its head reads the last layer's output through {('no norm', '', 'two norms')[norms]}"
+    return (
+        None if norms == 1 else f"its head reads the last layer's output through {('no norm', '', 'two norms')[norms]}"
+    )
 
 
 class UnrolledCache(ActivationCache):

@@ -51,8 +51,6 @@ def rotate(
     (a, b) -> (a cos - b sin, b cos + a sin): every component times cos, plus its partner times a sine that is negative
     for the first of a pair.
     """
-    if style == "halves":
-        partner = x.roll(x.shape[-1] // 2, dims=-1)
-    else:
-        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    halves = style == "halves"
+    partner = x.roll(x.shape[-1] // 2, dims=-1) if halves else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return x * cos + partner * sin

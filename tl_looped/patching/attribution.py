@@ -89,7 +89,9 @@ def attribution_sweep(
     for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
         for name, grad in _gradients(model, run, sites, metrics, source, fraction).items():
             grads[name] = grads.get(name, 0) + grad / len(fractions)
-    products = {one.name: _product(source.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites}
+    products = {
+        one.name: _product(source.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites
+    }
     effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
     values = metrics.reduced(effects + baseline[0])
     return LoopPatchingResult(

@@ -60,8 +60,9 @@ class Source:
                 f"the source's cache has no {missing[0]!r} (and {len(missing) - 1} more that this call reads): "
                 "run it with a names_filter and loops that keep them."
             )
-        for name in dict.fromkeys(names) if run is not None else ():
-            self._check_shape(name, *run.tokens.shape)
+        if run is not None:
+            for name in dict.fromkeys(names):
+                self._check_shape(name, *run.tokens.shape)
 
     def _check_shape(self, name: str, batch: int, pos: int) -> None:
         wanted = {"batch": batch, "pos": pos, "query": pos, "key": pos}
