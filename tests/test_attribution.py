@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from helpers import hook_count, make, tokens_for
 from patching_helpers import (
     CASES,
@@ -29,6 +27,8 @@ from patching_helpers import (
     run_clean,
     sizes_of,
 )
+from torch import Tensor
+
 from tl_looped import LoopedModel
 from tl_looped.errors import InputError
 from tl_looped.patching import LoopPatchingResult, attribution_sweep, fixed, mean, patch_sweep, zero
@@ -63,7 +63,7 @@ def check(
     model: LoopedModel, site: str, axes: tuple[str, ...], n: int, dims: Any = None, seed: int = 8, **options: Any
 ) -> LoopPatchingResult:
     clean, corrupted = (run_clean(model, tokens, LOOPS) for tokens in prompts(model, pos=LENGTH))
-    change = {name: clean.cache_dict[name] - corrupted.cache_dict[name] for name in clean.keys()}
+    change = {name: clean.cache_dict[name] - corrupted.cache_dict[name] for name in clean}
     result = estimate(model, site, axes, **options)
     when = "at" if "loop" in axes else "every"
     for at in cells(sizes_of(model, site, axes, LOOPS, LENGTH), n, seed):
@@ -125,7 +125,7 @@ def test_scores_that_no_query_sees_count_as_nothing() -> None:
     assert bool((result.effect()[:, :, :, future] == 0).all())
     change = {}
     clean, corrupted = (run_clean(model, tokens, LOOPS) for tokens in prompts(model, pos=LENGTH))
-    for name in clean.keys():
+    for name in clean:
         change[name] = (clean.cache_dict[name] - corrupted.cache_dict[name]).nan_to_num()
     at = {"loop": 0, "layer": 1, "head": 2, "pos": 3, "key": 2}
     expected = slope(model, change, "attn.hook_attn_scores", at, dims=PATTERN)
@@ -193,7 +193,7 @@ def test_attribution_of_a_linear_model_is_exact(changes: dict[str, Any]) -> None
 
 
 def test_every_activation_has_the_gradient_of_its_own_loop() -> None:
-    """The state of loop t passes T - t mixings to the read-out, so the gradient of another loop gives another number."""
+    """The state of loop t passes T - t mixings to the read-out, so another loop has another gradient."""
     model, loops = linear(injection="concat_linear"), 3
     clean, corrupted = prompts(model, pos=LENGTH, changed=LENGTH - 1)
     caches = [run_clean(model, tokens, loops) for tokens in (clean, corrupted)]

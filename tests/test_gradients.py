@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -161,24 +162,33 @@ def test_watching_gradients_changes_nothing(model, tokens):
     )
 
 
-@pytest.mark.parametrize("site", ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_result"])
-def test_a_detached_value_stops_the_gradient(model, tokens, site):
-    """Freezing attention: the values stay (to rounding), the gradient through the site does not."""
-    name = f"blocks.1.loop.1.{site}"
-    hooks = [(name, lambda x, hook: x.detach())]
-    loss, whole = (
-        model.run_with_hooks(tokens, n_loops=3, return_type="loss", fwd_hooks=fwd_hooks) for fwd_hooks in (hooks, [])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "site", ["attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result", "{}.hook_scale", "{}.hook_normalized"]
+)
+def test_a_detached_value_stops_the_gradient(model, tokens, site, frozen):
+    """Freezing attention or norms: the output stays, to the bit; the gradient through the site does not.
+
+    So also where the weights take no gradients, and the explicit value then has none to give.
+    """
+    name = "blocks.1.loop.1." + site.format("ln1_post" if model.cfg.norm_placement == "output" else "ln1")
+    state = noise_like(model(tokens, stop_at_loop=0)).requires_grad_()
+    weights = {key: weight.requires_grad_(not frozen) for key, weight in weights_of(model).items()}
+    plain = Plain(
+        model.cfg, weights, lambda at, x: state if at == "hook_state_init" else x.detach() if at == name else x
     )
-    assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
-    tape = Tape()
-    weights = {key: weight.requires_grad_() for key, weight in weights_of(model).items()}
-    plain = Plain(model.cfg, weights, lambda at, x: tape(at, x.detach() if at == name else x))
-    logits = plain.run(tokens, 3, model.prepare(tokens).state)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    loss.backward()
-    for key, parameter in model.transformer.named_parameters():
-        if weights[key].grad is not None:
-            torch.testing.assert_close(parameter.grad, weights[key].grad, rtol=1e-9, atol=1e-11)
+    logits = plain.run(tokens, 3, state)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    leaves = [state, *(() if frozen else (weights["blocks.0.attn.q.weight"], weights["blocks.1.attn.v.weight"]))]
+    wanted = torch.autograd.grad(loss, leaves)
+
+    model = copy.deepcopy(model).requires_grad_(not frozen)
+    options = {"n_loops": 3, "initial_state": state, "return_type": "loss"}
+    found = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: x.detach())], **options)
+    assert torch.equal(found, model(tokens, **options))
+    blocks = model.transformer.blocks
+    leaves = [state, *(() if frozen else (blocks[0].attn.q.weight, blocks[1].attn.v.weight))]
+    torch.testing.assert_close(torch.autograd.grad(found, leaves), wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -336,23 +336,11 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.transformer), "forward", run)
 
 
-def test_a_cache_without_the_senders_output_is_refused(no_runs: None) -> None:
+def test_a_cache_without_the_senders_output_and_several_metrics_are_refused(no_runs: None, as_a_user: None) -> None:
     model = case("added")
-    cache = CACHE[0].apply_slice_to_loops([1])
+    corrupted, where = prompts(model, pos=LENGTH)[1], (Sender(0, 0, "mlp"), [Receiver("readout")])
     with pytest.raises(InputError, match=r"the source's cache has no 'blocks.0.loop.0.hook_mlp_out'"):
-        path_patch(
-            model,
-            prompts(model, pos=LENGTH)[1],
-            cache,
-            all_logits,
-            Sender(0, 0, "mlp"),
-            [Receiver("readout")],
-            n_loops=3,
-        )
-    with pytest.raises(
-        InputError, match=r"path_patch takes one metric, not a mapping of \['one', 'two'\]: call it for each"
-    ):
-        two: Any = {"one": all_logits, "two": all_logits}
-        path_patch(
-            model, prompts(model, pos=LENGTH)[1], CACHE[0], two, Sender(0, 0, "mlp"), [Receiver("readout")], n_loops=3
-        )
+        path_patch(model, corrupted, CACHE[0].apply_slice_to_loops([1]), all_logits, *where, n_loops=LOOPS)
+    two: Any = {"one": all_logits, "two": all_logits}
+    with pytest.raises(InputError, match=r"path_patch takes one metric, not a mapping of \['one', 'two'\]"):
+        path_patch(model, corrupted, CACHE[0], two, *where, n_loops=LOOPS)

@@ -158,7 +158,7 @@ class SharedHookPoint(HookPoint):
         """The activation after this loop's hooks."""
         if not (self.fwd_hooks or self.bwd_hooks):
             return x
-        return self.fire(x, loop)[0]
+        return self._run(x, loop)[0]
 
     def _acting(self, handles: Iterable[LensHandle], site: HookSite) -> list[LoopHandle]:
         return [
@@ -178,7 +178,15 @@ class SharedHookPoint(HookPoint):
         return bool(self._acting([*self.fwd_hooks, *self.bwd_hooks], self.site.at(loop)))
 
     def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, bool]:
-        """Run the hooks of this loop on `x`; return the activation to go on with, and whether a hook changed it.
+        """Run the hooks of this loop on `x`; return what to go on with, and whether a hook changed its numbers.
+
+        A hook that puts the same numbers in place, as patching a run into itself does, changes nothing.
+        """
+        final, touched = self._run(x, loop)
+        return final, touched and not torch.equal(final, x)
+
+    def _run(self, x: Tensor, loop: int | None) -> tuple[Tensor, bool]:
+        """The activation after its hooks, and whether one of them wrote to it or gave another.
 
         A hook that may write gets a copy: the tensor itself may be the caller's initial state, the prelude's output
         that every loop reads again, or in a cache, and none of these is to change when a hook edits in place.
@@ -190,21 +198,17 @@ class SharedHookPoint(HookPoint):
             result = handle.fn(final, hook=here)
             if result is not None:
                 final = _checked(result, x, here.name)
-        edited = final is not shown or (shown is not x and _written(shown, x))
+        written = shown is not x and (shown.is_inference() or shown._version > 0)  # inference tensors have no version
+        touched = final is not shown or written
         backward = self._acting(self.bwd_hooks, here.site)
         if backward and final.requires_grad:
             final = final.view_as(final)  # a node of its own, as one tensor may pass through several sites
             final.register_hook(partial(_run_backward, [handle.fn for handle in backward], here))
-        return final, edited
+        return final, touched
 
     def forward(self, x: Tensor, loop: int | None = None) -> Tensor:
         """The same as calling the point."""
         return self(x, loop)
-
-
-def _written(copy: Tensor, original: Tensor) -> bool:
-    """Whether a fresh copy was written to: by its version, or for inference tensors, which have none, by its values."""
-    return not torch.equal(copy, original) if copy.is_inference() else copy._version > 0
 
 
 def _checked(result: object, x: Tensor, name: str) -> Tensor:
@@ -289,5 +293,5 @@ def same_value(value: Tensor, through: Tensor) -> Tensor:
     output.
     """
     if not through.requires_grad:
-        return value
+        return value.detach()
     return value.detach() + (through - through.detach())

@@ -62,10 +62,10 @@ def check_source(source: Source, run: Run) -> None:
         raise InputError("source and patched prompts have their padding at different places.")
     if source.name == "cache" and not _same_course(theirs, run):
         raise InputError("the source ran with another attention_mask, other position_ids, or from a later loop.")
-    if theirs.seed != run.seed:
-        raise InputError(f"the source's initial state was drawn with seed {theirs.seed}, this run's with {run.seed}.")
     if theirs.state_given != run.state_given:
         raise InputError("only one of the source and the patched run was given an initial state: give both the same.")
+    if theirs.seed != run.seed:
+        raise InputError(f"the source's initial state was drawn with seed {theirs.seed}, this run's with {run.seed}.")
     if theirs.state_given and theirs.state is not None and run.state is not None:
         same = theirs.state.shape == run.state.shape and torch.equal(theirs.state.cpu(), run.state.cpu())
         if not same:
