@@ -11,6 +11,7 @@ from helpers import hook_count, make, noise_like, tokens_for, word_tokenizer
 from patching_helpers import case, prompts, run_clean
 from torch import Tensor
 from transformer_lens import ActivationCache
+from transformer_lens.utilities.slice import Slice
 
 from tl_looped import LoopedModel
 from tl_looped.cache import LoopedCache
@@ -134,8 +135,9 @@ def test_a_cache_of_another_course(refused: Refused, function: Callable[..., Any
     positions = torch.arange(LENGTH).expand(2, -1) + 3
     everyone = torch.ones(2, LENGTH, LENGTH)
     for options in ({"position_ids": positions}, {"attention_mask": everyone}):
+        other = run_clean(model, corrupted, 2, **options)
         with refused(ran):
-            function(model, corrupted, run_clean(model, corrupted, 2, **options), n_loops=2)
+            function(model, corrupted, other, n_loops=2)
     state = noise_like(torch.empty(2, LENGTH, model.cfg.d_model))
     later = run_clean(model, corrupted, 2, initial_state=state, start_at_loop=1)
     with refused(ran):
@@ -147,12 +149,14 @@ def test_a_cache_that_lacks_what_is_patched(refused: Refused, function: Callable
     model, corrupted, cache = given()
     clean, _ = prompts(model, pos=LENGTH)
     lacks = r"the source's cache has no 'blocks.0.loop.0.hook_\w+' \(and \d more that this call reads\): run it with"
+    embeddings = model.run_with_cache(clean, 2, names_filter="hook_embed")[1]
+    single = model.run_with_cache(clean[:1], 2, remove_batch_dim=True)[1]
     with refused(lacks):
-        function(model, corrupted, model.run_with_cache(clean, 2, names_filter="hook_embed")[1], n_loops=2)
+        function(model, corrupted, embeddings, n_loops=2)
     with refused(lacks):
         function(model, corrupted, cache.apply_slice_to_loops([1]), n_loops=2)
     with refused("the source's cache has no batch axis: run it without remove_batch_dim"):
-        function(model, corrupted[:1], model.run_with_cache(clean[:1], 2, remove_batch_dim=True)[1], n_loops=2)
+        function(model, corrupted[:1], single, n_loops=2)
 
 
 @every_function
@@ -163,8 +167,14 @@ def test_a_cache_of_some_rows_or_positions_only(refused: Refused, function: Call
     with refused(r"has 1 along 'batch', the patched prompts 2: take the source from 2 prompts of 4 tokens"):
         function(model, corrupted, cache.apply_slice_to_batch_dim([1]), n_loops=2)
     for pos_slice in (-1, [0]):
+        part = model.run_with_cache(clean, 2, pos_slice=pos_slice)[1]
         with refused(r"has 1 along 'pos', the patched prompts 4: .* without pos_slice or rows left out\."):
-            function(model, corrupted, model.run_with_cache(clean, 2, pos_slice=pos_slice)[1], n_loops=2)
+            function(model, corrupted, part, n_loops=2)
+    part = model.run_with_cache(clean, 2, pos_slice=Slice(-1))[1]
+    with refused(
+        r"has shape \(2, \d+\) instead of \['batch', 'pos', 'd_model'\]: cache it without pos_slice|\(2, 4, 4\)"
+    ):
+        function(model, corrupted, part, n_loops=2)
 
 
 @every_function
@@ -407,11 +417,14 @@ def test_means_that_do_not_fit(refused: Refused) -> None:
     model, corrupted, _ = given("retrofit-tinyllama")
     reference = tokens_for(model, 3, LENGTH + 1)
     longer, seeded = mean(model, reference, n_loops=2), mean(model, reference[:, :LENGTH], n_loops=2, seed=3)
-    some = mean(model, reference[:, :LENGTH], "attn.hook_z", 2)
+    some, over_all = (
+        mean(model, reference[:, :LENGTH], "blocks.0.attn.hook_z", 2),
+        mean(model, reference, n_loops=2, per_position=False),
+    )
     with refused("has 5 along 'pos', the patched prompts 4: .*, or a mean with per_position=False"):
         sweep(model, corrupted, longer, n_loops=2)
     with refused("has 5 along 'key', the patched prompts 4"):
-        sweep(model, corrupted, mean(model, reference, n_loops=2, per_position=False), site="pattern", n_loops=2)
+        sweep(model, corrupted, over_all, site="pattern", n_loops=2)
     with refused("drawn with seed 3, this run's with 0"):
         sweep(model, corrupted, seeded, n_loops=2)
     with refused("the source ran 2 loops, this call 3"):

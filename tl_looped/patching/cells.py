@@ -111,6 +111,8 @@ class Plan:
         sourced = "source_loop" in self.axes or self.source_loop is not None
         if sourced and not self.looped:
             raise InputError(f"site {site!r} fires once in a run, so it has no source_loop.")
+        if not self.looped and self.when in ("from", "clamp"):
+            raise InputError(f"site {site!r} fires once in a run, so it has no when={self.when!r}: leave it out.")
         if sourced and self.when == "clamp":
             raise InputError(
                 "when='clamp' takes the source at the cell's own loop: leave source_loop out, or use 'from'."
