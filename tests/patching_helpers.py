@@ -169,3 +169,21 @@ def sizes_of(model: LoopedModel, site: str, axes: Sequence[str], n_loops: int, p
     every = {"loop": n_loops, "source_loop": n_loops, "layer": model.cfg.n_core, "pos": pos, "key": pos}
     every |= {"head": heads, "neuron": model.cfg.d_mlp}
     return {axis: every[axis] for axis in axes}
+
+
+def short_prompts(model: LoopedModel) -> tuple[Tensor, Tensor]:
+    """(clean, corrupted) of three tokens, for TransformerLens's patching, which runs one forward for every cell."""
+    return prompts(model, pos=3, changed=1)
+
+
+def assert_same(name: str, ours: Any, theirs: Any) -> None:
+    """Equal up to rounding in float32, also in tuples, or plainly equal."""
+    if isinstance(ours, Tensor):
+        assert ours.shape == theirs.shape, name
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    elif isinstance(ours, tuple):
+        assert len(ours) == len(theirs), name
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(name, one, other)
+    else:
+        assert ours == theirs, name

@@ -354,6 +354,28 @@ def test_it_works_where_gradients_are_off_and_leaves_a_given_state_alone() -> No
     assert given.grad is None and given.requires_grad
 
 
+def test_it_refuses_where_there_can_be_no_gradients() -> None:
+    model = case("bare")
+    with torch.inference_mode():
+        cache = run_clean(model, prompts(model, pos=LENGTH)[0], LOOPS)
+        with pytest.raises(InputError, match=r"call it outside torch.inference_mode\(\); torch.no_grad\(\) is fine"):
+            estimate(model, "state", ("loop",), source=cache)
+    assert estimate(model, "state", ("loop",), source=cache, n_steps=2).values.shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["huginn", "ouro"])
+def test_half_precision_gives_about_the_same(name: str) -> None:
+    half, full = case(name, torch.bfloat16), case(name, torch.float64)
+    for function in (attribution_sweep, patch_sweep):
+        effects = []
+        for model in (half, full):
+            clean, corrupted = prompts(model, pos=LENGTH)
+            args = (model, corrupted, run_clean(model, clean, LOOPS), direction(model), "attn.hook_attn_scores")
+            result = function(*args, ("loop", "layer"), n_loops=LOOPS, reduce="none", progress=False)
+            effects.append(result.effect().double())
+        assert (effects[0] - effects[1]).norm() < 0.3 * effects[1].norm()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

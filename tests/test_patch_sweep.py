@@ -205,6 +205,14 @@ def test_padded_prompts_are_patched_with_their_own_masks() -> None:
             torch.testing.assert_close(result.values[tuple(at.values())], everywhere(model)(logits), **EXACT)
 
 
+@pytest.mark.parametrize("changes", [{}, {"injection": "add", "n_prelude": 1, "loop_norm": "each"}])
+def test_a_single_core_layer(changes: dict[str, Any]) -> None:
+    model = make(torch.float64, n_core=1, **changes)
+    for site in (*LOOP_SITES, "resid_pre", "resid_post", "pattern"):
+        check_cells(model, site, ("loop", "pos"), 0)
+        check_cells(model, site, ("pos", "loop"), 3, when="from")
+
+
 # Batches.
 
 

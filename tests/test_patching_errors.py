@@ -171,9 +171,7 @@ def test_a_cache_of_some_rows_or_positions_only(refused: Refused, function: Call
         with refused(r"has 1 along 'pos', the patched prompts 4: .* without pos_slice or rows left out\."):
             function(model, corrupted, part, n_loops=2)
     part = model.run_with_cache(clean, 2, pos_slice=Slice(-1))[1]
-    with refused(
-        r"has shape \(2, \d+\) instead of \['batch', 'pos', 'd_model'\]: cache it without pos_slice|\(2, 4, 4\)"
-    ):
+    with refused(r"has shape \(2, 16\) instead of \['batch', 'pos', 'd_model'\]: cache it without pos_slice"):
         function(model, corrupted, part, n_loops=2)
 
 

@@ -10,28 +10,21 @@ from typing import Any
 import pytest
 import torch
 import transformer_lens.tools.analysis as tools
-from helpers import FAMILIES, hook_count, make, noise_like, parity, word_tokenizer
-from patching_helpers import CASES, case, prompts, run_clean
+from helpers import hook_count, make, word_tokenizer
+from patching_helpers import assert_same, short_prompts
 from torch import Tensor
 from transformer_lens import ActivationCache, patching
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tl_looped import LoopedModel
-from tl_looped.errors import HookNameError, InputError
-from tl_looped.schedule import CODA, CORE, PRELUDE
+from tl_looped.errors import HookNameError
 from tl_looped.unrolled import UnrolledModel
 
 LOOPS = 2
 FEW = {"n_heads": 2, "d_head": 8, "n_key_value_heads": 1}
-
-
-def pair(model: LoopedModel) -> tuple[Tensor, Tensor]:
-    """(clean, corrupted): short, as TransformerLens runs one forward for every cell."""
-    return prompts(model, pos=3, changed=1)
 
 
 @lru_cache
@@ -88,65 +81,9 @@ def bridge(folded: bool = False) -> TransformerBridge:
 @lru_cache
 def caches() -> tuple[ActivationCache, ActivationCache, ActivationCache]:
     """The clean prompts' caches of the view, of the copy, and of the bridge."""
-    clean, _ = pair(looped())
+    clean, _ = short_prompts(looped())
     with torch.no_grad():
         return tuple(model.run_with_cache(clean)[1] for model in (view(), copied(), bridge()))
-
-
-def assert_same(name: str, ours: Any, theirs: Any) -> None:
-    if isinstance(ours, Tensor):
-        assert ours.shape == theirs.shape, name
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
-    elif isinstance(ours, tuple):
-        assert len(ours) == len(theirs), name
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same(name, one, other)
-    else:
-        assert ours == theirs, name
-
-
-# What it is.
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_view_meets_transformerlenss_protocols(name: str) -> None:
-    model = case(name)
-    unrolled = model.unrolled(3)
-    assert isinstance(unrolled, TransformerLensModel)
-    assert isinstance(unrolled, TransformerLensModelWithWeights)
-    cfg = model.cfg
-    assert unrolled.cfg.n_layers == cfg.n_prelude + 3 * cfg.n_core + cfg.n_coda == len(unrolled.blocks)
-    wanted = [*getattr(model.transformer, PRELUDE), *list(getattr(model.transformer, CORE)) * 3]
-    wanted += getattr(model.transformer, CODA)
-    assert all(block is module for block, module in zip(unrolled.blocks, wanted, strict=True))
-    assert unrolled.W_U.data_ptr() == model.transformer.unembed.weight.data_ptr()
-    assert unrolled.blocks[-1].attn.W_O.data_ptr() == wanted[-1].attn.o.weight.data_ptr()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_view_runs_the_looped_model(name: str) -> None:
-    model = case(name)
-    unrolled = model.unrolled(3)
-    clean, _ = pair(model)
-    with torch.no_grad():
-        logits, cache = unrolled.run_with_cache(clean)
-        assert torch.equal(logits, model(clean, 3))
-        assert torch.equal(unrolled(clean, return_type="loss"), model(clean, 3, return_type="loss"))
-    ours = run_clean(model, clean, 3)
-    for d, (stack, layer, loop) in enumerate(unrolled.names.schedule.layer_calls()):
-        key = ("resid_post", layer, loop) if stack == CORE else (f"{stack}.resid_post", layer)
-        assert torch.equal(cache["resid_post", d], ours[key])
-    assert set(cache.keys()) == {name for name in unrolled.hook_dict if "hook_result" not in name}
-
-
-def test_a_seed_and_a_state_of_the_view_are_those_of_its_runs() -> None:
-    model = parity("huginn")
-    clean, _ = pair(model)
-    with torch.no_grad():
-        state = model(clean, stop_at_loop=1)
-        assert torch.equal(model.unrolled(2, seed=3)(clean), model(clean, 2, seed=3))
-        assert torch.equal(model.unrolled(2, initial_state=state)(clean), model(clean, 2, initial_state=state))
-        assert torch.equal(model.unrolled(2)(clean, seed=4), model(clean, 2, seed=4))
 
 
 # The same numbers as a feedforward model.
@@ -173,7 +110,7 @@ _PATCHES += ["attn_head_pattern_dest_src_pos", "attn_head_by_pos_every", "attn_h
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("name", _PATCHES)
 def test_every_patching_function_gives_the_numbers_of_a_feedforward_model(name: str) -> None:
-    _, corrupted = pair(looped())
+    _, corrupted = short_prompts(looped())
     function = getattr(patching, f"get_act_patch_{name}")
     ours, native, hub = zip((view(), copied(), bridge()), caches(), strict=True)
     results = []
@@ -193,7 +130,7 @@ def test_no_patching_function_was_forgotten() -> None:
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("options", [{"reduce": "none"}, {"reduce": "mean", "baseline": True}, {"baseline": True}])
 def test_results_of_generic_activation_patch_are_those_of_a_feedforward_model(options: dict[str, Any]) -> None:
-    _, corrupted = pair(looped())
+    _, corrupted = short_prompts(looped())
     scalar = options.get("reduce", "scalar") == "scalar"
     metrics: dict[str, Callable[[Tensor], Tensor]] = {
         "one": lambda logits: logits[:, -1, 3].mean() if scalar else logits[:, -1, 3],
@@ -240,7 +177,7 @@ def test_activation_cache_functions_give_the_numbers_of_a_feedforward_model(
 
 
 def test_logit_lens_gives_the_numbers_of_a_feedforward_model() -> None:
-    clean, _ = pair(looped())
+    clean, _ = short_prompts(looped())
     with torch.no_grad():
         ours, native, hub = (cache.logit_lens(incl_mid=True, positions=None) for cache in caches())
         assert_same("logit_lens", (ours.values, ours.labels), (native.values, native.labels))
@@ -251,7 +188,7 @@ def test_logit_lens_gives_the_numbers_of_a_feedforward_model() -> None:
 
 
 def test_the_parts_of_the_residual_stream_add_up() -> None:
-    clean, _ = pair(looped())
+    clean, _ = short_prompts(looped())
     cache = caches()[0]
     last = cache["resid_post", -1]
     with torch.no_grad():
@@ -267,7 +204,7 @@ def test_the_parts_of_the_residual_stream_add_up() -> None:
     "tokens", [3, torch.tensor(3), torch.tensor([3]), torch.tensor([3, 4]), torch.ones(2, 3).long()]
 )
 def test_logit_attrs_are_those_of_a_bridge_with_its_norms_folded_in(tokens: Any) -> None:
-    clean, _ = pair(looped())
+    clean, _ = short_prompts(looped())
     with torch.no_grad():
         folded = bridge(folded=True).run_with_cache(clean)[1]
         assert_same(
@@ -280,7 +217,7 @@ def test_logit_attrs_are_those_of_a_bridge_with_its_norms_folded_in(tokens: Any)
 
 
 def test_other_tools_give_the_numbers_of_a_bridge() -> None:
-    clean, corrupted = pair(looped())
+    clean, corrupted = short_prompts(looped())
     ours, theirs = (
         tools.attribution_patch(model, clean[:1], corrupted[:1], lambda logits: logits[0, -1, 3]).node_scores
         for model in (view(), bridge())
@@ -308,7 +245,7 @@ def test_weights_read_from_the_view_are_those_of_a_bridge() -> None:
 
 
 def test_hooks_act_at_one_realised_depth_under_the_views_names() -> None:
-    clean, _ = pair(looped())
+    clean, _ = short_prompts(looped())
     seen: list[tuple[str, int, int | None]] = []
 
     def look(x: Tensor, hook: Any) -> None:
@@ -335,7 +272,7 @@ def test_hooks_act_at_one_realised_depth_under_the_views_names() -> None:
 
 
 def test_an_edit_and_a_gradient_are_those_of_the_bridge() -> None:
-    clean, _ = pair(looped())
+    clean, _ = short_prompts(looped())
     name, grads = "blocks.3.attn.hook_z", []
 
     def double(x: Tensor, hook: Any) -> Tensor:
@@ -364,7 +301,7 @@ def test_an_edit_and_a_gradient_are_those_of_the_bridge() -> None:
     ],
 )
 def test_a_names_filter_takes_the_views_names(names_filter: Any, expected: list[str]) -> None:
-    _, cache = view().run_with_cache(pair(looped())[0], names_filter=names_filter)
+    _, cache = view().run_with_cache(short_prompts(looped())[0], names_filter=names_filter)
     assert sorted(cache.keys()) == expected
 
 
@@ -386,149 +323,3 @@ def test_negative_layers_count_from_the_end_of_the_view() -> None:
 def test_a_name_that_the_view_does_not_have_is_an_error(name: str, message: str) -> None:
     with pytest.raises(HookNameError, match=message):
         view().run_with_hooks(torch.zeros(1, 3).long(), fwd_hooks=[(name, lambda x, hook: None)])
-
-
-# Where it can't hold, it says why.
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("huginn", "its layers normalise the residual stream itself"),
-        ("ouro", "the residual stream is normalised between loops"),
-        ("retrofit-llama", "the prelude's output is mixed in again in every loop"),
-        ("retrofit-olmo2", "the prelude's output is mixed in again in every loop"),
-        ("added", "the prelude's output is mixed in again in every loop"),
-    ],
-)
-def test_sums_that_do_not_hold_are_refused(name: str, reason: str) -> None:
-    model = case(name)
-    _, cache = model.unrolled(2).run_with_cache(pair(model)[0])
-    for part in (cache, cache.apply_slice_to_batch_dim(0)):
-        for method in ("decompose_resid", "stack_head_results", "get_full_resid_decomposition"):
-            with pytest.raises(InputError, match=f"{method} adds up .* {model.cfg.family} model: {reason}"):
-                getattr(part, method)()
-        with pytest.raises(InputError, match=reason):
-            part.stack_neuron_results(1)
-    with pytest.raises(InputError, match=reason):
-        tools.direct_logit_attribution(model.unrolled(2), pair(model)[0], 3)
-    assert cache.accumulated_resid(incl_mid=True).shape[0] == 2 * model.unrolled(2).cfg.n_layers + 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "n_loops", "reason"),
-    [
-        ({"n_coda": 1, "loop_norm": "each"}, 1, "normalised before the coda"),
-        ({"n_coda": 1, "loop_norm": "last"}, 2, "normalised before the coda"),
-    ],
-)
-def test_sums_of_other_choices_are_refused(changes: dict[str, Any], n_loops: int, reason: str) -> None:
-    model = make(**changes)
-    _, cache = model.unrolled(n_loops).run_with_cache(pair(model)[0])
-    with pytest.raises(InputError, match=reason):
-        cache.decompose_resid()
-
-
-def test_sums_of_a_run_from_a_given_state_are_refused() -> None:
-    model, clean = case("bare"), pair(case("bare"))[0]
-    state = noise_like(model(clean, stop_at_loop=1))
-    for unrolled, options in ((model.unrolled(initial_state=state), {}), (model.unrolled(), {"initial_state": state})):
-        _, cache = unrolled.run_with_cache(clean, **options)
-        with pytest.raises(InputError, match="its loops started from a state that was given"):
-            cache.decompose_resid()
-
-
-def test_one_loop_of_ouro_adds_up_but_not_by_head() -> None:
-    model = parity("ouro")
-    clean, _ = pair(model)
-    with torch.no_grad():
-        logits, cache = model.unrolled(1).run_with_cache(clean)
-        assert_same("sum", cache.decompose_resid().sum(0), cache["resid_post", -1])
-        assert_same("logit", cache.logit_attrs(cache.decompose_resid(), 3).sum(0), logits[..., 3])
-    for method in ("stack_head_results", "get_full_resid_decomposition"):
-        with pytest.raises(InputError, match=f"{method} splits attention by head, but a norm after attention"):
-            getattr(cache, method)()
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "huginn"])
-def test_the_heads_of_post_norm_families_have_no_norm_before_a_layer(name: str) -> None:
-    model = parity(name)
-    _, cache = model.unrolled(2).run_with_cache(pair(model)[0])
-    if model.cfg.norm_placement == "output":
-        with pytest.raises(KeyError, match="Layer 1 has no ln1"):
-            cache.accumulated_resid(layer=1, apply_ln=True)
-    else:
-        assert cache.accumulated_resid(layer=1, apply_ln=True).shape[0] == 2
-
-
-@pytest.mark.parametrize("name", ["ouro", "ouro-gqa"])
-def test_ouros_last_closing_norm_is_the_views_final_norm(name: str) -> None:
-    model = parity(name)
-    clean, _ = pair(model)
-    unrolled = model.unrolled(3)
-    with torch.no_grad():
-        logits, cache = unrolled.run_with_cache(clean)
-        ours = run_clean(model, clean, 3)
-        assert torch.equal(cache["ln_final.hook_scale"], ours["loop.2.ln_loop.hook_scale"])
-        assert torch.equal(cache["loop.1.ln_loop.hook_scale"], ours["loop.1.ln_loop.hook_scale"])
-        assert_same("lens", cache.logit_lens(positions=None).values[-1], logits)
-        assert_same("tool", tools.logit_lens(unrolled, clean, positions=None).values[-1], logits)
-    seen = []
-    unrolled.run_with_hooks(clean, fwd_hooks=[("ln_final.hook_scale", lambda x, hook: seen.append(hook.name))])
-    assert seen == ["ln_final.hook_scale"]
-    _, only = unrolled.run_with_cache(clean, names_filter="ln_final.hook_scale")
-    assert list(only.keys()) == ["ln_final.hook_scale"]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_logit_lens_of_the_last_layer_gives_the_logits(name: str) -> None:
-    model = case(name)
-    with torch.no_grad():
-        logits, cache = model.unrolled(2).run_with_cache(pair(model)[0])
-        assert_same("lens", cache.logit_lens(positions=None).values[-1], logits)
-
-
-def test_a_last_norm_before_a_head_without_one_is_the_views_final_norm() -> None:
-    model = make(loop_norm="last", final_norm=False)
-    with torch.no_grad():
-        logits, cache = model.unrolled(2).run_with_cache(pair(model)[0])
-        assert "ln_final.hook_scale" in cache
-        assert_same("lens", cache.logit_lens(positions=None).values[-1], logits)
-        assert_same("logit", cache.logit_attrs(cache.decompose_resid(), 3).sum(0), logits[..., 3])
-
-
-@pytest.mark.parametrize(
-    ("changes", "how"),
-    [
-        ({"final_norm": False}, "no norm"),
-        ({"final_norm": False, "loop_norm": "last", "n_coda": 1}, "no norm"),
-        ({"final_norm": True, "loop_norm": "last"}, "two norms"),
-    ],
-)
-def test_a_head_that_does_not_read_through_one_norm_is_refused(changes: dict[str, Any], how: str) -> None:
-    model = make(**changes)
-    _, cache = model.unrolled(1).run_with_cache(pair(model)[0])
-    with pytest.raises(
-        InputError, match=f"reads the last layer's output through {how}. Read states with looped.readout"
-    ):
-        cache.accumulated_resid(apply_ln=True)
-    with pytest.raises(ValueError, match="exposes no `ln_final` component"):
-        cache.logit_lens()
-    assert cache.accumulated_resid(layer=1, apply_ln=True).shape[0] == 2
-
-
-def test_direct_path_patching_is_refused_with_what_to_use() -> None:
-    for model in (view(), parity("huginn").unrolled(2), parity("ouro").unrolled(2)):
-        clean, corrupted = pair(model.looped)
-        caches = (model.run_with_cache(tokens)[1] for tokens in (clean, corrupted))
-        with pytest.raises(InputError, match="hook_q_input.*use tl_looped.patching.path_patch"):
-            patching.get_act_patch_direct_path(model, corrupted, *caches, lambda logits: logits.sum(), 0, 0)
-        assert hook_count(model.looped) == 0
-
-
-def test_transformerlenss_patching_on_the_looped_model_itself_is_an_error_and_no_number() -> None:
-    model = parity("ouro")
-    clean, corrupted = pair(model)
-    cache = run_clean(model, clean)
-    with pytest.raises(AttributeError, match="a looped model has no single n_layers: ask cfg.n_prelude"):
-        patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits.sum())

@@ -67,6 +67,10 @@ def attribution_sweep(
         2024, arXiv 2403.17806).
     """
     check_model(model)
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "attribution needs gradients: call it outside torch.inference_mode(); torch.no_grad() is fine."
+        )
     source = as_source(clean_cache)
     metrics = Metrics(metric, reduce)
     metrics.single("attribution_sweep")
@@ -88,7 +92,8 @@ def attribution_sweep(
     grads: dict[str, Tensor] = {}
     for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
         for name, grad in _gradients(model, run, sites, metrics, source, fraction).items():
-            grads[name] = grads.get(name, 0) + grad / len(fractions)
+            wide = torch.promote_types(grad.dtype, torch.float32)  # a sum of many steps
+            grads[name] = grads.get(name, 0) + grad.to(wide) / len(fractions)
     products = {
         one.name: _product(source.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites
     }

@@ -13,7 +13,8 @@ from tl_looped.model import LoopedModel
 from tl_looped.report.check import check
 from tl_looped.report.data import collect
 from tl_looped.report.output import check_output, write_whole
-from tl_looped.report.prompts import CHAIN_MODELS, Prompt, built_in
+from tl_looped.report.patching import chain_patching
+from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built_in
 from tl_looped.report.sections import report_page
 
 DEFAULT_MODEL = "looped-hops"
@@ -113,7 +114,9 @@ def _report(options: argparse.Namespace) -> int:
     folder = Path(options.model)
     name = folder.resolve().name if folder.is_dir() else options.model
     data = collect(model, prompts or _built_in(model, name), options.n_loops, options.seed, name, progress=True)
-    write_whole(target, report_page(data, options.command))
+    chains = not prompts and name in CHAIN_MODELS
+    extra = [chain_patching(model, CHAIN_TO_PATCH, options.n_loops)] if chains else []
+    write_whole(target, report_page(data, options.command, extra))
     print(f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -43,6 +43,9 @@ _CHAINS = (
     ("a=4; m=9; c=a; b=7; d=c; f=b; ? d", "4"),
     ("g=6; t=2; h=g; n=1; u=t; k=h; v=u; q=k; e=n; y=q; ? y", "6"),
 )
+CHAIN_TO_PATCH = _CHAINS[1][0]
+"""The chain of the report's section on patching."""
+
 # The paper's two illustrations.
 _ENGLISH = ("Hello! I've been well. I hope that you're doing well.", "The square root of 16 is")
 
