@@ -79,8 +79,8 @@ def disturb_where_hooked(model: LoopedModel, patch: pytest.MonkeyPatch) -> None:
 
 
 def ignore_edits(model: LoopedModel, patch: pytest.MonkeyPatch) -> None:
-    fire = SharedHookPoint.fire
-    patch.setattr(SharedHookPoint, "fire", lambda self, x, loop=None: (fire(self, x, loop), (x, False))[1])
+    run = SharedHookPoint._run
+    patch.setattr(SharedHookPoint, "_run", lambda self, x, loop: (run(self, x, loop), (x, False))[1])
 
 
 def act_in_every_loop(model: LoopedModel, patch: pytest.MonkeyPatch) -> None:
