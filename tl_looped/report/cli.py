@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tl_looped.errors import InputError, LoopedError, check_count
+from tl_looped.files import check_output, write_whole
 from tl_looped.model import LoopedModel
 from tl_looped.report.check import check
 from tl_looped.report.data import collect
-from tl_looped.report.output import check_output, write_whole
 from tl_looped.report.patching import chain_patching
 from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built_in
 from tl_looped.report.sections import report_page

@@ -35,15 +35,15 @@ def check_output(path: str | Path) -> Path:
     return target
 
 
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write a text file under another name and move it into place when it is complete."""
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write a file under another name and move it into place when it is complete; text as UTF-8."""
     target = check_output(path)
     umask = os.umask(0)
     os.umask(umask)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(partial, 0o666 & ~umask)  # as any new file; a temporary one is private
         os.replace(partial, target)
     except OSError as error:
