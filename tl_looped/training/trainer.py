@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from tl_looped.config import LoopedConfig
 from tl_looped.loading import save, whole_folder
 from tl_looped.nn import LoopedTransformer
 from tl_looped.tasks.variable_chains import MAX_HOPS, Contexts, draw_contexts, draw_size, make_tokenizer
-from tl_looped.training.recipes import Recipe
+from tl_looped.training.recipes import Rates, Recipe
 
 LOG_HEADER = ("step", "longest_chain", "loss_nats", "running_accuracy", "lr_factor")
 
@@ -38,26 +41,37 @@ def train(recipe: Recipe, seed: int, folder: Path | str, log_every: int = 25) ->
         log_every: steps between two lines of the log.
     """
     with whole_folder(Path(folder)) as partial:
-        model = initialised(recipe, seed)
+        model = initialised(recipe.config(), seed)
         rows = _run(model, recipe, seed, log_every)
-        save(model, make_tokenizer(), partial / "model")
-        for file in (partial / "model").iterdir():
-            file.rename(partial / file.name)
-        (partial / "model").rmdir()
-        (partial / "training.json").write_text(json.dumps({"seed": seed, **asdict(recipe)}, indent=1) + "\n")
-        with (partial / "training.csv").open("w", newline="") as log:
-            csv.writer(log).writerows([LOG_HEADER, *rows])
+        write_trained(model, make_tokenizer(), partial, {"seed": seed, **asdict(recipe)}, [LOG_HEADER, *rows])
     return model
 
 
-def initialised(recipe: Recipe, seed: int) -> LoopedTransformer:
+def write_trained(
+    model: LoopedTransformer,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    recipe: dict[str, Any],
+    log: Sequence[Sequence[object]],
+) -> None:
+    """Write model and tokenizer, the recipe as training.json and the log as training.csv, into an empty folder."""
+    save(model, tokenizer, folder / "model")
+    for file in (folder / "model").iterdir():
+        file.rename(folder / file.name)
+    (folder / "model").rmdir()
+    (folder / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    with (folder / "training.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(log)
+
+
+def initialised(cfg: LoopedConfig, seed: int) -> LoopedTransformer:
     """The untrained model.
 
     Embedding N(0, 1), head N(0, 0.02²), matrices N(0, 1/fan_in), those that write to the residual stream a tenth of
     that variance, injection 0.7 times state plus input, and N(0, 0.02²).
     """
-    model = LoopedTransformer(recipe.config())
-    d_model = model.cfg.d_model
+    model = LoopedTransformer(cfg)
+    d_model = cfg.d_model
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -90,7 +104,7 @@ def query_logits(model: LoopedTransformer, contexts: Contexts, n_loops: int) -> 
 
 def _run(model: LoopedTransformer, recipe: Recipe, seed: int, log_every: int) -> list[Sequence[object]]:
     rng = np.random.default_rng(seed)
-    optimizers = _optimizers(model, recipe)
+    optimizers = optimizers_for(model, recipe)
     longest_so_far, accuracy = 1, 0.0
     rows: list[Sequence[object]] = []
     with tqdm(range(recipe.steps), desc=f"Training {recipe.name}, seed {seed}") as bar:
@@ -125,11 +139,12 @@ def _loss(model: LoopedTransformer, contexts: Contexts, loops: int) -> tuple[Flo
     return F.cross_entropy(logits[due], answer.expand(loops, -1, -1)[due]), logits[-1].argmax(-1) == answer
 
 
-def _optimizers(model: LoopedTransformer, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def optimizers_for(model: LoopedTransformer, rates: Rates) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon on the matrices inside the layers and the injection, AdamW on the rest, each with its learning rate."""
     plain = ("embed.weight", "unembed.weight")
     named = dict(model.named_parameters())
     matrices = [weight for name, weight in named.items() if weight.ndim == 2 and name not in plain]
     others = [weight for name, weight in named.items() if weight.ndim < 2 or name in plain]
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.muon_decay)
-    adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(muon, recipe.muon_lr), (adam, recipe.adam_lr)]
+    muon = torch.optim.Muon(matrices, lr=rates.muon_lr, momentum=0.95, weight_decay=rates.muon_decay)
+    adam = torch.optim.AdamW(others, lr=rates.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [(muon, rates.muon_lr), (adam, rates.adam_lr)]
