@@ -9,7 +9,8 @@ accepts.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,19 +31,39 @@ HookName = str | Callable[[str], bool]
 Where = int | frozenset[int] | Callable[[str], bool] | None
 
 
+class Progress:
+    """How many positions of the rows came before those that are running: what all hook points of a model share."""
+
+    def __init__(self) -> None:
+        self.first_position = 0
+
+    @contextmanager
+    def at(self, first_position: int) -> Iterator[None]:
+        """For the length of a `with` block, what runs begins at this position."""
+        before, self.first_position = self.first_position, first_position
+        try:
+            yield
+        finally:
+            self.first_position = before
+
+
 class LoopHookPoint:
     """One site at one loop: what a hook function receives as `hook`.
 
     Attributes:
         point: the shared point at this site.
         loop: the loop, from 0; None for a site that fires once in a run.
+        first_position: where in the rows, padding included, the first position of the hook's tensor is (the first
+            query, for patterns; their keys begin at 0). It is 0, except while text is generated with a key-value
+            cache: there a tensor holds only the positions that are new.
     """
 
-    __slots__ = ("loop", "point")
+    __slots__ = ("first_position", "loop", "point")
 
     def __init__(self, point: SharedHookPoint, loop: int | None):
         self.point = point
         self.loop = loop
+        self.first_position = point.progress.first_position
 
     @property
     def site(self) -> HookSite:
@@ -111,12 +132,14 @@ class SharedHookPoint(HookPoint):
     Args:
         site: the site without a loop.
         looped: whether it fires once in every loop.
+        progress: which positions are running, shared by the points of a model.
     """
 
-    def __init__(self, site: HookSite, looped: bool):
+    def __init__(self, site: HookSite, looped: bool, progress: Progress):
         super().__init__()
         self.site = site
         self.looped = looped
+        self.progress = progress
         self.name: str = site.name  # pyright: ignore[reportIncompatibleVariableOverride] - never None here
         self._registered: OrderedDict[int, HookFn] = OrderedDict()
 
@@ -236,7 +259,15 @@ def _run_backward(hooks: list[HookFn], here: LoopHookPoint, grad: Tensor) -> Ten
 
 
 class HookDict(dict[str, HookPoint]):
-    """All physical hook points by name; an indexed name gives the point at that loop, made when asked for."""
+    """All physical hook points by name; an indexed name gives the point at that loop, made when asked for.
+
+    Attributes:
+        progress: which positions are running.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.progress = Progress()
 
     def __missing__(self, name: str) -> LoopHookPoint:
         return LoopHookPoint(self.shared(name), HookSite.parse(name).loop)
@@ -277,7 +308,7 @@ class HookGroup:
 
     def __init__(self, registry: HookDict, site: HookSite, looped: bool, names: Iterable[str]):
         for name in names:
-            point = SharedHookPoint(HookSite(site.component + name, site.stack, site.layer), looped)
+            point = SharedHookPoint(HookSite(site.component + name, site.stack, site.layer), looped, registry.progress)
             registry[point.name] = point
             setattr(self, name, point)
 

@@ -19,6 +19,7 @@ from tl_looped import loading
 from tl_looped.cache import CacheWriter, LoopedCache
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import InputError
+from tl_looped.generation import Generated, TokenStream, generate, generate_stream
 from tl_looped.hooks import Direction, HookDict, HookFn, HookName
 from tl_looped.nn import Frame, LoopedTransformer
 from tl_looped.reach import NamesFilter, Reach
@@ -293,6 +294,32 @@ class LoopedModel(HookedRootModule):
         """
         total, _, _ = resolve_loops(n_loops, None, None, self.cfg)
         return UnrolledModel(self, total, initial_state, seed)
+
+    def generate(
+        self, input: str | list[str] | Tensor, max_new_tokens: int = 10, n_loops: int | None = None, **options: Any
+    ) -> str | list[str] | Tensor | Generated:
+        """Generate text with the loops, initial states and hooks asked for. The same seed gives the same text.
+
+        Args:
+            input: text, a list of texts, or token ids [batch, pos].
+            max_new_tokens: the most tokens to add.
+            n_loops: loops of every token; None for the count the model was trained with.
+            options: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_at_eos`, `eos_token_id`, `stop_strings`,
+                `seed`, `initial_state`, `exit_rule`, `watch`, `use_past_kv_cache`, `prepend_bos`, `padding_side`,
+                `attention_mask`: see `tl_looped.generation.generate_stream`. `return_type`, `verbose`: see
+                `tl_looped.generation.generate`.
+        """
+        return generate(self, input, max_new_tokens, n_loops, **options)
+
+    def generate_stream(
+        self, input: str | list[str] | Tensor, max_new_tokens: int = 10, n_loops: int | None = None, **options: Any
+    ) -> TokenStream:
+        """Generate text token by token: an iterator of steps, each with the new tokens and what they add to the text.
+
+        Args:
+            input, max_new_tokens, n_loops, options: see `tl_looped.generation.generate_stream`.
+        """
+        return generate_stream(self, input, max_new_tokens, n_loops, **options)
 
     # Hooks.
 

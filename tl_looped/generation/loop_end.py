@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -52,6 +52,7 @@ class LoopEnd:
         return self.gate()
 
 
+@runtime_checkable
 class ExitRule(Protocol):
     """When a token has been looped enough: `tl_looped.lens.exits` has the published ones."""
 

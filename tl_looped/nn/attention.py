@@ -10,6 +10,7 @@ from torch import Tensor, einsum, nn
 
 from tl_looped.config import LoopedConfig
 from tl_looped.hooks import HookDict, HookGroup, same_value
+from tl_looped.nn.kv import KVCache
 from tl_looped.nn.norm import RMSNorm
 from tl_looped.nn.rotary import rotate
 from tl_looped.schedule import BLOCK_AXES, HookSite
@@ -18,12 +19,16 @@ ATTENTION_HOOKS = tuple(name.removeprefix("attn.") for name in BLOCK_AXES if nam
 
 
 class Frame(NamedTuple):
-    """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom."""
+    """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom.
+
+    With a cache the keys are those in it and then those of this run; `causal` then needs an empty cache or one query.
+    """
 
     cos: Float[Tensor, "rows pos 1 d_head"]
     sin: Float[Tensor, "rows pos 1 d_head"]
-    visible: Bool[Tensor, "#batch pos pos"]  # [row, query, key]
-    causal: bool  # whether `visible` is the plain causal triangle
+    visible: Bool[Tensor, "#batch pos key"]  # [row, query, key]
+    causal: bool  # whether `visible` is the plain causal triangle, or its last row
+    kv: KVCache | None = None  # keys and values of earlier positions
 
 
 class Attention(nn.Module):
@@ -36,6 +41,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
         self.cfg = cfg
+        self.layer = (site.stack, site.layer)
         self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, ATTENTION_HOOKS)
         n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
@@ -82,6 +88,8 @@ class Attention(nn.Module):
             k = self.k_norm(k.flatten(-2)).view(heads)
         q = hooks.hook_rot_q(rotate(q, frame.cos, frame.sin, self.cfg.rotary_style), loop)
         k = hooks.hook_rot_k(rotate(k, frame.cos, frame.sin, self.cfg.rotary_style), loop)
+        if frame.kv is not None:
+            k, v = frame.kv.extend(self.layer, loop, k, v)
         z = hooks.hook_z(self._mix(q, k, v, frame, loop), loop)
         out = self.o(z.flatten(-2))
         return self._through_result(out, z, loop) if hooks.hook_result.wants(loop) else out
@@ -89,16 +97,17 @@ class Attention(nn.Module):
     def _mix(
         self,
         q: Float[Tensor, "batch pos head d_head"],
-        k: Float[Tensor, "batch pos kv_head d_head"],
-        v: Float[Tensor, "batch pos kv_head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
         frame: Frame,
         loop: int | None,
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The weighted values of each head, z."""
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         mask = None if frame.causal else frame.visible[:, None]
+        triangle = frame.causal and q.shape[2] == k.shape[2]  # torch would put a lone query at the first key
         grouped = k.shape[1] != q.shape[1]
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=frame.causal, enable_gqa=grouped)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
         if self.hooks.hook_attn_scores.wants(loop) or self.hooks.hook_pattern.wants(loop):
             z = self._through_pattern(z, q, k, v, frame, loop)
         return z.transpose(1, 2)
@@ -107,8 +116,8 @@ class Attention(nn.Module):
         self,
         z: Float[Tensor, "batch head pos d_head"],
         q: Float[Tensor, "batch head pos d_head"],
-        k: Float[Tensor, "batch kv_head pos d_head"],
-        v: Float[Tensor, "batch kv_head pos d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        v: Float[Tensor, "batch kv_head key d_head"],
         frame: Frame,
         loop: int | None,
     ) -> Float[Tensor, "batch head pos d_head"]:

@@ -85,7 +85,7 @@ class LoopedTransformer(nn.Module):
                 std = 1.0 if name == "embed.weight" else 1 / math.sqrt(weight.shape[1])
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
-    def frame(self, visible: Bool[Tensor, "#batch pos pos"], positions: Int[Tensor, "rows pos"], causal: bool) -> Frame:
+    def frame(self, visible: Bool[Tensor, "#batch pos key"], positions: Int[Tensor, "rows pos"], causal: bool) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
         dtype = self.embed.weight.dtype
         if self._frequencies.device != positions.device:
@@ -135,20 +135,36 @@ class LoopedTransformer(nn.Module):
             self.gate_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
         return x
 
-    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the model if it stops with this state."""
+    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """What the unembedding reads if the model stops with this state: after the coda and the final norm."""
         x = state
         if self.coda_norm_hooks is not None:
             x = self.ln_final(x, None, self.coda_norm_hooks)
         for block in self.coda:
             x = block(x, frame)
-        if self.cfg.final_norm:
-            x = self.ln_final(x)
-        return self.unembed(x)
+        return self.ln_final(x) if self.cfg.final_norm else x
+
+    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the model if it stops with this state."""
+        return self.unembed(self.finish(state, frame))
 
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or for the injection."""
         return self.cfg.injection != "none" or not state_given
+
+    def begin(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_model"] | None,
+        start: int = 0,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+        """(the state entering loop `start`, e or None where no loop reads it), from `state`, or from e without one."""
+        e = self.read(tokens, frame) if self.needs_input(state is not None) else None
+        x = e if state is None else state
+        if x is None:
+            raise ValueError("unreachable: a run without a state reads the tokens")
+        return (self.hooks.hook_state_init(x) if start == 0 else x), e
 
     def forward(
         self,
@@ -159,12 +175,7 @@ class LoopedTransformer(nn.Module):
         stop: int,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state after loops start, ..., stop - 1, from `state`, or from e where it is None."""
-        e = self.read(tokens, frame) if self.needs_input(state is not None) else None
-        x = e if state is None else state
-        if x is None:
-            raise ValueError("unreachable: a run without a state reads the tokens")
-        if start == 0:
-            x = self.hooks.hook_state_init(x)
+        x, e = self.begin(tokens, frame, state, start)
         for t in range(start, stop):
             x = self.loop(x, e, frame, t)
         return x

@@ -1,0 +1,218 @@
+"""Runs a growing batch of rows: with a key-value cache one token at a time, or as a whole for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.generation.loop_end import ExitRule, LoopEnd
+from tl_looped.nn import Frame
+from tl_looped.nn.kv import KVCache
+from tl_looped.nn.state import draw_noise
+from tl_looped.runs import Run, visibility
+from tl_looped.schedule import CORE
+
+if TYPE_CHECKING:
+    from tl_looped.model import LoopedModel
+else:  # a name for annotations only: the model imports this
+    LoopedModel = Any
+
+StatePolicy = Literal["fresh", "zeros", "carry"]
+Watch = Callable[[LoopEnd, int], object]
+Logits = Float[Tensor, "batch d_vocab"]
+State = Float[Tensor, "batch pos d_model"]
+NewState = Float[Tensor, "batch 1 d_model"]
+
+
+class NewStates:
+    """The initial states of new positions; `generate_stream` says what each policy is.
+
+    Args:
+        model: the model.
+        run: the prompt.
+        n_positions: how many positions there will be, at most.
+        policy: "fresh", "zeros" or "carry".
+    """
+
+    def __init__(self, model: LoopedModel, run: Run, n_positions: int, policy: StatePolicy):
+        if policy not in ("fresh", "zeros", "carry"):
+            raise InputError(f"initial_state must be 'fresh', 'zeros' or 'carry', got {policy!r}.")
+        if policy != "fresh" and run.state is None:
+            raise InputError(
+                f"initial_state={policy!r}, but {model.cfg.model_name} starts every position from its embedding, "
+                "through the prelude: leave initial_state out."
+            )
+        self.policy = policy
+        self.noise = None
+        if policy == "fresh" and run.state is not None and model.cfg.random_state:
+            self.noise = draw_noise(model.cfg, n_positions, run.seed).to(run.state)
+
+    def of(self, position_ids: Int[Tensor, "batch 1"], carried: NewState) -> NewState:
+        """The states of one new position, whose predecessor ended with `carried`."""
+        if self.policy == "carry":
+            return carried
+        return torch.zeros_like(carried) if self.noise is None else self.noise[position_ids]
+
+
+class Decoder:
+    """The rows so far, and the logits that follow them. Without a cache: every token runs the whole rows again."""
+
+    def __init__(self, model: LoopedModel, run: Run, new_states: NewStates):
+        self.transformer = model.transformer
+        self.new_states = new_states
+        self.n_loops = run.n_loops
+        self.tokens, self.real, self.positions = run.tokens, run.attention_mask, run.position_ids
+        self.states = run.state  # the initial states of all positions
+        self.final: NewState  # the final state of the newest position
+
+    @property
+    def n_positions(self) -> int:
+        """How many positions the rows have."""
+        return self.tokens.shape[1]
+
+    def append(self, tokens: Int[Tensor, " batch"]) -> None:
+        """Put a token at the end of every row."""
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)
+        self.real = torch.cat((self.real, torch.ones_like(self.real[:, :1])), dim=1)
+        self.positions = torch.cat((self.positions, self.positions[:, -1:] + 1), dim=1)
+        if self.states is not None:
+            self.states = self._with_new(self.states, self.new_states.of(self.positions[:, -1:], self.final))
+
+    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_model"]:
+        return torch.cat((states, new), dim=1)
+
+    def next_logits(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
+        """(the logits that follow the newest tokens, the loops that these ran).
+
+        Args:
+            ended: rows of which nobody needs either any more.
+        """
+        _, visible, causal = visibility(self.tokens, self.real, None)
+        frame = self.transformer.frame(visible, self.positions, causal)
+        x = self.transformer(self.tokens, frame, self.states, 0, self.n_loops)
+        self.final = x[:, -1:]
+        logits = self.transformer.unembed(self.transformer.finish(x, frame)[:, -1])
+        return logits, torch.full_like(self.tokens[:, 0], self.n_loops)
+
+
+class CachedDecoder(Decoder):
+    """A decoder that runs only what is new, with the keys and values of what came before.
+
+    Where loops are looked at one by one, for an exit rule or a watcher, only the newest position is: of a prompt the
+    last one, after the others have run.
+
+    Args:
+        model, run, new_states: as for `Decoder`.
+        n_positions: how many positions there will be, at most.
+        exit_rule: which rows stop after a loop; None for none.
+        watch: is given every loop's end, and the position.
+    """
+
+    def __init__(
+        self,
+        model: LoopedModel,
+        run: Run,
+        new_states: NewStates,
+        n_positions: int,
+        exit_rule: ExitRule | None,
+        watch: Watch | None,
+    ):
+        super().__init__(model, run, new_states)
+        self.model = model
+        self.progress = model.hook_dict.progress
+        self.prompt = run
+        self.kv = KVCache(run.n_loops, n_positions)
+        self.exit_rule = exit_rule
+        self.watch = watch
+        self.by_loop = exit_rule is not None or watch is not None
+
+    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_model"]:
+        return new  # those of positions that are done are not needed again
+
+    def next_logits(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
+        """As in `Decoder`."""
+        if self.by_loop:
+            if self.n_positions - self.kv.length > 1:
+                self._run_to(self.n_positions - 1)
+            return self._newest_by_loop(ended)
+        out = self._run_to(self.n_positions)
+        return self.transformer.unembed(out[:, -1]), torch.full_like(self.tokens[:, 0], self.n_loops)
+
+    def _frame(self, start: int, stop: int) -> Frame:
+        """For the positions from `start` to `stop`: some of the prompt's, or the newest."""
+        in_prompt = stop <= self.prompt.tokens.shape[1]
+        visible = self.prompt.visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
+        frame = self.transformer.frame(visible, self.positions[:, start:stop], self.prompt.causal)
+        return frame._replace(kv=self.kv)
+
+    def _run_to(self, stop: int) -> State:
+        """Run what is new up to a position, all loops; what the unembedding would read."""
+        start = self.kv.length
+        frame = self._frame(start, stop)
+        states = None if self.states is None else self.states[:, : stop - start]
+        with self.progress.at(start):
+            x = self.transformer(self.tokens[:, start:stop], frame, states, 0, self.n_loops)
+            out = self.transformer.finish(x, frame)
+        self.final = x[:, -1:]
+        self.kv.commit(stop - start)
+        return out
+
+    def _newest_by_loop(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
+        """Run the newest position, and after every loop ask the rule and the watcher."""
+        start = self.kv.length
+        frame = self._frame(start, start + 1)
+        judge = None if self.exit_rule is None else self.exit_rule.begin(self.model, self.n_loops)
+        going_on, last_loop = ~ended, torch.where(ended, 0, self.n_loops - 1)
+        with self.progress.at(start):
+            states = None if self.states is None else self.states[:, -1:]
+            x, e = self.transformer.begin(self.tokens[:, start:], frame, states)
+        for t in range(self.n_loops):
+            with self.progress.at(start):
+                after = self.transformer.loop(x, e, frame, t)
+            before, x = x, torch.where(going_on[:, None, None], after, x)
+            end = self._loop_end(t, before, x, frame)
+            if self.watch is not None:
+                self.watch(end, start)
+            if judge is not None and t < self.n_loops - 1:
+                exits = going_on & _checked(judge(end), ended, self.exit_rule)
+                last_loop = last_loop.masked_fill(exits, t)
+                going_on = going_on & ~exits
+            if not bool(going_on.any()):
+                break
+        if bool((last_loop < self.n_loops - 1).any()):
+            self.kv.share(CORE, last_loop)
+        with self.progress.at(start):
+            out = self.transformer.finish(x, frame)
+        self.final = x
+        self.kv.commit(1)
+        return self.transformer.unembed(out[:, -1]), last_loop + 1
+
+    def _loop_end(self, t: int, before: State, after: State, frame: Frame) -> LoopEnd:
+        start, transformer = self.kv.length, self.transformer
+
+        def read() -> Logits:
+            if self.kv.length != start:
+                raise InputError(
+                    f"the end of loop {t} at position {start} can't be read any more, as later positions have run: "
+                    "read it when it is given, and keep what you need of it."
+                )
+            with torch.no_grad(), self.progress.at(start):
+                return transformer.readout(after, frame)[:, -1]
+
+        gate = (lambda: transformer.exit_gate(after[:, -1]).squeeze(-1)) if self.model.cfg.exit_gate else None
+        return LoopEnd(loop=t, state=after[:, -1], state_before=before[:, -1], read=read, gate=gate)
+
+
+def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:
+    if not isinstance(exits, Tensor) or exits.dtype != torch.bool or exits.shape != ended.shape:
+        kind = f"{exits.dtype} of shape {tuple(exits.shape)}" if isinstance(exits, Tensor) else type(exits).__name__
+        raise InputError(
+            f"exit_rule {rule!r} gave {kind}: it must say for each of {len(ended)} rows whether it stops, as a "
+            f"boolean tensor of shape {tuple(ended.shape)}."
+        )
+    return exits.to(ended.device)

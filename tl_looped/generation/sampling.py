@@ -1,0 +1,80 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from tl_looped.errors import InputError, check_count
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The options of a choice, checked, with transformers' names and meanings.
+
+    Attributes:
+        do_sample: draw from the distribution; else take the most probable token.
+        temperature: logits are divided by it.
+        top_k: draw from the k most probable tokens.
+        top_p: draw from the fewest most probable tokens whose probabilities reach this sum; after `top_k`.
+    """
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, math.inf, "for the most probable token pass do_sample=False")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, 1.0, "it is a share; leave it out for all tokens")
+        given = [f"{name}={value!r}" for name, value in self._shaping() if value is not None]
+        if not self.do_sample and given:
+            raise InputError(
+                f"do_sample=False takes the most probable token, so {' and '.join(given)} would change nothing: leave "
+                "out one or the other."
+            )
+
+    def _shaping(self) -> list[tuple[str, object]]:
+        temperature = None if self.temperature == 1.0 else self.temperature
+        return [("temperature", temperature), ("top_k", self.top_k), ("top_p", self.top_p)]
+
+    def choose(
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        generator: torch.Generator,
+    ) -> Int[Tensor, " batch"]:
+        """The next token of every row.
+
+        Args:
+            logits: float32 at least.
+            tokens: the rows so far.
+            generator: of random numbers, on the CPU, so that every device draws the same.
+        """
+        if not self.do_sample:
+            return logits.argmax(-1)
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            warpers.append(TopPLogitsWarper(float(self.top_p)))
+        probs = warpers(tokens, logits).softmax(-1)  # pyright: ignore[reportArgumentType] - torch.LongTensor
+        return torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def _check_number(name: str, value: object, most: float, remedy: str) -> None:
+    """An error for what is no number in (0, most], infinity excluded."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most and value < math.inf:
+        return
+    bounds = "a number above 0" if most == math.inf else f"a number in (0, {most:g}]"
+    raise InputError(f"{name} must be {bounds}, got {value!r}: {remedy}.")
