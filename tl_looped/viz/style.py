@@ -22,6 +22,8 @@ INK = "#1F2933"
 PROBABILITY_SCALE = [[0.0, "#FFFFFF"], [0.25, "#E3EEF9"], [0.5, "#B5D4E9"], [0.75, "#5BA3CF"], [1.0, DARK_BLUE]]
 # The paper's convention for curves grouped by loop: later loops are more yellow.
 LOOP_SCALE = [[0.0, "#00592E"], [0.5, "#5FA52E"], [1.0, "#E8CF00"]]
+# And for curves grouped by layer: later layers are greener.
+LAYER_SCALE = [[0.0, "#08306B"], [0.5, "#1F83A6"], [1.0, "#63BE5B"]]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 MONOSPACE = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -37,8 +39,21 @@ def loop_colors(n_loops: int) -> list[str]:
     >>> loop_colors(2)
     ['rgb(0, 89, 46)', 'rgb(232, 207, 0)']
     """
-    places = [0.0] if n_loops == 1 else [t / (n_loops - 1) for t in range(n_loops)]
-    return [str(color) for color in sample_colorscale(LOOP_SCALE, places)]
+    return _sampled(LOOP_SCALE, n_loops)
+
+
+def layer_colors(n_layers: int) -> list[str]:
+    """A colour for each layer, from blue to green.
+
+    >>> layer_colors(2)
+    ['rgb(8, 48, 107)', 'rgb(99, 190, 91)']
+    """
+    return _sampled(LAYER_SCALE, n_layers)
+
+
+def _sampled(scale: list[list[Any]], n: int) -> list[str]:
+    places = [0.0] if n == 1 else [i / (n - 1) for i in range(n)]
+    return [str(color) for color in sample_colorscale(scale, places)]
 
 
 def show_token(token: str) -> str:

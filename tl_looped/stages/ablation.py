@@ -1,0 +1,336 @@
+"""Massive activations: where they are, and what becomes of the stages without the MLP that makes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.attention.stability import one_prompt
+from tl_looped.collect import Measure, collect
+from tl_looped.errors import InputError, check_count, nearest, resolve_index
+from tl_looped.hooks import LoopHookPoint
+from tl_looped.model import LoopedModel
+from tl_looped.patching.interventions import Hooks
+from tl_looped.results import Result
+from tl_looped.schedule import CORE, HookSite, LoopSchedule
+from tl_looped.stages.measures import STAGE_MEASURES
+from tl_looped.texts import Prompts
+from tl_looped.viz.curves import Group, grouped_curves
+
+MIN_SIZE, MIN_RATIO = 100.0, 1000.0
+"""An activation is massive from this size on, and from this multiple of the median size in its layer call."""
+
+
+def activation_ratios(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor, "*dims pos d_model"]:
+    """|x_ij| / median |x|, the median over all tokens and dimensions of one prompt and layer call.
+
+    With TransformerLens: `activation_ratios(cache["resid_post", layer])`. NaN or infinite where the median is zero.
+    """
+    size = (resid if resid.element_size() >= 4 else resid.float()).abs()
+    return size / size.flatten(-2).median(-1).values[..., None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class MassiveActivations(Result):
+    """The largest entries of the residual stream, each (position, dimension) once, by its largest ratio to the median.
+
+    Attributes:
+        schedule: which layer runs at which realised depth.
+        str_tokens: the prompt's tokens as text; None without a tokenizer.
+        largest_ratio: the largest ratio after each layer call.
+        depth: realised depth of the layer call after which the entry's ratio is largest.
+        pos, dim: where the entry is.
+        size: its value there, with its sign.
+        ratio: |size| / median size of that layer call.
+        massive_from: realised depth of the first layer call after which the entry is massive: at least `min_size` large
+            and `min_ratio` times the median. NaN for never.
+        min_size, min_ratio: those thresholds.
+    """
+
+    schedule: LoopSchedule
+    str_tokens: tuple[str, ...] | None
+    largest_ratio: Float[Tensor, " depth"]
+    depth: Int[Tensor, " entry"]
+    pos: Int[Tensor, " entry"]
+    dim: Int[Tensor, " entry"]
+    size: Float[Tensor, " entry"]
+    ratio: Float[Tensor, " entry"]
+    massive_from: Float[Tensor, " entry"]
+    min_size: float
+    min_ratio: float
+
+    def massive(self) -> Bool[Tensor, " entry"]:
+        """Which of the entries are massive after some layer call."""
+        return ~self.massive_from.isnan()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each entry, the largest ratio first: its layer call, its place and token, size and ratio."""
+        calls = [self.schedule.at_depth(depth) for depth in self.depth.tolist()]
+        tokens = None if self.str_tokens is None else [self.str_tokens[pos] for pos in self.pos.tolist()]
+        table = pd.DataFrame({"depth": self.depth.numpy(), "stack": [call[0] for call in calls]})
+        table["layer"] = [call[1] for call in calls]
+        table["loop"] = pd.array([call[2] for call in calls], dtype="Int64")
+        table["token"] = tokens
+        for name in ("pos", "dim", "size", "ratio", "massive_from"):
+            table[name] = getattr(self, name).numpy()
+        return table
+
+    def plot(self, group: Group = "depth") -> go.Figure:
+        """The largest ratio after each layer call.
+
+        Args:
+            group: as in `grouped_curves`.
+        """
+        n = int(self.massive().sum())
+        found = f"{n} massive activation{'' if n == 1 else 's'}" if n else "no massive activation"
+        title = f"Largest activations: {self.made_by.get('model', '')}, {found}"
+        return grouped_curves(
+            self.largest_ratio, self.schedule, group, label="largest |x| / median |x|", title=title, log=True
+        )
+
+
+@torch.no_grad()
+def massive_activations(
+    model: LoopedModel,
+    prompt: str | Tensor,
+    n_loops: int | None = None,
+    *,
+    top: int = 10,
+    min_size: float = MIN_SIZE,
+    min_ratio: float = MIN_RATIO,
+    **options: Any,
+) -> MassiveActivations:
+    """The largest entries of the residual stream after any layer call, relative to the median of that call.
+
+    Of every layer call, the `top` entries are looked at. A position and dimension is listed once, however many layer
+    calls carry it on. Where the residual stream is normalised (Huginn) none can grow massive.
+
+    Args:
+        model: the model.
+        prompt: one prompt, text or token ids.
+        n_loops: loops to run; None for the count the model was trained with.
+        top: how many entries to list, and to look at in each layer call.
+        min_size, min_ratio: from where on an entry is massive.
+        options: as in `attention_stability`.
+
+    Raises:
+        InputError: before the run, for several prompts or a threshold that is not one; in it, for a state that is not
+            finite: the message names the layer and loop where that began.
+
+    Source:
+        Sun et al. 2024, arXiv 2402.17762 (above 100, and about 1000 times the median); arXiv 2604.11791.
+    """
+    run = one_prompt(model, prompt, n_loops, options, loops=1, tokens=1)
+    check_count("top", top)
+    for name, value in (("min_size", min_size), ("min_ratio", min_ratio)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise InputError(f"{name} must be a number of at least 0, got {value!r}.")
+    schedule = model.cfg.schedule(run.n_loops)
+    largest = torch.full((schedule.depth,), math.nan, dtype=torch.float64)
+    best: dict[tuple[int, int], tuple[float, int, float]] = {}  # (pos, dim): ratio, depth, size
+    first: dict[tuple[int, int], int] = {}
+
+    def look(x: Tensor, hook: LoopHookPoint) -> None:
+        if not bool(x.isfinite().all()):
+            raise InputError(f"{hook.name!r} holds NaN or infinity: the state is not finite from there on.")
+        ratios = activation_ratios(x)[0]
+        depth = schedule.realised_depth(hook.site.stack or CORE, hook.layer(), hook.loop)
+        found = ratios.flatten().topk(min(top, ratios.numel()))
+        largest[depth] = float(found.values[0])
+        for ratio, index in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+            place = divmod(index, x.shape[-1])
+            size = float(x[0][place])
+            if place not in best or ratio > best[place][0]:
+                best[place] = (ratio, depth, size)
+            if abs(size) >= min_size and ratio >= min_ratio:
+                first.setdefault(place, depth)
+
+    calls = {HookSite("hook_resid_post", stack, layer).name for stack, layer, _ in schedule.layer_calls()}
+    with model.hooks(fwd_hooks=[(name, look) for name in sorted(calls)]):
+        model(run.tokens, run.n_loops, return_type=None, **options)
+    entries = sorted(best, key=lambda place: -best[place][0])[:top]
+    return MassiveActivations(
+        made_by={"model": model.cfg.model_name, **run.describe()},
+        schedule=schedule,
+        str_tokens=None if model.tokenizer is None else tuple(model.to_str_tokens(run.tokens[0])),
+        largest_ratio=largest,
+        depth=torch.tensor([best[place][1] for place in entries]),
+        pos=torch.tensor([pos for pos, _ in entries]),
+        dim=torch.tensor([dim for _, dim in entries]),
+        size=torch.tensor([best[place][2] for place in entries], dtype=torch.float64),
+        ratio=torch.tensor([best[place][0] for place in entries], dtype=torch.float64),
+        massive_from=torch.tensor([first.get(place, math.nan) for place in entries], dtype=torch.float64),
+        min_size=float(min_size),
+        min_ratio=float(min_ratio),
+    )
+
+
+def silence_mlp(
+    model: LoopedModel,
+    layer: int,
+    loops: int | Iterable[int] | None = None,
+    *,
+    stack: str = CORE,
+    n_loops: int | None = None,
+) -> Hooks:
+    """Hooks under which one MLP adds nothing to the residual stream, in some loops or in all.
+
+    Args:
+        model: the model.
+        layer: index in its stack, negative from the end.
+        loops: the loop or loops; None for all (and for a layer that runs once). Negative numbers count from the end.
+        stack: "blocks", "prelude" or "coda".
+        n_loops: loops of the run that the hooks are for; None for the count the model was trained with.
+
+    Returns:
+        For `model.run_with_hooks(tokens, n_loops, fwd_hooks=...)` or `model.hooks(...)`.
+
+    Raises:
+        InputError: no such stack, layer or loop; no loops; or loops of a layer that runs once.
+
+    Source:
+        arXiv 2604.11791, ablation of massive activations.
+    """
+    return [(site.name, _silence) for site in _silenced(model, layer, loops, stack, n_loops)]
+
+
+def _silence(x: Tensor, hook: LoopHookPoint) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _silenced(
+    model: LoopedModel, layer: int, loops: int | Iterable[int] | None, stack: str, n_loops: int | None
+) -> list[HookSite]:
+    schedule = model.cfg.schedule(n_loops)
+    if stack not in schedule.stacks():
+        raise InputError(f"there is no stack {stack!r}: {schedule.describe()}.{nearest(stack, schedule.stacks())}")
+    site = HookSite("hook_mlp_out", stack, resolve_index("layer", layer, schedule.n_layers(stack)))
+    if loops is None:
+        return [site]
+    total = schedule.n_loops(stack)
+    if not total:
+        raise InputError(f"the {stack} runs once: leave loops out.")
+    wanted = [loops] if isinstance(loops, int) else list(loops)
+    chosen = sorted({resolve_index("loop", loop, total) for loop in wanted})
+    if not chosen:
+        raise InputError("loops is empty, so nothing would change: leave it out for all loops.")
+    return [site.at(loop) for loop in chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class AblationEffect(Result):
+    """Measures with and without one MLP, at every layer call, averaged over prompts and over heads or positions.
+
+    Attributes:
+        schedule: which layer runs at which realised depth.
+        labels, units: of each measure, by its name.
+        clean: each measure of the model as it is.
+        ablated: the same with the MLP silent.
+    """
+
+    schedule: LoopSchedule
+    labels: dict[str, str]
+    units: dict[str, str]
+    clean: dict[str, Float[Tensor, " depth"]]
+    ablated: dict[str, Float[Tensor, " depth"]]
+
+    def change(self, measure: str) -> Float[Tensor, " depth"]:
+        """Ablated minus clean.
+
+        Raises:
+            InputError: it was not taken.
+        """
+        if measure not in self.clean:
+            known = list(self.clean)
+            raise InputError(f"there is no measure {measure!r} here, but {known}.{nearest(measure, known)}")
+        return self.ablated[measure] - self.clean[measure]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each measure and layer call: measure, depth, stack, layer, loop, clean, ablated."""
+        calls = list(self.schedule.layer_calls())
+        tables = []
+        for name in self.clean:
+            table = pd.DataFrame({"measure": name, "depth": range(len(calls)), "stack": [call[0] for call in calls]})
+            table["layer"] = [call[1] for call in calls]
+            table["loop"] = pd.array([call[2] for call in calls], dtype="Int64")
+            table["clean"], table["ablated"] = self.clean[name].numpy(), self.ablated[name].numpy()
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
+
+    def plot(self, measure: str, group: Group = "depth", *, log: bool = False) -> go.Figure:
+        """One measure: by "depth" both curves, by "loop" or "layer" the change.
+
+        Args:
+            measure: its name.
+            group: as in `grouped_curves`.
+            log: a logarithmic axis, for both curves.
+        """
+        change, both = self.change(measure), group == "depth"
+        where = f"{self.made_by['silent']}: {self.made_by.get('model', '')}"
+        return grouped_curves(
+            self.ablated[measure] if both else change,
+            self.schedule,
+            group,
+            label=self.labels[measure] if both else f"change of {self.labels[measure]}",
+            unit=self.units[measure],
+            title=where,
+            log=log and both,
+            name="ablated",
+            reference=self.clean[measure] if both else None,
+            reference_name="clean",
+        )
+
+
+def ablation_effect(
+    model: LoopedModel,
+    prompts: Prompts,
+    layer: int,
+    loops: int | Iterable[int] | None = None,
+    *,
+    stack: str = CORE,
+    n_loops: int | None = None,
+    measures: Sequence[Measure] = STAGE_MEASURES,
+    **options: Any,
+) -> AblationEffect:
+    """What becomes of the stages when one MLP adds nothing, in all loops or some.
+
+    Args:
+        model: the model, in evaluation mode.
+        prompts, measures: as in `collect`.
+        layer, loops, stack: which MLP, and when, as in `silence_mlp`.
+        n_loops: loops to run; None for the count the model was trained with.
+        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `progress`, as in `collect`.
+
+    Raises:
+        InputError: what `silence_mlp` and `collect` refuse, before anything runs.
+
+    Source:
+        arXiv 2604.11791, ablation of massive activations.
+    """
+    if "save_to" in options or "per_token" in options:
+        raise InputError("two runs can't share a file, and only means are kept: leave out save_to and per_token.")
+    sites = _silenced(model, layer, loops, stack, n_loops)
+    runs = []
+    for hooked in ([], sites):
+        with model.hooks(fwd_hooks=[(site.name, _silence) for site in hooked]):
+            runs.append(collect(model, prompts, measures, n_loops, **options))
+    means = [{name: run.mean(name).reshape(run.schedule.depth, -1).nanmean(1) for name in run.values} for run in runs]
+    silent = f"MLP of {stack}.{sites[0].layer} silent"
+    if loops is not None:
+        silent += f" in loop{'s' if len(sites) > 1 else ''} {', '.join(str(site.loop) for site in sites)}"
+    return AblationEffect(
+        made_by={**runs[0].made_by, "silent": silent},
+        schedule=runs[0].schedule,
+        labels=runs[0].labels,
+        units=runs[0].units,
+        clean=means[0],
+        ablated=means[1],
+    )
