@@ -17,11 +17,12 @@ from helpers import PARITY, make
 from report_helpers import ATTACK, HOSTILE, hostile_model, hostile_tokenizer
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.lens import loop_lens, view_prompt, view_top_tokens
 from tl_looped.report import Prompt, ReportData, Section, built_in, check_output, collect, report_page, write_whole
 from tl_looped.report import cli as cli_module
 from tl_looped.report.cli import main
 from tl_looped.report.html import page
-from tl_looped.viz import LayerAttention, LoopAttention
+from tl_looped.viz import LayerAttention, LoopAttention, show_token
 
 # Files.
 
@@ -353,5 +354,34 @@ def test_attention_view_draws_itself_without_the_page(driver: Any, tmp_path: Pat
     driver.get((tmp_path / "notebook.html").as_uri())
     wait_for(driver, "document.querySelectorAll('.tl-heads canvas').length === 8")
     assert driver.execute_script("return document.querySelectorAll('.tl-picker').length") == 2
+    assert driver.execute_script("return window.attacked") is None
+    assert driver.get_log("browser") == []
+
+
+@browser_test
+def test_token_views_draw_themselves_without_the_page(driver: Any, tmp_path: Path):
+    """circuitsvis takes tokens as HTML: theirs must come out as text."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    model = hostile_model()
+    tokens = torch.arange(model.cfg.d_vocab)[None]
+    views = view_prompt(model, tokens, 3), view_top_tokens(loop_lens(model, tokens, 3, positions=None))
+    shown = "".join(view._repr_html_() for view in (*views, *views))
+    (tmp_path / "tokens.html").write_text(f'<meta charset="utf-8"><body>{shown}', encoding="utf-8")
+    driver.get((tmp_path / "tokens.html").as_uri())
+    wait_for(driver, "document.querySelectorAll('.tl-tokens table').length === 2")
+    prompts = "[...document.querySelectorAll('.tl-tokens')].filter(view => view.querySelector('.tl-picker'))"
+    spans = f"{prompts}[0].querySelectorAll('span > span')"
+    texts = driver.execute_script(f"return [...{spans}].map(span => span.textContent)")
+    wanted = [show_token(token).replace(" ", "\u00a0") for token in model.to_str_tokens(tokens)[1:]]
+    assert texts == wanted
+    colors = f"[...{spans}].map(span => span.style.backgroundColor).join()"
+    before = driver.execute_script(f"return {colors}")
+    choice = driver.execute_script(f"return {prompts}[0].querySelector('input')")
+    driver.execute_script("arguments[0].value = 0; arguments[0].dispatchEvent(new Event('input'))", choice)
+    wait_for(driver, f"{spans}.length === {len(wanted)} && {colors} !== {before!r}")
+    assert driver.execute_script(f"return {prompts}[0].querySelector('output').textContent") == "0"
+    ActionChains(driver).move_to_element(driver.execute_script(f"return {spans}[3]")).perform()
+    wait_for(driver, f"{prompts}[0].querySelector('table')")  # the top tokens, while the mouse is over one
     assert driver.execute_script("return window.attacked") is None
     assert driver.get_log("browser") == []

@@ -10,6 +10,7 @@ from helpers import FAMILIES, expected, parity, run_options
 from torch import Tensor
 
 from tl_looped import LoopedCache, LoopedModel
+from tl_looped.lens import exit_distribution, threshold_exit
 from tl_looped.schedule import CODA, PRELUDE
 
 ABSOLUTE = 1e-4
@@ -47,13 +48,6 @@ def readouts(cache: LoopedCache, model: LoopedModel) -> Tensor:
         return torch.stack([model.readout(state, cache.run.tokens) for state in cache.stack("state_post")])
 
 
-def exit_distribution(gate_logits: Tensor) -> Tensor:
-    """Ouro's chance to stop after each loop: its gate opens for the first time; the last loop takes what remains."""
-    gate = torch.sigmoid(gate_logits)
-    not_yet = torch.cumprod(1 - gate, dim=0)
-    return torch.cat([gate[:1], gate[1:-1] * not_yet[:-2], not_yet[-2:-1]])
-
-
 def ours(family: str, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """What our model computes for a stored key."""
     model, logits, cache = ran(family, dtype)
@@ -83,7 +77,7 @@ def ours(family: str, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         # exit, and so stops after the last loop. (A least-squares fit of it to all loops' logits gives 0, ..., 0, 1.)
         return per_loop[-1]
     assert key == "logits.exit_threshold0.6", f"{key} is stored, but no test knows it"
-    first = (exit_distribution(cache.stack("exit_gate")).cumsum(0) >= 0.6).int().argmax(0)
+    first = threshold_exit(exit_distribution(cache.stack("exit_gate")), 0.6)
     assert len(first.unique()) > 2  # the tokens do stop at different loops
     return per_loop.gather(0, first[None, ..., None].expand(1, *per_loop.shape[1:]))[0]
 
@@ -119,11 +113,6 @@ def test_patterns_sum_to_one_and_see_no_future(family: str):
     pattern = cache.stack("pattern")
     torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))
     assert torch.equal(pattern, pattern.tril())
-
-
-def test_the_exit_distribution_in_closed_form():
-    """A gate that opens with chance 1/2 at every loop stops after 1/2, 1/4, 1/8, and the last takes 1/8."""
-    assert exit_distribution(torch.zeros(4, 1, 1)).flatten().tolist() == [0.5, 0.25, 0.125, 0.125]
 
 
 @pytest.mark.parametrize(

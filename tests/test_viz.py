@@ -94,15 +94,16 @@ def test_readout_heatmap_shows_probability_and_top_token():
     probs = probabilities(3, 4, 5)
     names = [[[f"t{t}p{j}k{k}" for k in range(5)] for j in range(4)] for t in range(3)]
     names[1][2][0] = "<img src=x>"
-    fig = viz.readout_heatmap(probs, names, TOKENS, first_position=7)
+    fig = viz.readout_heatmap(probs, names, TOKENS, positions=range(7, 11))
     cells = trace(fig)
     torch.testing.assert_close(torch.tensor(cells["z"]), probs[..., 0], atol=1e-5, rtol=1e-4)
     assert cells["text"][0][3] == "t0p3k0"
     assert cells["text"][1][2] == "&lt;img src=x&gt;"
-    assert cells["x"] == [7, 8, 9, 10]
+    assert cells["x"] == [0, 1, 2, 3]
+    assert cells["customdata"][2][1][0] == "position 8, reads ·a<br>after loop 2:"
     assert all(f"t2p1k{k}" in cells["customdata"][2][1][1] for k in range(5))
     axis = layout(fig)["xaxis"]
-    assert axis["tickvals"] == [7, 8, 9, 10]
+    assert axis["tickvals"] == [0, 1, 2, 3]
     assert axis["ticktext"] == ["&lt;bos&gt;", "·a", "&lt;/script&gt;", "⏎"]
     assert layout(fig)["yaxis"]["title"]["text"] == "after loop"
 

@@ -83,6 +83,8 @@ class Result:
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A value as JSON; its tensors go to `tensors` under names that say where they were."""
     if isinstance(value, Tensor):
+        while name in tensors:  # two places may spell alike: {"a.b": ...} and {"a": {"b": ...}}
+            name += "'"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, (tuple, list)):

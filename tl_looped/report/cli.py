@@ -8,14 +8,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tl_looped.dynamics import N_LOOPS
+from tl_looped.dynamics.limits import FEWEST_LOOPS
 from tl_looped.errors import InputError, LoopedError, check_count
 from tl_looped.files import check_output, write_whole
 from tl_looped.model import LoopedModel
+from tl_looped.report.analyses import LONG_RUN, loop_analyses
 from tl_looped.report.check import check
 from tl_looped.report.data import collect
 from tl_looped.report.patching import chain_patching
 from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built_in
+from tl_looped.report.readouts import readout_sections
 from tl_looped.report.sections import report_page
+from tl_looped.report.study import architectures_page
+from tl_looped.study import study_architectures
+from tl_looped.study.architectures import INITIALISATION_WORDS, LAYERS
 
 DEFAULT_MODEL = "looped-hops"
 
@@ -42,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tl-looped", description="Looped language models in TransformerLens: look inside every loop."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_report, _add_check):
+    for add in (_add_report, _add_check, _add_study):
         add(commands)
     return parser
 
@@ -80,6 +87,13 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--seed", type=int, metavar="N", help="seed of the initial state, for models that draw one at random (0)"
     )
+    command.add_argument(
+        "--long-run",
+        type=int,
+        default=LONG_RUN,
+        metavar="N",
+        help=f"loops after which a state counts as its end, for convergence and limits ({LONG_RUN})",
+    )
     command.add_argument("--out", default="report.html", metavar="FILE", help="the file to write (report.html)")
     command.set_defaults(run=_report)
 
@@ -95,8 +109,45 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.set_defaults(run=_check)
 
 
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "study",
+        help="study what kinds of looped models do before any training",
+        description="Studies that need no trained model.",
+    )
+    studies = command.add_subparsers(title="studies", metavar="STUDY", required=True)
+    one = studies.add_parser(
+        "architectures",
+        help="which norms have fixed points, with and without input injection",
+        description="Run randomly initialised cores of three norms, with and without input injection, for many loops; "
+        "write their distances to the last loop and a verdict on each as FOLDER/architectures.csv and "
+        "FOLDER/architectures.html.",
+    )
+    one.add_argument("--layers", type=int, nargs="+", default=list(LAYERS), metavar="N", help="core sizes (4 12 16)")
+    one.add_argument("--seeds", type=int, default=3, metavar="N", help="random initialisations of each kind (3)")
+    one.add_argument("--n-loops", type=int, default=N_LOOPS, metavar="N", help=f"loops to run ({N_LOOPS})")
+    names = list(INITIALISATION_WORDS)
+    one.add_argument("--init", nargs="+", default=names, choices=names, help=f"how to initialise ({' '.join(names)})")
+    one.add_argument("--out", default=".", metavar="FOLDER", help="where to write (the current folder)")
+    one.set_defaults(run=_study_architectures)
+
+
+def _study_architectures(options: argparse.Namespace) -> int:
+    folder = Path(options.out)
+    targets = [check_output(folder / f"architectures.{kind}") for kind in ("csv", "html")]
+    study = study_architectures(options.layers, options.seeds, options.n_loops, options.init)
+    contents = study.to_dataframe().to_csv(index=False), architectures_page(study, options.command)
+    for name in options.init:
+        print(f"\nInitialisation {name}\n{study.claims(name).to_string(index=False)}")
+    for target, content in zip(targets, contents, strict=True):
+        write_whole(target, content)
+        print(f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     # What is quick to find wrong comes first: a model may take minutes to load.
+    check_count("--long-run", options.long_run, minimum=FEWEST_LOOPS)
     if options.n_loops is not None:
         check_count("--n-loops", options.n_loops)
     if options.seed is not None:
@@ -115,7 +166,11 @@ def _report(options: argparse.Namespace) -> int:
     name = folder.resolve().name if folder.is_dir() else options.model
     data = collect(model, prompts or _built_in(model, name), options.n_loops, options.seed, name, progress=True)
     chains = not prompts and name in CHAIN_MODELS
-    extra = [chain_patching(model, CHAIN_TO_PATCH, options.n_loops)] if chains else []
+    extra = readout_sections(model, data)
+    if model.cfg.n_loops > 1:
+        ids = [reading.token_ids for reading in data.readings]
+        extra += loop_analyses(model, ids, data.n_loops, options.long_run, data.seed, progress=True)
+    extra += [chain_patching(model, CHAIN_TO_PATCH, options.n_loops)] if chains else []
     write_whole(target, report_page(data, options.command, extra))
     print(f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import InputError
 from tl_looped.hooks import LoopHookPoint
+from tl_looped.lens import entropy, kl_divergence
 from tl_looped.model import LoopedModel
 from tl_looped.report.prompts import Prompt
 from tl_looped.runs import DEFAULT_SEED, Run
@@ -236,7 +237,7 @@ class LoopMeter:
         logits = self.model.readout(state, self.run.tokens)[0, -READ_POSITIONS:].float()
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
-        self._keep("entropy", torch.special.entr(probs).sum(-1))
+        self._keep("entropy", entropy(log_probs))
         self._keep("kl_to_final", kl_divergence(self.final, log_probs))
         self._keep("answer_prob", probs[-1, self.answer])
         self._keep("answer_rank", 1 + (logits[-1] > logits[-1, self.answer]).sum())
@@ -252,11 +253,6 @@ class LoopMeter:
     def result(self) -> dict[str, Any]:
         """The measures by name, stacked over loops."""
         return {name: torch.stack(rows) for name, rows in self.rows.items()} | {"top_tokens": tuple(self.top_tokens)}
-
-
-def kl_divergence(p: Float[Tensor, "*dims d_vocab"], q: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims"]:
-    """KL(p ‖ q) in nats, from log probabilities; never below zero, also where rounding would bring it there."""
-    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp(min=0)
 
 
 def token_texts(model: LoopedModel, ids: Sequence[int]) -> list[str]:

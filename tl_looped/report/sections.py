@@ -191,7 +191,9 @@ def _readout_plots(reading: Reading) -> str:
         reading.answer_prob, reading.answer_rank, reading.entropy[:, -1], reading.kl_to_final[:, -1], reading.answer
     )
     first = reading.first_read
-    cells = viz.readout_heatmap(reading.top_probs, reading.top_tokens, reading.tokens[first:], first)
+    cells = viz.readout_heatmap(
+        reading.top_probs, reading.top_tokens, reading.tokens[first:], range(first, len(reading.tokens))
+    )
     left_out = f" The first {first} positions are left out." if first else ""
     return figure(curves, "The read-out at the last position, loop by loop.") + figure(
         cells,

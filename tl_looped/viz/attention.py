@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import circuitsvis
 import plotly.graph_objects as go
 from circuitsvis.attention import attention_heads as circuitsvis_heads
 from circuitsvis.utils.render import RenderedHTML
@@ -18,6 +15,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.schedule import CORE
+from tl_looped.viz.browser import notebook_html
 from tl_looped.viz.style import (
     DARK_BLUE,
     PROBABILITY_SCALE,
@@ -91,7 +89,7 @@ class LoopAttention:
         return f'<div class="tl-loop-attention">{data_block(self._props())}</div>'
 
     def _repr_html_(self) -> str:
-        return f'{self.fragment()}<script type="module">{circuitsvis_script()}</script>'
+        return notebook_html(self.fragment())
 
     def _props(self) -> dict[str, Any]:
         layers = [
@@ -110,18 +108,6 @@ def _rounded(pattern: Tensor) -> list[Any]:
         return int(rounded) if rounded in (0, 1) else rounded
 
     return short(pattern.double().nan_to_num().cpu().tolist())
-
-
-@lru_cache(maxsize=1)
-def circuitsvis_script() -> str:
-    """The circuitsvis bundle and the drawing of every `LoopAttention` of the page: the text of one script element."""
-    bundle = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    bundle = bundle.partition("//# sourceMappingURL")[0]  # a developer console would ask for that file
-    own = (Path(__file__).parent / "loop_attention.js").read_text(encoding="utf-8")
-    # Run once in a notebook too, where every view brings it: a second run would warn of the first.
-    once = f"globalThis.CircuitsVis ??= (() => {{\n{bundle}\nreturn CircuitsVis;\n}})();"
-    # The bundle has the tag that would end the script in a string; escaped, it is the same string.
-    return f"{once}\n{own}".replace("</script", "<\\/script")
 
 
 def attention_from_position(layers: Sequence[LayerAttention], tokens: Sequence[str], position: int = -1) -> go.Figure:

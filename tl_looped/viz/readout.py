@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
@@ -28,13 +29,21 @@ from tl_looped.viz.style import (
 )
 
 _MOST_ROWS_WITH_TEXT = 40
+PLACES = {
+    "resid_pre": "entering core layer",
+    "resid_mid": "between attention and MLP of core layer",
+    "resid_post": "leaving core layer",
+}
+"""Where in a loop a residual stream is, in words that a layer's number follows."""
 
 
 def readout_heatmap(
     top_probs: Float[Tensor, "loop pos top"],
     top_tokens: Sequence[Sequence[Sequence[str]]],
     tokens: Sequence[str],
-    first_position: int = 0,
+    positions: Sequence[int] | None = None,
+    loops: Sequence[int] | None = None,
+    place: str = "",
 ) -> go.Figure:
     """The most probable next token after every loop at every position.
 
@@ -42,32 +51,93 @@ def readout_heatmap(
         top_probs: probabilities of the top tokens, the highest first.
         top_tokens: their texts, in the same order, [loop][pos][top].
         tokens: the input token at each position.
-        first_position: the position of the first column, where earlier ones are left out.
+        positions: the positions, where not all are shown.
+        loops: the loops, where not all are shown.
+        place: what is read, such as "leaving core layer 2"; empty for the state that leaves each loop.
 
     Returns:
         A heatmap: colour is the probability of the top token, the text in a cell is that token (where there is room),
         and hovering shows all of the top tokens.
     """
     n_loops, n_positions, _ = top_probs.shape
+    places = list(range(n_positions)) if positions is None else list(positions)
+    passed = list(range(n_loops)) if loops is None else list(loops)
+    headings = [
+        [
+            f"position {position}, reads {plotly_text(token)}<br>"
+            + (f"loop {t}, {place}:" if place else f"after loop {t}:")
+            for position, token in zip(places, tokens, strict=True)
+        ]
+        for t in passed
+    ]
+    fig = _top_token_cells(top_probs, top_tokens, headings)
+    fig.update_xaxes(**token_axis(tokens, title="position (label: the token read there)"))
+    fig.update_yaxes(**_row_axis("loop" if place else "after loop", passed), autorange="reversed")
+    return _titled(fig, place)
+
+
+def lens_heatmap(
+    top_probs: Float[Tensor, "loop layer top"],
+    top_tokens: Sequence[Sequence[Sequence[str]]],
+    loops: Sequence[int],
+    layers: Sequence[int],
+    site: str,
+    title: str,
+) -> go.Figure:
+    """The most probable next token at one position, for every loop and core layer.
+
+    Args:
+        top_probs: probabilities of the top tokens, the highest first.
+        top_tokens: their texts, in the same order, [loop][layer][top].
+        loops, layers: which they are.
+        site: the residual stream that is read.
+        title: which position it is.
+    """
+    headings = [[f"loop {t}, {PLACES[site]} {layer}:" for layer in layers] for t in loops]
+    fig = _top_token_cells(top_probs, top_tokens, headings)
+    columns = list(range(len(layers)))
+    fig.update_xaxes(
+        title={"text": PLACES[site]}, tickmode="array", tickvals=columns, ticktext=[str(n) for n in layers]
+    )
+    fig.update_yaxes(**_row_axis("loop", loops), autorange="reversed")
+    return _titled(fig, title)
+
+
+def _titled(fig: go.Figure, title: str) -> go.Figure:
+    return fig.update_layout(title={"text": plotly_text(title), "font": {"size": 14}}) if title else fig
+
+
+def _row_axis(title: str, loops: Sequence[int]) -> dict[str, Any]:
+    """Rows are counted; their labels are the loops."""
+    ticks = loop_axis(len(loops), title)
+    shown = list(range(0, len(loops), ticks["dtick"]))
+    return {"title": ticks["title"], "tickmode": "array", "tickvals": shown, "ticktext": [str(loops[i]) for i in shown]}
+
+
+def _top_token_cells(
+    top_probs: Float[Tensor, "row column top"],
+    top_tokens: Sequence[Sequence[Sequence[str]]],
+    headings: Sequence[Sequence[str]],
+) -> go.Figure:
+    """Cells coloured by the probability of the top token, with its text where there is room."""
+    n_rows, n_columns, _ = top_probs.shape
     probs = numbers(top_probs)
-    heading = [f"position {first_position + j}, reads {plotly_text(token)}" for j, token in enumerate(tokens)]
-    room = int(PLOT_WIDTH / n_positions / 8)  # characters that fit in a cell
+    room = int(PLOT_WIDTH / n_columns / 8)  # characters that fit in a cell
     longest = max(len(show_token(top[0])) for row in top_tokens for top in row)
-    written = n_loops <= _MOST_ROWS_WITH_TEXT and room >= min(3, longest)
-    cells = [[plotly_text(shorten(top[0], room)) for top in row] for row in top_tokens] if written else None
+    written = n_rows <= _MOST_ROWS_WITH_TEXT and room >= min(3, longest)
     fig = go.Figure(
         go.Heatmap(
-            z=[[probs[t][j][0] for j in range(n_positions)] for t in range(n_loops)],
-            x=list(range(first_position, first_position + n_positions)),
-            y=list(range(n_loops)),
-            text=cells,
+            z=[[cell[0] for cell in row] for row in probs],
+            x=list(range(n_columns)),
+            y=list(range(n_rows)),
+            text=[[plotly_text(shorten(top[0], room)) for top in row] for row in top_tokens] if written else None,
             texttemplate="%{text}" if written else None,
             textfont={"size": 12},
             customdata=[
-                [[heading[j], _ranked(probs[t][j], top_tokens[t][j])] for j in range(n_positions)]
-                for t in range(n_loops)
+                [[headings[i][j], _ranked(probs[i][j], top_tokens[i][j])] for j in range(n_columns)]
+                for i in range(n_rows)
             ],
-            hovertemplate="%{customdata[0]}<br>after loop %{y}:<br>%{customdata[1]}<extra></extra>",
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
             colorscale=PROBABILITY_SCALE,
             zmin=0,
             zmax=1,
@@ -76,10 +146,8 @@ def readout_heatmap(
             colorbar={"title": {"text": "probability of<br>the top token"}, "thickness": 14, "tickformat": ".0%"},
         )
     )
-    fig.update_xaxes(**token_axis(tokens, first_position, title="position (label: the token read there)"))
-    fig.update_yaxes(**loop_axis(n_loops, "after loop"), autorange="reversed")
-    row = 26 if n_loops <= 16 else 17 if n_loops <= _MOST_ROWS_WITH_TEXT else 640 / n_loops
-    base_layout(fig, height=max(240, round(row * n_loops) + 120), margin={"l": 60, "r": 20, "t": 36, "b": 70})
+    row = 26 if n_rows <= 16 else 17 if n_rows <= _MOST_ROWS_WITH_TEXT else 640 / n_rows
+    base_layout(fig, height=max(240, round(row * n_rows) + 120), margin={"l": 60, "r": 20, "t": 36, "b": 70})
     heatmap_axes(fig)
     return fig
 

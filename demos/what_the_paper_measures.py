@@ -1,0 +1,123 @@
+"""The paper's measures on small trained models: do states and attention come to rest, and what do loops repeat?
+
+    python demos/what_the_paper_measures.py                             # the embedded models and those of demos/models
+    python demos/what_the_paper_measures.py MODEL ... --figures FOLDER  # others; figures as HTML, for a browser
+
+Questions of six hops for the embedded models, pieces of documentation held out from training for the text models; 128
+loops. A feedforward model (one loop) has stages only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+
+from tl_looped import LoopedModel
+from tl_looped.attention import PATTERN_DISTANCE, attention_stability
+from tl_looped.collect import collect
+from tl_looped.dynamics import (
+    COSINE_TO_END,
+    DISTANCE,
+    convergence_of,
+    limits_of,
+    loop_cycle,
+    loop_jacobian_spectrum,
+    trajectory,
+)
+from tl_looped.stages import STAGE_MEASURES, align_curves
+from tl_looped.tasks import draw_contexts
+from tl_looped.training import RECIPES
+from tl_looped.training.corpus import documentation
+
+LOOPS, PROMPTS, HOPS, CHARACTERS = 128, 12, 6, 150
+MODELS = sorted(str(path) for path in (Path(__file__).parent / "models").glob("docs-*"))
+
+
+def prompts_for(name: str, model: LoopedModel) -> list[str]:
+    """What the model was made to read."""
+    if name in RECIPES:
+        contexts = draw_contexts(np.random.default_rng(123), PROMPTS, 16, HOPS, RECIPES[name].shuffled)
+        return [contexts.text(row, int(np.argmax(contexts.hops[row] == HOPS))) for row in range(PROMPTS)]
+    return [text[:CHARACTERS] for text in documentation().held_out[:PROMPTS]]
+
+
+def write(figure: go.Figure, path: Path) -> None:
+    """A figure as a page for a browser."""
+    figure.write_html(path, config={"displayModeBar": False})
+
+
+def rest(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
+    """Print whether states and attention come to rest."""
+    measures, kept = [DISTANCE, COSINE_TO_END, PATTERN_DISTANCE], [DISTANCE.name, COSINE_TO_END.name]
+    ends = collect(model, prompts, measures, LOOPS, per_token=kept)
+    verdict, limits = convergence_of(ends), limits_of(ends)
+    for layer in range(model.cfg.n_core):
+        share, loop = verdict.converged[layer].nanmean(), verdict.loop[layer].nanmedian()
+        line = f"  core layer {layer}: {share:.1%} of tokens come to rest"
+        if share > 0:
+            factor = verdict.rate[layer].nanmedian().exp()
+            line += f", at loop {loop:.0f} (median), by a factor of {factor:.3f} a loop (median)"
+        shares = ", ".join(f"{name} {value:.1%}" for name, value in limits.shares(layer).items() if value)
+        print(f"{line}; limit of directions: {shares}")
+    cycle = loop_cycle(model, prompts, LOOPS, progress=False)
+    smallest = cycle.smallest[~cycle.smallest.isnan()]
+    cosine = f" (smallest cosine, median over tokens: {smallest.median():.3f})" if len(smallest) else ""
+    print(f"  fixed points of the layers: {cycle.verdict()}{cosine}")
+    spectrum = loop_jacobian_spectrum(model, prompts[0], k=4)
+    print(f"  spectral radius of the loop at the end of the first prompt: {spectrum.radius:.3f}")
+    heads = attention_stability(model, prompts[0], LOOPS, position=-1)
+    settled = heads.heads()["settles_at"]
+    never = int(settled.isna().sum())
+    print(f"  heads settle at loop {settled.median():.0f} (median), {never} of {len(settled)} never; last position")
+    if figures is not None:
+        write(ends.plot(DISTANCE.name, "layer", log=True), figures / "convergence.html")
+        write(ends.plot(PATTERN_DISTANCE.name, "layer", log=True), figures / "patterns.html")
+        write(heads.plot(), figures / "attention.html")
+        write(limits.plot(), figures / "limits.html")
+        write(trajectory(model, prompts[0], n_loops=32).plot(), figures / "trajectory.html")
+
+
+def stages(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
+    """Print how alike loops are in their stages."""
+    found = collect(model, prompts, STAGE_MEASURES)
+    for measure in STAGE_MEASURES:
+        curve = found.mean(measure.name).double()
+        flat = curve.flatten(1).nanmean(1) if curve.ndim > 1 else curve
+        ends = ", ".join(f"{float(value):.3f}" for value in flat[[0, len(flat) // 2, -1]])
+        line = f"  {measure.name}: {ends} at the first, middle and last layer call"
+        n_loops = found.schedule.n_loops()
+        if n_loops > 1 and model.cfg.n_core > 2:
+            by_loop = found.by_loop(measure.name)
+            by_loop = by_loop.flatten(2).nanmean(-1) if by_loop.ndim > 2 else by_loop
+            aligned = align_curves(by_loop[0], by_loop[-1])
+            line += f"; first and last loop correlate at {aligned.correlation:.2f} (p {aligned.p_permutation:.2f})"
+        print(line)
+        if figures is not None:
+            write(found.plot(measure.name, "loop" if n_loops > 1 else "depth"), figures / f"{measure.name}.html")
+
+
+def main() -> None:
+    """Run all measures on every model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=[*RECIPES, *MODELS], help="hub ids, folders or embedded names")
+    parser.add_argument("--figures", type=Path, help="a folder for figures, one folder in it for each model")
+    options = parser.parse_args()
+    for name in options.models:
+        model = LoopedModel.from_pretrained(name, device="cpu", dtype=torch.float32)
+        folder = None if options.figures is None else options.figures / Path(name).name
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        print(f"\n{Path(name).name}: {model.schedule.describe()}")
+        prompts = prompts_for(name, model)
+        if model.cfg.n_loops > 1:
+            rest(model, prompts, folder)
+        stages(model, prompts, folder)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,185 @@
+"""How far and where states move: closed forms, the plain sums, and the measures on a model."""
+
+import math
+from typing import Any
+
+import helpers
+import pytest
+import torch
+
+from tl_looped import InputError
+from tl_looped.collect import Measure, collect
+from tl_looped.dynamics import (
+    COSINE,
+    COSINE_TO_END,
+    DISTANCE,
+    STEP,
+    STEP_NORM,
+    accelerations,
+    cosine_to,
+    distance_to,
+    second_differences,
+    step_angles,
+    step_cosine,
+    step_norm,
+    step_norms,
+)
+
+MEASURES = (STEP, STEP_NORM, COSINE, DISTANCE, COSINE_TO_END)
+
+
+def plain_norm(x: list[float]) -> float:
+    return math.sqrt(math.fsum(a * a for a in x))
+
+
+def plain_cosine(x: list[float], y: list[float]) -> float:
+    return math.fsum(a * b for a, b in zip(x, y, strict=True)) / plain_norm(x) / plain_norm(y)
+
+
+def circle(angle: float, loops: int, radius: float = 1.0) -> torch.Tensor:
+    turn = angle * torch.arange(loops, dtype=torch.float64)
+    return radius * torch.stack((turn.cos(), turn.sin()), dim=-1)
+
+
+def test_pairs_against_plain_sums():
+    x, y = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    for place in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
+        a, b = x[tuple(place)].tolist(), y[tuple(place)].tolist()
+        apart = plain_norm([p - q for p, q in zip(a, b, strict=True)])
+        expected = {
+            step_norm: apart / plain_norm(a),
+            distance_to: apart / plain_norm(b),
+            step_cosine: plain_cosine(a, b),
+            cosine_to: plain_cosine(a, b),
+        }
+        for function, value in expected.items():
+            assert function(x, y)[tuple(place)].item() == pytest.approx(value, abs=1e-14)
+        for function in (step_norm, distance_to):
+            assert function(x, y, relative=False)[tuple(place)].item() == pytest.approx(apart, abs=1e-14)
+
+
+def test_what_is_divided_by_a_zero_norm_is_undefined():
+    zero, one = torch.zeros(1, 3), torch.ones(1, 3)
+    assert step_norm(zero, one).isnan().all() and distance_to(one, zero).isnan().all()
+    assert distance_to(zero, one).item() == 1.0
+    for function in (step_norm, distance_to):
+        assert function(one, zero, relative=False).item() == pytest.approx(math.sqrt(3))
+    for function in (step_cosine, cosine_to):
+        assert function(zero, one).isnan().all() and function(one, zero).isnan().all()
+
+
+def test_half_precision_is_computed_in_float32_and_float64_kept():
+    x, y = torch.randn(4, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+    for function in (step_norm, distance_to, step_cosine, cosine_to):
+        assert function(x, y).dtype == torch.float32
+        assert function(x.double(), y.double()).dtype == torch.float64
+        assert torch.allclose(function(x, y).double(), function(x.double(), y.double()), atol=1e-6)
+    assert step_cosine(x, x).max() <= 1
+
+
+def test_a_rotation_turns_by_its_angle_and_keeps_its_step():
+    angle, n = 0.7, 9
+    states = circle(angle, n, radius=3.0)
+    assert torch.allclose(step_angles(states)[2:], torch.full((n - 2,), angle, dtype=torch.float64))
+    chord = 6 * math.sin(angle / 2)
+    norms = step_norms(states, relative=False)
+    assert torch.allclose(norms[1:], torch.full((n - 1,), chord, dtype=torch.float64))
+    assert torch.allclose(step_norms(states)[1:], norms[1:] / 3)
+    assert second_differences(norms)[2:].abs().max() < 1e-14
+    turned = 2 * chord * math.sin(angle / 2)  # two steps of one length at that angle
+    assert torch.allclose(accelerations(states, relative=False)[2:], torch.full((n - 2,), turned, dtype=torch.float64))
+    assert torch.allclose(accelerations(states)[2:], torch.full((n - 2,), turned / 3, dtype=torch.float64))
+
+
+def test_a_straight_line_does_not_turn_and_a_swing_turns_back():
+    line = torch.arange(5, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64) + 1
+    assert step_angles(line)[2:].abs().max() < 1e-12 and accelerations(line)[2:].abs().max() < 1e-12
+    swing = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 3, dtype=torch.float64)
+    assert torch.allclose(step_angles(swing)[2:], torch.full((4,), math.pi, dtype=torch.float64))
+
+
+def test_a_small_angle_is_not_rounded_away():
+    states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1e-6]])  # its cosine is 1 in float32
+    assert step_angles(states)[2].item() == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_shrinking_steps_have_negative_second_differences():
+    norms = 0.5 ** torch.arange(4, dtype=torch.float64)
+    assert second_differences(norms)[1:].tolist() == [-0.5, -0.25, -0.125]
+
+
+@pytest.mark.parametrize(("function", "missing"), [(step_norms, 1), (step_angles, 2), (accelerations, 2)])
+def test_series_keep_the_loops(function: Any, missing: int):
+    states = torch.randn(4, 2, 3)
+    assert function(states).isnan().any(1).tolist() == [True] * missing + [False] * (4 - missing)
+    assert function(states[:2]).shape == (2, 2)
+    with pytest.raises(InputError, match="states has 1 loops, but this needs at least two"):
+        function(states[:1])
+    states[2, 1, 0] = float("nan")
+    with pytest.raises(InputError, match="states are not finite from loop 2, axis 1 1 on"):
+        function(states)
+    with pytest.raises(InputError, match=r"states must be \[loop, ..., d_model\] and not empty, got shape \(4, 0\)"):
+        function(torch.zeros(4, 0))
+
+
+def test_a_step_of_no_length_has_no_angle():
+    states = torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    assert step_angles(states).isnan().all()
+
+
+def test_second_differences_refuse_what_are_no_norms(as_a_user: None):
+    with pytest.raises(InputError, match="norms must not be below zero, got -1"):
+        second_differences(torch.tensor([1.0, -1.0]))
+    with pytest.raises(InputError, match="norms has 1 loops"):
+        second_differences(torch.tensor([1.0]))
+    with pytest.raises(
+        InputError, match="norms must be a floating-point tensor with loops as its first axis, got list"
+    ):
+        second_differences([1.0, 2.0])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("function", [step_norm, step_cosine, distance_to, cosine_to])
+def test_shapes_must_be_the_same(function: Any, as_a_user: None):
+    with pytest.raises(InputError, match=r"must have the same shape, got \(2, 3\) and \(1, 3\)"):
+        function(torch.ones(2, 3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("family", helpers.TINY)
+def test_measures_equal_those_of_a_full_cache(family: str):
+    model = helpers.tiny(family)
+    tokens = helpers.tokens_for(model, 2, 4)
+    found = collect(model, tokens, MEASURES, 4, per_token=[measure.name for measure in MEASURES], progress=False)
+    _, cache = model.run_with_cache(tokens, 4)
+    states = cache.stack("resid_post").double()
+    schedule = model.cfg.schedule(4)
+    for measure in MEASURES:
+        for row in range(2):
+            kept = found.per_token[measure.name][row]
+            assert kept is not None
+            for t in range(4):
+                for layer in range(2):
+                    got = kept[schedule.realised_depth("blocks", layer, t)]
+                    expected = by_hand(measure, states[:, layer, row], t)
+                    assert torch.allclose(got.double(), expected, atol=1e-5, equal_nan=True), measure.name
+
+
+def by_hand(measure: Measure, states: torch.Tensor, t: int) -> torch.Tensor:
+    """One measure of [loop, pos, d_model] at loop t, a token at a time."""
+    values = []
+    for pos in range(states.shape[1]):
+        if measure.compare == "previous" and t == 0:
+            values.append(float("nan"))
+            continue
+        x = states[t, pos].tolist()
+        other = states[t - 1 if measure.compare == "previous" else -1, pos].tolist()
+        apart = plain_norm([a - b for a, b in zip(x, other, strict=True)])
+        values.append(
+            {
+                "step": apart / plain_norm(x),
+                "step_norm": apart,
+                "cosine": plain_cosine(x, other),
+                "distance": apart / plain_norm(other),
+                "cosine_to_end": plain_cosine(x, other),
+            }[measure.name]
+        )
+    return torch.tensor(values, dtype=torch.float64)

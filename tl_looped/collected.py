@@ -1,0 +1,236 @@
+"""What `tl_looped.collect` returns: measures at every layer call of every prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError, nearest
+from tl_looped.files import check_output
+from tl_looped.results import Result
+from tl_looped.schedule import CORE, LoopSchedule
+from tl_looped.viz.curves import Group, grouped_curves
+
+_SAVE_EVERY = 5.0  # seconds; and whenever a call ends
+
+
+@dataclass(frozen=True, eq=False)
+class Collected(Result):
+    """Measures at every layer call of every prompt.
+
+    A number is NaN where its measure is undefined: everywhere for a prompt that is not done, at loop 0 for what
+    compares with the loop before, and for what compares loops in layers that run once. Statistics are over the prompts
+    whose number is defined, each prompt counting once whatever its length; over none they are NaN.
+
+    Attributes:
+        schedule: which layer runs at which realised depth.
+        tokens: each prompt's tokens.
+        done: which prompts have run: all of them, but in the file of a run that was interrupted.
+        labels, units: of each measure, by its name.
+        axes: what each measure has besides prompt and depth, such as ("head",).
+        values: each measure, averaged over the positions where it is defined.
+        per_token: for measures that were asked for, each prompt's numbers, [depth, *axes, pos]; None for a prompt that
+            is not done.
+    """
+
+    schedule: LoopSchedule
+    tokens: tuple[Int[Tensor, "_"], ...]
+    done: Bool[Tensor, " prompt"]
+    labels: dict[str, str]
+    units: dict[str, str]
+    axes: dict[str, tuple[str, ...]]
+    values: dict[str, Float[Tensor, "prompt depth *axes"]]
+    per_token: dict[str, tuple[Tensor | None, ...]]
+
+    def __getitem__(self, name: str) -> Float[Tensor, "prompt depth *axes"]:
+        """One measure's values.
+
+        Raises:
+            InputError: it was not taken.
+        """
+        if name not in self.values:
+            raise InputError(f"there is no measure {name!r} here, but {list(self.values)}.{nearest(name, self.values)}")
+        return self.values[name]
+
+    def mean(self, name: str) -> Float[Tensor, "depth *axes"]:
+        """Mean over prompts."""
+        return self[name].nanmean(0)
+
+    def var(self, name: str) -> Float[Tensor, "depth *axes"]:
+        """Variance over prompts, with n − 1 below; NaN for fewer than two prompts."""
+        values = self[name]
+        count = (~values.isnan()).sum(0)
+        squares = (values - values.nanmean(0)).square().nansum(0)
+        return torch.where(count > 1, squares / (count - 1).clamp(min=1), float("nan"))
+
+    def quantile(self, name: str, q: float) -> Float[Tensor, "depth *axes"]:
+        """Quantile over prompts, between two of them by linear interpolation.
+
+        Args:
+            name: of the measure.
+            q: from 0 to 1; 0.5 for the median.
+
+        Raises:
+            InputError: no such measure, or q out of range.
+        """
+        if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 <= q <= 1:
+            raise InputError(f"q must be a number from 0 to 1, got {q!r}.")
+        return _quantile(self[name], q)
+
+    def by_loop(self, name: str) -> Float[Tensor, "loop layer *axes"]:
+        """Mean over prompts of the core layers, by loop.
+
+        Raises:
+            InputError: no such measure, or a model without loops.
+        """
+        loops, layers = self.schedule.n_loops(), self.schedule.n_layers(CORE)
+        if loops == 0:
+            raise InputError(f"this model has no loops ({self.schedule.describe()}): take mean({name!r}).")
+        depths = [self.schedule.realised_depth(CORE, layer, t) for t in range(loops) for layer in range(layers)]
+        return self.mean(name)[depths].unflatten(0, (loops, layers))
+
+    def to_dataframe(self, name: str | None = None) -> pd.DataFrame:
+        """One row for each number: measure, prompt, depth, stack, layer, loop, the measure's own axes, value.
+
+        `loop` is missing (NA) in layers that run once.
+
+        Args:
+            name: of one measure; None for all.
+        """
+        calls = list(self.schedule.layer_calls())
+        where = pd.DataFrame({"stack": [c[0] for c in calls], "layer": [c[1] for c in calls]})
+        where["loop"] = pd.array([c[2] for c in calls], dtype="Int64")
+        tables = []
+        for one in self.values if name is None else [name]:
+            values = self[one].double().numpy()
+            axes = ("prompt", "depth", *self.axes[one])
+            places = dict(zip(axes, (index.ravel() for index in np.indices(values.shape)), strict=True))
+            head = pd.DataFrame({"measure": one, "prompt": places["prompt"], "depth": places["depth"]})
+            at = where.iloc[places["depth"]].reset_index(drop=True)
+            own = {axis: pd.array(places[axis], dtype="Int64") for axis in self.axes[one]}  # not all measures have them
+            rest = pd.DataFrame({**own, "value": values.ravel()})
+            tables.append(pd.concat([head, at, rest], axis=1))
+        return pd.concat(tables, ignore_index=True)
+
+    def plot(self, name: str, group: Group = "depth", *, log: bool = False) -> go.Figure:
+        """One measure's mean over prompts (and over its own axes, such as heads), with its quartiles over prompts.
+
+        Args:
+            name: of the measure.
+            group: over "depth"; "loop": a line for every loop; "layer": a line for every core layer, over loops.
+            log: a logarithmic axis.
+        """
+        rest = self.axes.get(name, ())
+        values = self[name].flatten(2).nanmean(-1) if rest else self[name]
+        prompts = int(self.done.sum())
+        what = f"mean over {prompts} prompts" if prompts > 1 else "one prompt"
+        what += "".join(f", {axis}s" for axis in rest)
+        quartiles = (_quantile(values, 0.25), _quantile(values, 0.75)) if prompts > 1 else None
+        return grouped_curves(
+            values.nanmean(0),
+            self.schedule,
+            group,
+            label=self.labels[name],
+            unit=self.units[name],
+            title=f"{name}: {self.made_by.get('model', '')}, {what}",
+            band=quartiles,
+            band_name="quartiles over prompts",
+            log=log,
+        )
+
+
+def _quantile(values: Float[Tensor, "prompt depth *axes"], q: float) -> Float[Tensor, "depth *axes"]:
+    columns = values.unbind(1)  # torch's own takes no more than 16 million numbers at once
+    return torch.stack([column.nanquantile(q, dim=0) for column in columns])
+
+
+class Store:
+    """All prompts' numbers so far, in memory and in a file.
+
+    Args:
+        empty: the result before anything has run.
+        path: the file; None for none. One that is there must be of the same call, and its numbers are taken over.
+
+    Raises:
+        InputError: the file can't be written, or another call made it: the message says what differs.
+    """
+
+    def __init__(self, empty: Collected, path: str | Path | None):
+        self._empty = empty
+        self.done = empty.done.clone()
+        self.values: dict[str, Tensor] = {}
+        self.per_token = {name: list(values) for name, values in empty.per_token.items()}
+        self.path = None if path is None else check_output(path)
+        self._dirty, self._saved_at = False, time.monotonic()
+        if self.path is not None and self.path.exists():
+            self._go_on(Collected.load(self.path))
+
+    def _go_on(self, saved: Collected) -> None:
+        """Take over what a file has, if the same call made it."""
+        there, here = saved.made_by, self._empty.made_by
+        differing = [_difference(key, there.get(key), here[key]) for key in here if there.get(key) != here[key]]
+        if differing:
+            raise InputError(
+                f"{str(self.path)!r} was made by another call: {'; '.join(differing)}. Give save_to another name, or "
+                "the same arguments."
+            )
+        self.done, self.values = saved.done, saved.values
+        self.per_token = {name: list(values) for name, values in saved.per_token.items()}
+
+    def put(self, rows: Sequence[int], values: Mapping[str, Tensor], per_token: Mapping[str, Tensor]) -> None:
+        """Add the numbers of some prompts, each [row, depth, *axes], those of tokens with the position last."""
+        for name, new in values.items():
+            if name not in self.values:
+                shape = (len(self.done), *new.shape[1:])
+                self.values[name] = torch.full(shape, float("nan"), dtype=new.dtype)
+            if self.values[name].shape[1:] != new.shape[1:]:
+                raise InputError(
+                    f"measure {name!r} gave shape {tuple(new.shape[2:])} for prompt {rows[0]}, but "
+                    f"{tuple(self.values[name].shape[2:])} for one before: its axes must not depend on the prompt."
+                )
+            self.values[name][list(rows)] = new.cpu()
+        for name, new in per_token.items():
+            for row, one in zip(rows, new.cpu(), strict=True):
+                self.per_token[name][row] = one.clone()
+        self.done[list(rows)] = True  # last, so that an interrupt leaves nothing half done
+        self._dirty = True
+        if time.monotonic() - self._saved_at > _SAVE_EVERY:
+            self._save()
+
+    def _save(self) -> None:
+        if self.path is not None and self._dirty:
+            self.result().save(self.path)
+            self._dirty, self._saved_at = False, time.monotonic()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write what is done when the block ends, however it ends."""
+        try:
+            yield
+        finally:
+            self._save()
+
+    def result(self) -> Collected:
+        """What there is."""
+        per_token = {name: tuple(values) for name, values in self.per_token.items()}
+        values = {name: self.values[name] for name in self._empty.labels if name in self.values}  # in the order given
+        return replace(self._empty, done=self.done.clone(), values=values, per_token=per_token)
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    """What differs between two calls, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        return f"the {key} {', '.join(map(repr, names))} differ"
+    return f"{key} is {there!r} there, {here!r} here"

@@ -1,0 +1,233 @@
+"""Does a state come to rest, when, and how fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from scipy.stats import linregress
+from torch import Tensor
+
+from tl_looped.collected import Collected
+from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_loop_axis, check_number, undefined_series, wide
+from tl_looped.dynamics.measures import DISTANCE
+from tl_looped.dynamics.tokens import collect_tokens, place_table, token_series
+from tl_looped.errors import InputError
+from tl_looped.model import LoopedModel
+from tl_looped.results import Result
+from tl_looped.texts import Prompts
+from tl_looped.viz.dynamics import convergence_curves
+
+CLEAR = 20.0
+"""A distance enters the fit where it is so many times what remains in the end: the end then stands for the fixed point
+to within 5 %, and rounding noise is as small beside it."""
+
+_FEWEST = 3  # points for a line and its error
+_TAIL = 0.25  # share of the loops, at the end, that says what remains
+
+
+@dataclass(frozen=True, eq=False)
+class Convergence(Result):
+    """For every series of distances: whether it came to rest, from which loop on, and how fast.
+
+    A series that is NaN throughout (padding) is undefined: NaN in every field.
+
+    Attributes:
+        distances: what was judged.
+        axes: names of the axes behind the loop.
+        places: prompt and position of each index of the last axis; empty where it is a plain index.
+        tolerance: the distance that counts as rest.
+        converged: 1.0 where it converged, 0.0 where it did not.
+        loop: the first loop from which on the tolerance is met until the end; NaN where it did not converge.
+        rate: the fitted exponent per loop, d_t ≈ C exp(rate · t), so below zero where distances shrink; NaN where
+            fewer than three loops can be fitted.
+        rate_error: its standard error, the loops' deviations from the line taken as independent.
+        fit_start, fit_stop: the first fitted loop and the one behind the last; both 0 where there is no fit.
+    """
+
+    distances: Float[Tensor, "loop *dims"]
+    axes: tuple[str, ...]
+    places: dict[str, Int[Tensor, " token"]]
+    tolerance: float
+    converged: Float[Tensor, "*dims"]
+    loop: Float[Tensor, "*dims"]
+    rate: Float[Tensor, "*dims"]
+    rate_error: Float[Tensor, "*dims"]
+    fit_start: Int[Tensor, "*dims"]
+    fit_stop: Int[Tensor, "*dims"]
+
+    def share(self) -> float:
+        """Share of the defined series that converged; NaN where none is defined."""
+        return float(self.converged.nanmean())
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each series: its place, verdict, loop, rate and rate_error, and the fitted loops."""
+        table = place_table(self.converged.shape, self.axes, self.places)
+        names = {1.0: "converged", 0.0: "did not converge"}
+        table["verdict"] = [names.get(value, "undefined") for value in self.converged.flatten().tolist()]
+        for name in ("loop", "rate", "rate_error", "fit_start", "fit_stop"):
+            table[name] = getattr(self, name).flatten().numpy()
+        return table
+
+    def plot(self) -> go.Figure:
+        """Distance over loops, one line for each layer: the median over tokens, with the range of the middle 80 %."""
+        layered = self.axes[:1] == ("layer",)
+        rows = len(self.converged) if layered else 1
+        curves, verdict = self.distances.reshape(len(self.distances), rows, -1), self.converged.reshape(rows, -1)
+        counted = "layers and tokens" if layered else "series"
+        title = f"Convergence: {self.made_by.get('model', '')}, {self.share():.1%} of {counted}"
+        return convergence_curves(curves, verdict, self.tolerance, layered, title)
+
+
+def convergence(
+    distances: Float[Tensor, "loop *dims"],
+    tolerance: float = 1e-2,
+    *,
+    hold: float = 0.25,
+    axes: Sequence[str] | None = None,
+) -> Convergence:
+    """Judge series of distances to the end: converged or not, from which loop on, at which rate.
+
+    A series converged if its distances are at most `tolerance` from some loop on until the end, and that loop is early
+    enough: at least the share `hold` of all loops, and at least two, lie at or behind it. (The last loop's distance to
+    itself is zero whatever the state does, and a state that passes by its end is near it for a few loops only.)
+
+    The rate is the slope of a least-squares line through log d_t over t. With m the largest distance in the last
+    quarter of the loops, what remains there, and ε the spacing of numbers at 1 in the distances' dtype, a loop is
+    clear if d_t > 20 max(m, ε max(1, largest d)). Fitted are the loops from 0 up to the first that is not clear; if
+    those are six or more, the later half of them, as early loops may still be on their way to the geometric regime.
+    So neither rounding noise nor the tail, where d_t falls because x_T is not quite the fixed point, bends the line,
+    and a series that has not come to rest in three quarters of its loops has no rate.
+
+    Args:
+        distances: ‖x_t − x_T‖, relative or not, such as `distance_to` gives; or to a fixed point that is known.
+        tolerance: in the unit of the distances. Half-precision states do not rest closer than about 1e-2.
+        hold: the share of loops for which the tolerance must have been met in the end, above 0 and at most 1.
+        axes: names of the axes behind the loop.
+
+    Raises:
+        InputError: fewer than two loops, negative or infinite distances, a series with NaN in some loops, or a
+            tolerance or share out of range.
+
+    Source:
+        arXiv 2604.11791 measures distances to the state at loop 128; verdict and rate are this library's.
+    """
+    return _judge(distances, tolerance, hold, axes, {}, {"measure": "given distances"})
+
+
+def convergence_of(
+    collected: Collected, tolerance: float = 1e-2, *, hold: float = 0.25, name: str = DISTANCE.name
+) -> Convergence:
+    """The verdict for every core layer and token of a collection.
+
+    Args:
+        collected: from `collect(..., measures=[DISTANCE], per_token=["distance"])`.
+        tolerance, hold: as in `convergence`.
+        name: of another measure of distance to the last loop.
+
+    Raises:
+        InputError: what `convergence` refuses; or the measure was not kept for every token.
+    """
+    values, places = token_series(collected, name)
+    return _judge(values, tolerance, hold, ("layer", "token"), places, collected.made_by)
+
+
+def loop_convergence(
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: int = N_LOOPS,
+    *,
+    tolerance: float = 1e-2,
+    hold: float = 0.25,
+    **options: Any,
+) -> Convergence:
+    """Whether each core layer's output comes to rest at each token, from which loop on, and how fast.
+
+    Distances are ‖x_t − x_T‖ / ‖x_T‖ with T the last loop; every batch runs twice, once for the end.
+
+    Args:
+        model: in evaluation mode.
+        prompts: as in `collect`.
+        n_loops: T, 128 in the paper.
+        tolerance, hold: as in `convergence`.
+        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `collect`.
+
+    Raises:
+        InputError: what `convergence` and `collect` refuse; states that are not finite, with layer and loop.
+
+    Source:
+        arXiv 2604.11791, distance to the approximate fixed point.
+    """
+    _check(tolerance, hold)
+    return convergence_of(collect_tokens(model, prompts, DISTANCE, n_loops, 2, options), tolerance, hold=hold)
+
+
+def _check(tolerance: float, hold: float) -> None:
+    check_number("tolerance", tolerance, 0.0, math.inf)
+    check_number("hold", hold, 0.0, 1.0, high_too=True)
+
+
+def _judge(
+    distances: Tensor,
+    tolerance: float,
+    hold: float,
+    axes: Sequence[str] | None,
+    places: dict[str, Tensor],
+    made_by: dict[str, Any],
+) -> Convergence:
+    _check(tolerance, hold)
+    check_loop_axis(distances, "distances")
+    names = check_axes(axes, distances.ndim - 1)
+    undefined = undefined_series(distances, "distances")
+    if bool((distances < 0).any()):
+        raise InputError(f"distances must not be below zero, got {float(distances[distances < 0][0]):.4g}.")
+    values = wide(distances).cpu()
+    n = len(values)
+    held = (values <= tolerance).flip(0).long().cumprod(0).sum(0)  # loops in a row, up to the end
+    converged = held >= max(2, math.ceil(hold * n))
+    nan = torch.tensor(float("nan"), dtype=values.dtype)
+    fits = _fits(values)
+    return Convergence(
+        made_by={**made_by, "tolerance": tolerance, "hold": hold},
+        distances=values,
+        axes=names,
+        places=places,
+        tolerance=float(tolerance),
+        converged=converged.to(values.dtype).where(~undefined.cpu(), nan),
+        loop=(n - held).to(values.dtype).where(converged, nan),
+        **fits,
+    )
+
+
+def _fits(distances: Float[Tensor, "loop *dims"]) -> dict[str, Tensor]:
+    """The fields of `Convergence` that come from the fit."""
+    n, shape = len(distances), distances.shape[1:]
+    columns = distances.reshape(n, -1).double().numpy()
+    eps = torch.finfo(distances.dtype).eps
+    found = [_fit(columns[:, i], eps) for i in range(columns.shape[1])]
+    rate, error, start, stop = (np.array(part).reshape(tuple(shape)) for part in zip(*found, strict=True))
+    return {
+        "rate": torch.from_numpy(rate).to(distances.dtype),
+        "rate_error": torch.from_numpy(error).to(distances.dtype),
+        "fit_start": torch.from_numpy(start),
+        "fit_stop": torch.from_numpy(stop),
+    }
+
+
+def _fit(d: np.ndarray, eps: float) -> tuple[float, float, int, int]:
+    """(slope, its standard error, first loop, loop behind the last) of log d over loops; see `convergence`."""
+    remains = d[-max(2, math.ceil(_TAIL * len(d))) :].max()
+    clear = d > CLEAR * max(remains, eps * max(1.0, d.max()))
+    stop = int(clear.argmin())  # the last loops are never clear, so there is one; NaN is not clear either
+    start = stop // 2 if stop >= 2 * _FEWEST else 0
+    if stop - start < _FEWEST:
+        return math.nan, math.nan, 0, 0
+    line: Any = linregress(np.arange(start, stop), np.log(d[start:stop]))
+    return float(line.slope), float(line.stderr), start, stop

@@ -1,0 +1,178 @@
+"""The path of a token's latent state through layers and loops, seen in its principal components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_looped.dynamics.inputs import check_finite, check_one_prompt, check_whole_run, ratio, wide
+from tl_looped.errors import InputError, check_count, resolve_index
+from tl_looped.model import LoopedModel
+from tl_looped.results import Result
+from tl_looped.schedule import CORE, HookSite
+from tl_looped.viz.dynamics import trajectory_figure
+
+
+class Components(NamedTuple):
+    """Principal components of states.
+
+    Attributes:
+        mean: of all states.
+        directions: unit vectors, the one with the most variance first.
+        scores: each state's coordinates along them, from the mean.
+        explained: share of the total variance along each; NaN where all states are the same.
+    """
+
+    mean: Float[Tensor, " d_model"]
+    directions: Float[Tensor, "component d_model"]
+    scores: Float[Tensor, "*dims component"]
+    explained: Float[Tensor, " component"]
+
+
+def pca(states: Float[Tensor, "*dims d_model"], n_components: int = 2) -> Components:
+    """Exact principal components of states, by a singular value decomposition in float64.
+
+    A direction's sign is arbitrary, so it is fixed: its largest entry (by absolute value) is positive. Where two
+    components have the same variance, their directions are arbitrary in the plane of the two.
+
+    Args:
+        states: at least two; all leading axes count as samples.
+        n_components: how many.
+
+    Raises:
+        InputError: fewer than two states, more components than states − 1 or d_model can have, or states that are not
+            finite.
+    """
+    if states.ndim < 2:
+        raise InputError(f"states must be [..., d_model], got shape {tuple(states.shape)}.")
+    rows = states.reshape(-1, states.shape[-1]).double()
+    most = min(len(rows) - 1, rows.shape[1])
+    if check_count("n_components", n_components) > most:
+        raise InputError(
+            f"{len(rows)} states of {rows.shape[1]} numbers have at most {most} principal components, got "
+            f"n_components={n_components}: take more loops, layers or tokens."
+        )
+    check_finite(states, tuple(f"axis {i}" for i in range(states.ndim - 1)))
+    mean = rows.mean(0)
+    _, sizes, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    directions = directions[:n_components]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    directions = directions * largest.sign()
+    scores = ((rows - mean) @ directions.T).reshape(*states.shape[:-1], n_components)
+    variance = sizes.square()
+    explained = ratio(variance[:n_components], variance.sum().expand(n_components))
+    dtype = wide(states).dtype
+    return Components(mean.to(dtype), directions.to(dtype), scores.to(dtype), explained.to(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory(Result):
+    """Where the latent states of some tokens go, layer by layer and loop by loop.
+
+    Attributes:
+        positions: the tokens' positions.
+        str_tokens: their texts; their ids where there is no tokenizer.
+        scores: coordinates of each core layer's output along the principal components of all of them.
+        explained: share of the variance along each component.
+        mean, directions: of the components: coordinates of other states are (x − mean) @ directions.T.
+    """
+
+    positions: tuple[int, ...]
+    str_tokens: tuple[str, ...]
+    scores: Float[Tensor, "loop layer token component"]
+    explained: Float[Tensor, " component"]
+    mean: Float[Tensor, " d_model"]
+    directions: Float[Tensor, "component d_model"]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each state: loop, layer, pos, token, and its coordinates pc1, pc2, ..."""
+        loop, layer, token = np.indices(self.scores.shape[:-1]).reshape(3, -1)
+        table = {"loop": loop, "layer": layer, "pos": np.array(self.positions)[token]}
+        names = np.array(self.str_tokens, dtype=object)[token]
+        coordinates = self.scores.reshape(-1, self.scores.shape[-1]).numpy()
+        return pd.DataFrame(
+            {**table, "token": names} | {f"pc{i + 1}": column for i, column in enumerate(coordinates.T)}
+        )
+
+    def plot(self) -> go.Figure:
+        """The first two components: a line for each loop through its layers, later loops more yellow.
+
+        The last loop's cycle is closed and drawn strong, with the numbers of its layers.
+
+        Raises:
+            InputError: one component only.
+        """
+        if self.scores.shape[-1] < 2:
+            raise InputError("a trajectory with one component can't be drawn: pass n_components=2 or more.")
+        title = f"Latent states through layers and loops: {self.made_by.get('model', '')}"
+        return trajectory_figure(self.scores, self.explained, self.positions, self.str_tokens, title)
+
+
+@torch.no_grad()
+def trajectory(
+    model: LoopedModel,
+    prompt: str | Tensor,
+    position: int | Sequence[int] = -1,
+    n_loops: int | None = None,
+    *,
+    n_components: int = 2,
+    **options: Any,
+) -> Trajectory:
+    """The path of one token's latent state, or several tokens', through all core layers of all loops.
+
+    The components are those of all these states together: of every layer's output in every loop, at the positions
+    asked for.
+
+    Args:
+        model: the model.
+        prompt: one prompt.
+        position: of the token, or several; by default the last.
+        n_loops: loops to run, two or more; None for the count the model was trained with.
+        n_components: how many principal components.
+        options: `initial_state`, `seed`, `position_ids`, `prepend_bos`, as in `LoopedModel.forward`.
+
+    Raises:
+        InputError: several prompts, one loop, a position that there is not, or more components than states can have,
+            before the run; states that are not finite, with loop, layer and position.
+
+    Source:
+        arXiv 2604.11791, PCA over all latent states of one token.
+    """
+    run = model.prepare(prompt, n_loops, **options)
+    check_whole_run(run)
+    check_one_prompt(run)
+    wanted = [position] if isinstance(position, int) else list(position)
+    places = tuple(resolve_index("position", one, run.tokens.shape[1]) for one in wanted)
+    if not places or len(set(places)) < len(places):
+        raise InputError(f"position must name one position or several different ones, got {position!r}.")
+    most = min(run.n_loops * model.cfg.n_core * len(places) - 1, model.cfg.d_model)
+    if check_count("n_components", n_components) > most:
+        raise InputError(f"these states have at most {most} principal components, got n_components={n_components}.")
+    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(model.cfg.n_core)]
+    _, cache = model.run_with_cache(
+        prompt, n_loops, names_filter=names, stop_at_loop=run.n_loops, pos_slice=list(places), **options
+    )
+    states = cache.stack("resid_post")[:, :, 0].cpu()
+    check_finite(states, ("loop", "layer", "position"), {"position": places})
+    found = pca(states, n_components)
+    if model.tokenizer is None:
+        texts = [str(int(run.tokens[0, place])) for place in places]
+    else:
+        texts = model.to_str_tokens(run.tokens[0, list(places)])
+    return Trajectory(
+        made_by={"model": model.cfg.model_name, **run.describe()},
+        positions=places,
+        str_tokens=tuple(texts),
+        scores=found.scores,
+        explained=found.explained,
+        mean=found.mean,
+        directions=found.directions,
+    )

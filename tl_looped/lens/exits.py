@@ -1,0 +1,268 @@
+"""When a token has been looped enough: Ouro's gate, and rules that any model can have.
+
+A rule has a statistic after every loop and a threshold. The same rule judges a whole run afterwards (`exit_curves`) and
+each token while text is generated (`model.generate(..., exit_rule=...)`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError, check_count
+from tl_looped.generation import LoopEnd
+from tl_looped.lens.measures import entropy, kl_divergence
+
+if TYPE_CHECKING:
+    from tl_looped.model import LoopedModel
+
+Meter = Callable[[LoopEnd], Float[Tensor, " rows"]]
+
+
+# Ouro's gate, as tensor functions.
+
+
+def exit_distribution(gate_logits: Float[Tensor, "loop *dims"]) -> Float[Tensor, "loop *dims"]:
+    """The chance to stop after each loop.
+
+    p_t = λ_t Π_{s<t} (1 − λ_s) with λ = sigmoid(gate); the last loop takes what remains.
+
+    Source:
+        arXiv 2510.25741.
+    """
+    gate = _wide(gate_logits).sigmoid()
+    going_on = torch.cumprod(1 - gate, dim=0)
+    reached = torch.cat((torch.ones_like(gate[:1]), going_on[:-1]))
+    return torch.cat((gate[:-1] * reached[:-1], reached[-1:]))
+
+
+def threshold_exit(distribution: Float[Tensor, "loop *dims"], threshold: int | float) -> Int[Tensor, "*dims"]:
+    """The first loop at which the cumulative exit distribution reaches the threshold.
+
+    Raises:
+        InputError: a threshold outside (0, 1].
+    """
+    GateRule(threshold)
+    reached = distribution.cumsum(0) >= threshold
+    reached[-1] = True  # the last loop takes what remains, also where rounding leaves the sum below 1
+    return reached.int().argmax(0)
+
+
+def weighted_logits(
+    logits: Float[Tensor, "loop *dims d_vocab"], distribution: Float[Tensor, "loop *dims"]
+) -> Float[Tensor, "*dims d_vocab"]:
+    """The mean of the loops' logits, each weighted by the chance to stop there."""
+    return (logits * distribution[..., None]).sum(0)
+
+
+# Rules.
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """Base of the rules: stop when a statistic of the loop is at or below a threshold (or above, for some).
+
+    Attributes:
+        threshold: in the statistic's unit.
+    """
+
+    threshold: int | float
+
+    name: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    stops_above: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        value = self.threshold
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise InputError(
+                f"{self.name}: the threshold must be a finite number above 0 ({self.unit}), got {value!r}."
+            )
+
+    @classmethod
+    def check(cls, model: LoopedModel) -> None:
+        """Raise InputError if the model can't have this rule."""
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """A fresh meter: called after every loop, in order, it gives the statistic, NaN where it is not defined yet."""
+        raise NotImplementedError
+
+    def met(self, statistic: Float[Tensor, "*dims"]) -> Bool[Tensor, "*dims"]:
+        """Whether to stop; never where the statistic is NaN."""
+        return statistic >= self.threshold if self.stops_above else statistic <= self.threshold
+
+    def begin(self, model: LoopedModel, n_loops: int) -> Callable[[LoopEnd], Bool[Tensor, " rows"]]:
+        """A judge for some tokens; see `tl_looped.generation.ExitRule`."""
+        self.check(model)
+        meter = self.meter()
+        return lambda end: self.met(meter(end))
+
+
+@dataclass(frozen=True)
+class GateRule(ThresholdRule):
+    """Stop where the cumulative exit distribution of the model's gate reaches the threshold, a share in (0, 1].
+
+    Source:
+        arXiv 2510.25741.
+    """
+
+    name: ClassVar[str] = "gate"
+    unit: ClassVar[str] = "cumulative exit probability"
+    stops_above: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold > 1:
+            raise InputError(f"gate: the threshold is a share in (0, 1], got {self.threshold!r}.")
+
+    @classmethod
+    def check(cls, model: LoopedModel) -> None:
+        """Raise InputError if the model has no gate."""
+        if not model.cfg.exit_gate:
+            raise InputError(
+                f"{model.cfg.model_name} has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, "
+                "StableTopRule, EntropyRule or SecondDifferenceRule."
+            )
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """The chance to have stopped by now."""
+        going_on: list[Tensor] = []
+
+        def measure(end: LoopEnd) -> Tensor:
+            left = 1 - _wide(end.gate_logit).sigmoid()
+            going_on[:] = [left * going_on[0] if going_on else left]
+            return 1 - going_on[0]
+
+        return measure
+
+
+@dataclass(frozen=True)
+class KLRule(ThresholdRule):
+    """Stop where KL(read-out one loop earlier ‖ read-out), in nats, is small. Not defined after the first loop.
+
+    Source:
+        arXiv 2502.05171.
+    """
+
+    name: ClassVar[str] = "KL"
+    unit: ClassVar[str] = "nats"
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """KL between successive read-outs."""
+        before: list[Tensor] = []
+
+        def measure(end: LoopEnd) -> Tensor:
+            now = end.log_probs
+            value = kl_divergence(before[0], now) if before else torch.full_like(now[:, 0], float("nan"))
+            before[:] = [now]
+            return value
+
+        return measure
+
+
+@dataclass(frozen=True)
+class LatentRule(ThresholdRule):
+    """Stop where the state moves little: ‖x_{t+1} − x_t‖ / ‖x_{t+1}‖, with x_t the state that enters loop t.
+
+    Source:
+        arXiv 2502.05171.
+    """
+
+    name: ClassVar[str] = "latent difference"
+    unit: ClassVar[str] = "relative L2"
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """The relative step of the state."""
+        return lambda end: _step(end) / _norm(end.state)
+
+
+@dataclass(frozen=True)
+class SecondDifferenceRule(ThresholdRule):
+    """Stop where the length of the step changes little: |s_t − s_{t−1}| / ‖x_{t+1}‖ with s_t = ‖x_{t+1} − x_t‖.
+
+    Not defined after the first loop. The paper takes the difference of step sizes as it is; dividing by the state's
+    norm, as `LatentRule` does, lets one threshold serve states of different size.
+
+    Source:
+        arXiv 2509.23314.
+    """
+
+    name: ClassVar[str] = "second difference"
+    unit: ClassVar[str] = "relative L2"
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """The relative change of the step norm."""
+        before: list[Tensor] = []
+
+        def measure(end: LoopEnd) -> Tensor:
+            now = _step(end)
+            value = (now - before[0]).abs() / _norm(end.state) if before else torch.full_like(now, float("nan"))
+            before[:] = [now]
+            return value
+
+        return measure
+
+
+@dataclass(frozen=True)
+class EntropyRule(ThresholdRule):
+    """Stop where the read-out's entropy, in nats, is small."""
+
+    name: ClassVar[str] = "entropy"
+    unit: ClassVar[str] = "nats"
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """Entropy of the read-out."""
+        return lambda end: entropy(end.log_probs)
+
+
+@dataclass(frozen=True)
+class StableTopRule(ThresholdRule):
+    """Stop where the top token has been the same for so many loops in a row, at least 2.
+
+    Source:
+        arXiv 2502.05171 (stability of the argmax).
+    """
+
+    name: ClassVar[str] = "stable top token"
+    unit: ClassVar[str] = "loops"
+    stops_above: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count(f"{self.name}: the number of loops", self.threshold, minimum=2)
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """For how many loops in a row the top token has been what it is; 1 after the first."""
+        kept: list[Tensor] = []
+
+        def measure(end: LoopEnd) -> Tensor:
+            top = end.log_probs.argmax(-1)
+            run = torch.where(top == kept[0], kept[1] + 1, 1) if kept else torch.ones_like(top)
+            kept[:] = [top, run]
+            return run.to(end.log_probs.dtype)
+
+        return measure
+
+
+def _wide(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    return x if x.element_size() >= 4 else x.float()
+
+
+def _norm(x: Float[Tensor, "rows d_model"]) -> Float[Tensor, " rows"]:
+    return _wide(x).norm(dim=-1)
+
+
+def _step(end: LoopEnd) -> Float[Tensor, " rows"]:
+    return _norm(_wide(end.state) - _wide(end.state_before))

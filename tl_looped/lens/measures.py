@@ -1,0 +1,41 @@
+"""What a read-out says, as numbers: tensor functions on log probabilities, in nats."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def log_probs_of(logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+    """Log probabilities of logits, in float32 at least."""
+    return (logits if logits.element_size() >= 4 else logits.float()).log_softmax(-1)
+
+
+def entropy(log_probs: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims"]:
+    """−Σ p log p, in nats: 0 for a certain read-out, log d_vocab for an undecided one."""
+    probs = log_probs.exp()
+    return -(probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)  # 0 · −∞ is 0, in its gradient too
+
+
+def kl_divergence(p: Float[Tensor, "*dims d_vocab"], q: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims"]:
+    """KL(p ‖ q) in nats, from log probabilities; never below zero.
+
+    Summed as Σ (p log(p/q) − p + q), which is the same for probabilities. No term is below zero, so two read-outs that
+    are nearly the same do not drown in the rounding of terms that cancel.
+    """
+    probs = p.exp()
+    d = (q - p).masked_fill(probs == 0, 0.0)  # p log(p/q) is 0 there, and has a gradient of 0, whatever q is
+    small = d.clamp(-1, 1)  # where it is not chosen, it still must have a finite gradient
+    near = probs * (torch.expm1(small) - small)
+    far = q.exp() - probs - probs * d
+    return torch.where((d.abs() < 1) & (probs > 0), near, far).sum(-1).clamp(min=0)
+
+
+def token_rank(scores: Float[Tensor, "*dims d_vocab"], ids: Int[Tensor, "*dims target"]) -> Int[Tensor, "*dims target"]:
+    """How many tokens score higher: 0 for the top token, as in TransformerLens; ties are not counted against it.
+
+    Where scores are NaN there is no top token: the rank is then at least 1, and d_vocab where the token's own is NaN.
+    """
+    given = scores.gather(-1, ids)
+    return torch.stack([(~(scores <= one[..., None])).sum(-1) for one in given.unbind(-1)], dim=-1)

@@ -1,0 +1,204 @@
+"""What a lens returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError, resolve_index
+from tl_looped.lens.targets import target_name
+from tl_looped.results import Result
+from tl_looped.viz.readout import PLACES, lens_heatmap, readout_heatmap
+from tl_looped.viz.style import show_token
+
+
+@dataclass(frozen=True, eq=False)
+class LoopLensResult(Result):
+    """What a model would say at every loop (and layer). Measures have `axes`; at padding they are NaN, or −1 for ids.
+
+    Attributes:
+        site: what was read: "state", "resid_post", ...
+        loops, layers, positions: what was read, as indices; layers is None for the state.
+        tokens: the prompts.
+        real: which of the positions read hold a real token.
+        target_ids: the tokens that are followed.
+        target_names: their names: the text asked for, or "id 7"; "target" where they differ by row; "final top token".
+        texts: text of every token id that occurs, by the id.
+        top_probs, top_ids: the most probable tokens, the first the highest.
+        entropy: of each read-out, in nats.
+        kl_to_final: KL(what the whole run says ‖ read-out), in nats.
+        kl_to_previous: KL(read-out one loop earlier ‖ read-out) at the same layer, in nats; NaN at loop 0.
+        target_probs: probability of each target.
+        target_ranks: its rank: 0 is the top token, as in TransformerLens; −1 at padding.
+    """
+
+    site: str
+    loops: tuple[int, ...]
+    layers: tuple[int, ...] | None
+    positions: tuple[int, ...]
+    tokens: Int[Tensor, "batch all_pos"]
+    real: Bool[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: tuple[str, ...]
+    texts: dict[str, str]
+    top_probs: Float[Tensor, "*axes top"]
+    top_ids: Int[Tensor, "*axes top"]
+    entropy: Float[Tensor, "*axes"]
+    kl_to_final: Float[Tensor, "*axes"]
+    kl_to_previous: Float[Tensor, "*axes"]
+    target_probs: Float[Tensor, "*axes target"]
+    target_ranks: Int[Tensor, "*axes target"]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of the measures."""
+        return ("loop", "batch", "pos") if self.layers is None else ("loop", "layer", "batch", "pos")
+
+    def text(self, token: int) -> str:
+        """The text of a token id that occurs in the result; empty at padding."""
+        return self.texts[str(int(token))] if token >= 0 else ""
+
+    def top_tokens(self, batch: int = 0) -> list[Any]:
+        """Texts of one prompt's most probable tokens: [loop][layer][pos][top], or [loop][pos][top] of the state."""
+
+        def name(ids: list[Any]) -> list[Any]:
+            return [self.text(one) if isinstance(one, int) else name(one) for one in ids]
+
+        row = self.top_ids.select(self.axes.index("batch"), self._row(batch))
+        return name(row.tolist())
+
+    def _row(self, batch: int) -> int:
+        return resolve_index("batch", batch, len(self.tokens))
+
+    def _target(self, target: str | int | None) -> int:
+        """The index of a target that was followed."""
+        if target is None and len(self.target_names) == 1:
+            return 0
+        named = None if target is None else target_name(target)
+        if named not in self.target_names:
+            raise InputError(
+                f"this result follows {list(self.target_names)}, not {target!r}: pass one of them, or run "
+                f"loop_lens(..., targets=...)."
+            )
+        return self.target_names.index(named)
+
+    def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "*axes"]:
+        """The rank of a target at every place; 0 is the top token, as in TransformerLens; −1 at padding.
+
+        Args:
+            target: one that was followed; may be left out where there is only one.
+        """
+        return self.target_ranks[..., self._target(target)]
+
+    def first_loop_correct(self, target: str | int | None = None, stays: bool = False) -> Float[Tensor, "*places"]:
+        """The first loop (of those read) at which the target is the top token; NaN where it never is.
+
+        Args:
+            target: one that was followed.
+            stays: count only from where it stays on top in all later loops read.
+
+        Returns:
+            [batch, pos], or [layer, batch, pos].
+        """
+        right = (self.rank_trajectory(target) == 0) & self.real
+        order = torch.tensor(self.loops).argsort()
+        right = right[order]
+        if stays:
+            right = right.flip(0).long().cumprod(0).bool().flip(0)
+        loops = torch.tensor(self.loops, dtype=self.entropy.dtype)[order]
+        first = loops[right.long().argmax(0)]
+        return first.masked_fill(~right.any(0), float("nan"))
+
+    def answer_flips(self) -> pd.DataFrame:
+        """Every change of the top token between loops that follow one another among those read.
+
+        Columns: layer (where there are layers), batch, pos, loop (at which the new token is on top), before, after,
+        came_back (whether the token before is on top again at a later loop).
+        """
+        order = torch.tensor(self.loops).argsort()
+        loops = torch.tensor(self.loops)[order].tolist()
+        top = self.top_ids[..., 0][order]
+        changed = (top[1:] != top[:-1]) & self.real
+        rows = []
+        for step, *place in changed.nonzero().tolist():
+            series = top[(slice(None), *place)].tolist()
+            *layer, batch, pos = place
+            rows.append(
+                {
+                    **({"layer": self.layers[layer[0]]} if self.layers is not None else {}),
+                    "batch": batch,
+                    "pos": self.positions[pos],
+                    "loop": loops[step + 1],
+                    "before": self.text(series[step]),
+                    "after": self.text(series[step + 1]),
+                    "came_back": series[step] in series[step + 2 :],
+                }
+            )
+        layer = ["layer"] if self.layers is not None else []
+        return pd.DataFrame(rows, columns=[*layer, "batch", "pos", "loop", "before", "after", "came_back"])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each place with a real token: top token, measures, and each target's probability and rank."""
+        several = len(self.target_names) > 1
+        rows = []
+        for place in torch.cartesian_prod(*(torch.arange(n) for n in self.entropy.shape)).tolist():
+            at = dict(zip(self.axes, place, strict=True))
+            if not bool(self.real[at["batch"], at["pos"]]):
+                continue
+            index = tuple(place)
+            row: dict[str, object] = {"loop": self.loops[at["loop"]]}
+            if self.layers is not None:
+                row["layer"] = self.layers[at["layer"]]
+            position = self.positions[at["pos"]]
+            row |= {"batch": at["batch"], "pos": position}
+            row["token"] = self.text(int(self.tokens[at["batch"], position]))
+            row |= {"top_token": self.text(int(self.top_ids[index][0])), "top_prob": float(self.top_probs[index][0])}
+            for name in ("entropy", "kl_to_final", "kl_to_previous"):
+                row[name] = float(getattr(self, name)[index])
+            for i, target in enumerate(self.target_names):
+                tail = f"[{target}]" if several else ""
+                row[f"target{tail}"] = self.text(int(self.target_ids[at["batch"], at["pos"], i]))
+                row[f"target_prob{tail}"] = float(self.target_probs[index][i])
+                row[f"target_rank{tail}"] = int(self.target_ranks[index][i])
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self, batch: int = 0, layer: int = -1) -> go.Figure:
+        """Loop by position: the top token in each cell, its probability as colour, the top tokens when hovering.
+
+        Args:
+            batch: the prompt.
+            layer: index among the layers read; of no use for the state.
+        """
+        tops, probs = self.top_tokens(batch), self.top_probs.select(self.axes.index("batch"), self._row(batch))
+        place = ""
+        if self.layers is not None:
+            index = resolve_index("layer", layer, len(self.layers))
+            tops, probs = [row[index] for row in tops], probs[:, index]
+            place = f"{PLACES[self.site]} {self.layers[index]}"
+        read = [self.text(int(self.tokens[self._row(batch), position])) for position in self.positions]
+        return readout_heatmap(probs, tops, read, self.positions, self.loops, place)
+
+    def plot_layers(self, batch: int = 0, position: int = -1) -> go.Figure:
+        """Loop by layer at one position: the top token in each cell, its probability as colour.
+
+        Args:
+            batch: the prompt.
+            position: index among the positions read.
+
+        Raises:
+            InputError: the result has no layers.
+        """
+        if self.layers is None:
+            raise InputError("this result reads the state, which has no layers: pass site='resid_post' to loop_lens.")
+        row, index = self._row(batch), resolve_index("position", position, len(self.positions))
+        tops = [[layer[index] for layer in loop] for loop in self.top_tokens(batch)]
+        read = show_token(self.text(int(self.tokens[row, self.positions[index]])))
+        title = f"position {self.positions[index]}, reads {read}"
+        return lens_heatmap(self.top_probs[:, :, row, index], tops, self.loops, self.layers, self.site, title)

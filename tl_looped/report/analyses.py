@@ -1,0 +1,178 @@
+"""The report's sections on what the paper measures: convergence, attention stability, limit behaviour, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_looped.attention import PATTERN_DISTANCE, TOTAL_VARIATION, attention_stability
+from tl_looped.collect import collect
+from tl_looped.collected import Collected
+from tl_looped.dynamics import (
+    COSINE_TO_END,
+    DISTANCE,
+    STEP,
+    Convergence,
+    LimitBehaviour,
+    convergence_of,
+    limits_of,
+    loop_cycle,
+    trajectory,
+)
+from tl_looped.model import LoopedModel
+from tl_looped.report.html import Section, escape, figure, table
+from tl_looped.stages import STAGE_MEASURES, neuron_shares
+from tl_looped.viz.curves import Group
+
+LONG_RUN = 128
+"""Loops after which a state counts as the end, as in the paper."""
+
+
+def loop_analyses(
+    model: LoopedModel,
+    token_ids: Sequence[Sequence[int]],
+    n_loops: int | None = None,
+    long_run: int = LONG_RUN,
+    seed: int | None = None,
+    progress: bool = False,
+) -> list[Section]:
+    """Four sections, measured on the report's prompts.
+
+    Args:
+        model: the model.
+        token_ids: of each prompt.
+        n_loops: loops for the stages; None for the count it was trained with.
+        long_run: loops after which a state counts as the end; at least 8.
+        seed: of a drawn initial state.
+        progress: whether to show bars.
+    """
+    prompts = [list(ids) for ids in token_ids]
+    measures = [DISTANCE, COSINE_TO_END, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
+    per_token = [DISTANCE.name, COSINE_TO_END.name]
+    options = {"seed": seed, "progress": progress}
+    ends = collect(model, prompts, measures, long_run, per_token=per_token, **options)
+    stages = collect(model, prompts, STAGE_MEASURES, n_loops, **options)
+    first = torch.tensor([max(prompts, key=len)])
+    return [
+        _convergence(model, ends, prompts, first, long_run, seed),
+        _attention(model, ends, first, long_run, seed),
+        _limits(limits_of(ends), long_run),
+        _stages(model, stages),
+    ]
+
+
+def _convergence(
+    model: LoopedModel, ends: Collected, prompts: list[list[int]], first: Tensor, long_run: int, seed: int | None
+) -> Section:
+    verdict = convergence_of(ends)
+    path = trajectory(model, first, n_loops=min(long_run, 32), seed=seed)
+    body = (
+        f"<p>Every prompt is run for {long_run} loops. The state after the last stands for the fixed point, and the "
+        f"distance to it is followed at every core layer and token.</p><ul>{_verdicts(verdict)}</ul>"
+    )
+    if model.cfg.n_core > 1:
+        cycle = loop_cycle(model, prompts, long_run, seed=seed, progress=False)
+        smallest = cycle.smallest[~cycle.smallest.isnan()]
+        lowest = f": the cosine between them goes down to {float(smallest.min()):.3f}" if len(smallest) else ""
+        body += f"<p>The fixed points of the core layers are <b>{escape(cycle.verdict())}</b>{lowest}.</p>"
+    return Section(
+        f"Does the state come to rest? {long_run} loops",
+        body
+        + _curves(
+            ends,
+            DISTANCE.name,
+            "layer",
+            "Mean distance to the last loop over tokens, then over prompts, with quartiles over prompts; a line for "
+            "each core layer. A straight line down is convergence at a constant rate, the floor is rounding.",
+        )
+        + figure(
+            path.plot(),
+            f"The last token of the longest prompt: its states in all layers and {min(long_run, 32)} loops, along the "
+            "two directions in which they vary most.",
+        ),
+    )
+
+
+def _verdicts(verdict: Convergence) -> str:
+    """A list item for each core layer: how much converged, how fast."""
+    items = []
+    for layer in range(verdict.converged.shape[0]):
+        share = verdict.converged[layer].nanmean()
+        loop, rate = verdict.loop[layer].nanmedian(), verdict.rate[layer].nanmedian()
+        speed = (
+            f"; median first loop within {verdict.tolerance:g}: {float(loop):.0f}, median factor a loop: "
+            f"{float(rate.exp()):.3f}"
+            if bool(loop.isfinite()) and bool(rate.isfinite())
+            else ""
+        )
+        items.append(f"<li>core layer {layer}: {float(share):.1%} of tokens come to rest{speed}</li>")
+    return "".join(items)
+
+
+def _attention(model: LoopedModel, ends: Collected, first: Tensor, long_run: int, seed: int | None) -> Section:
+    title, loops = "Does attention come to rest?", min(long_run, 32)
+    if first.shape[1] == 1:
+        return Section(title, '<p class="note">A single token can only look at itself: nothing to come to rest.</p>')
+    heads = attention_stability(model, first, loops, position=-1, seed=seed)
+    settled = heads.heads()["settles_at"].dropna()
+    n_heads = heads.settles_at.numel()
+    said = f"{len(settled)} of {n_heads} heads settle within {loops} loops"
+    said += f", by loop {int(settled.max())} at the latest" if len(settled) else ""
+    return Section(
+        title,
+        f"<p>At the last position of the longest prompt, {said}: from there on no more than {heads.tolerance:.0%} of a "
+        "head’s attention sits elsewhere than in the last loop.</p>"
+        + figure(
+            heads.plot(),
+            "Each head of the core at that position: the share of its attention that sits elsewhere than in the last "
+            "loop. The mark is where it settles.",
+        )
+        + _curves(
+            ends,
+            PATTERN_DISTANCE.name,
+            "layer",
+            "Frobenius distance between each pattern and that of the last loop, mean over heads and prompts.",
+        ),
+    )
+
+
+def _limits(limits: LimitBehaviour, long_run: int) -> Section:
+    shares = [limits.shares(layer) for layer in range(limits.labels.shape[0])]
+    prompts = limits.prompt_shares()
+    rows = [[f"core layer {i}", *(f"{value:.2%}" for value in row.values())] for i, row in enumerate(shares)]
+    rows.append(["prompts with such a token (last layer)", *(f"{value:.1%}" for value in prompts.values())])
+    return Section(
+        "Limit behaviour of each token",
+        f"<p>What a token’s state does in {long_run} loops: it comes to rest (fixed point), goes round (orbit), drifts "
+        "on (slider), or none of these (unknown). Shares of tokens:</p>"
+        + table(["", *shares[0]], rows, "readout")
+        + figure(
+            limits.plot(),
+            "Cosine of the last core layer’s output and its output in the last loop, a line for each token.",
+        ),
+    )
+
+
+def _stages(model: LoopedModel, stages: Collected) -> Section:
+    figures = "".join(_curves(stages, measure.name, "loop", escape(measure.label)) for measure in STAGE_MEASURES)
+    return Section(
+        "Stages of inference",
+        "<p>What layers do with attention and the residual stream, within each loop: a line for each loop, later loops "
+        "more yellow; the grey parts are the layers that run once. Where the lines lie on each other, every loop goes "
+        "through the same stages.</p>"
+        + figures
+        + figure(
+            neuron_shares(model).plot(),
+            "Neurons that push single tokens up (prediction) or down (suppression), judged by their weights alone.",
+        ),
+        collapsed=True,
+    )
+
+
+def _curves(collected: Collected, name: str, group: Group, caption: str) -> str:
+    """A measure's figure; a sentence where it is undefined, as entropies over one token are."""
+    if not bool(collected[name].isfinite().any()):
+        return f'<p class="note">{escape(collected.labels[name])}: not defined for these prompts.</p>'
+    return figure(collected.plot(name, group, log=group == "layer"), caption)

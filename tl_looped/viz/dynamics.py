@@ -1,0 +1,423 @@
+"""How states move from loop to loop, where they end, and how fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.viz.patching import EFFECT_SCALE
+from tl_looped.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LOOP_SCALE,
+    ORANGE,
+    PINK,
+    base_layout,
+    curve_axes,
+    heatmap_axes,
+    layer_colors,
+    loop_axis,
+    loop_colors,
+    numbers,
+    plotly_text,
+    shorten,
+)
+
+_HIGH_SCALE = [[0.0, "#FFFFFF"], [0.5, "#F4A582"], [0.8, "#B2182B"], [1.0, "#4A0612"]]
+_BEHAVIOUR_COLORS = (BLUE, ORANGE, GREEN, PINK, GREY)
+_MOST_LINES = 60  # of a kind, in one figure
+_MOST_IN_LEGEND = 10
+_BELOW = {"orientation": "h", "x": 0, "y": -0.2, "xanchor": "left", "yanchor": "top"}
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": plotly_text(text), "font": {"size": 15}}
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis over these values, with a tick for every so many decades."""
+    decades = math.log10(max(values) / min(values))
+    return {"type": "log", "exponentformat": "power", "dtick": max(1, round(decades / 8)) if decades > 1 else "D2"}
+
+
+def _positive(*curves: Tensor, what: str) -> list[float]:
+    """The values that a logarithmic axis can show; an error where there are none."""
+    found = [
+        float(end)
+        for curve in curves
+        if (shown := curve[(curve > 0) & curve.isfinite()]).numel()
+        for end in shown.aminmax()
+    ]
+    if not found:
+        raise InputError(f"{what} has no value above zero, so there is nothing to draw.")
+    return found
+
+
+def _gaps(values: Tensor) -> list[Any]:
+    """Numbers for a logarithmic axis: what is not above zero is a gap."""
+    return numbers(torch.where(values > 0, values, float("nan")))
+
+
+def convergence_curves(
+    distances: Float[Tensor, "loop layer token"],
+    converged: Float[Tensor, "layer token"],
+    tolerance: float,
+    layered: bool,
+    title: str = "",
+) -> go.Figure:
+    """Distance to the end over loops: a line for each layer, the median over tokens, with the range of the middle 80 %.
+
+    Args:
+        distances: NaN throughout for a token that is not defined. Zero (the last loop's to itself) is a gap.
+        converged: 1.0, 0.0 or NaN, for the legend.
+        tolerance: drawn as a line.
+        layered: whether the middle axis is layers, or of size one without a meaning.
+        title: of the figure.
+
+    Raises:
+        InputError: no distance above zero.
+    """
+    n_loops, n_layers, n_tokens = distances.shape
+    quantiles = distances.new_tensor([0.1, 0.5, 0.9])
+    # Loop by loop, as torch takes no more than 16 million numbers at once.
+    low, median, high = torch.stack([one.nanquantile(quantiles, dim=1) for one in distances], dim=1)
+    shown = _positive(low, high, what="distances")
+    colors, loops, fig = layer_colors(n_layers) if layered else [BLUE], list(range(n_loops)), go.Figure()
+    for layer in range(n_layers):
+        judged = converged[layer][~converged[layer].isnan()]
+        name = f"layer {layer}" if layered else "distance"
+        verdict = f"{int(judged.sum())} of {len(judged)} converged"
+        kept = ((low[:, layer] > 0) & (high[:, layer] > 0)).nonzero().flatten()
+        if n_tokens > 1 and n_layers <= 6 and len(kept):
+            edge = numbers(low[kept, layer]) + numbers(high[kept, layer].flip(0))
+            band = {"fill": "toself", "fillcolor": colors[layer], "opacity": 0.15, "mode": "none", "hoverinfo": "skip"}
+            fig.add_trace(go.Scatter(x=kept.tolist() + kept.flip(0).tolist(), y=edge, showlegend=False, **band))
+        fig.add_trace(
+            go.Scatter(
+                x=loops,
+                y=_gaps(median[:, layer]),
+                name=f"{name}: {verdict}",
+                mode="lines+markers",
+                line={"color": colors[layer], "width": 2},
+                marker={"size": 6 if n_loops <= 32 else 3},
+                hovertemplate=f"{name}, loop %{{x}}: %{{y:.3g}}<extra></extra>",
+                showlegend=n_layers <= 2 * _MOST_IN_LEGEND,
+            )
+        )
+    fig.add_hline(y=tolerance, line={"color": INK, "width": 1.5, "dash": "dash"})
+    note = {"text": f"tolerance {tolerance:g}", "x": 1, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
+    fig.add_annotation(y=math.log10(tolerance), showarrow=False, **note)
+    curve_axes(fig)
+    fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
+    label = "distance to the last loop" + (" (median,<br>band: middle 80 % of tokens)" if n_tokens > 1 else "")
+    fig.update_yaxes(title={"text": label}, **_log_axis([*shown, tolerance]))
+    return base_layout(fig, 420, title=_title(title), legend=_BELOW, showlegend=True, margin={"l": 95, "b": 100})
+
+
+def similarity_heatmap(
+    matrix: Float[Tensor, "call call"], loops: Sequence[int], layers: Sequence[int], title: str = ""
+) -> go.Figure:
+    """Cosine between all layer calls: loops along both axes, layers within them, lines between loops.
+
+    Args:
+        matrix: call = loop · layers + layer. Where a cosine is negative, white is 0 and the scale goes from -1 to 1.
+        loops, layers: which they are.
+        title: of the figure.
+
+    Raises:
+        InputError: no finite value.
+    """
+    if not bool(matrix.isfinite().any()):
+        raise InputError("the similarities have no finite value, so there is nothing to draw.")
+    names = [f"loop {loop}, layer {layer}" for loop in loops for layer in layers]
+    n, width = len(names), len(layers)
+    low = float(matrix[matrix.isfinite()].min())
+    scale, bottom = (EFFECT_SCALE, -1.0) if low < 0 else (_HIGH_SCALE, math.floor(low * 10) / 10 if low > 0.5 else 0.0)
+    fig = go.Figure(
+        go.Heatmap(
+            z=numbers(matrix),
+            x=list(range(n)),
+            y=list(range(n)),
+            customdata=[[f"{row} and {column}" for column in names] for row in names],
+            hovertemplate="%{customdata}: %{z:.4f}<extra></extra>",
+            colorscale=scale,
+            zmin=bottom,
+            zmax=1,
+            colorbar={"title": {"text": "cosine"}, "thickness": 14},
+        )
+    )
+    kept = range(0, len(loops), loop_axis(len(loops))["dtick"])
+    text = "loop" if width == 1 else f"loop (in each: layers {layers[0]} to {layers[-1]})"
+    axis = {"tickmode": "array", "tickvals": [i * width + (width - 1) / 2 for i in kept], "title": {"text": text}}
+    axis["ticktext"] = [str(loops[i]) for i in kept]
+    base_layout(fig, 580, title=_title(title))
+    heatmap_axes(fig)
+    fig.update_xaxes(**axis, constrain="domain")
+    fig.update_yaxes(**axis, autorange="reversed", scaleanchor="x", constrain="domain")
+    if width > 1 and len(loops) <= 32:
+        for i in range(1, len(loops)):
+            for line in (fig.add_vline, fig.add_hline):
+                line(i * width - 0.5, line={"color": INK, "width": 1})
+    return fig
+
+
+def distinctness_histogram(smallest: Float[Tensor, " token"], threshold: float, title: str = "") -> go.Figure:
+    """Smallest cosines between the layers' fixed points: how many tokens have which.
+
+    Args:
+        smallest: NaN for a token without fixed points; they are counted in a note.
+        threshold: from which on the points count as one, drawn as a line.
+        title: of the figure.
+
+    Raises:
+        InputError: no token has fixed points.
+    """
+    defined = smallest[~smallest.isnan()]
+    if not len(defined):
+        raise InputError("no token has fixed points in all layers, so there is no cycle to draw.")
+    low = min(float(defined.min()), threshold)
+    size = max((1 - low) / 40, 1e-6)
+    bins = {"start": threshold - math.ceil((threshold - low) / size) * size, "end": 1 + size, "size": size}
+    fig = go.Figure(
+        go.Histogram(
+            x=numbers(defined), xbins=bins, marker={"color": BLUE}, hovertemplate="%{y} tokens near %{x}<extra></extra>"
+        )
+    )
+    fig.add_vline(x=threshold, line={"color": INK, "width": 1.5, "dash": "dash"})
+    fig.add_annotation(
+        text=f"degenerate from {threshold:g} on",
+        x=threshold,
+        y=1,
+        yref="paper",
+        xanchor="right",
+        yanchor="bottom",
+        showarrow=False,
+    )
+    curve_axes(fig)
+    missing = len(smallest) - len(defined)
+    without = f"; {missing} of {len(smallest)} tokens have no fixed points" if missing else ""
+    fig.update_xaxes(title={"text": f"smallest cosine of layer 0's fixed point and another layer's{without}"})
+    fig.update_xaxes(range=[bins["start"] - size / 2, 1 + size / 2])
+    fig.update_yaxes(title={"text": "tokens"})
+    return base_layout(fig, 340, title=_title(title), margin={"t": 70})
+
+
+def trajectory_figure(
+    scores: Float[Tensor, "loop layer token component"],
+    explained: Float[Tensor, " component"],
+    positions: Sequence[int],
+    tokens: Sequence[str],
+    title: str = "",
+) -> go.Figure:
+    """The path of latent states in their first two principal components, a panel for each token.
+
+    A line for each loop, from the layer before it (the last of the loop before) through its own layers: later loops are
+    more yellow. The last loop's cycle is closed, in black below the other lines, with the numbers of its layers.
+
+    Args:
+        scores: coordinates; all panels have the same components.
+        explained: share of the variance along each.
+        positions, tokens: what the panels show.
+        title: of the figure.
+    """
+    n_loops, _, n_tokens, _ = scores.shape
+    names = [f"position {p}: {plotly_text(shorten(token))}" for p, token in zip(positions, tokens, strict=True)]
+    columns = min(n_tokens, 3)
+    rows = -(-n_tokens // columns)
+    fig = make_subplots(
+        rows=rows, cols=columns, subplot_titles=names, horizontal_spacing=0.1, vertical_spacing=0.3 / rows
+    )
+    for i in range(n_tokens):
+        for trace in _paths(scores[:, :, i, :2], in_legend=i == 0):
+            fig.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
+    bar = {"title": {"text": "loop"}, "thickness": 14, "tick0": 0, "dtick": loop_axis(n_loops)["dtick"]}
+    marker = {"colorscale": LOOP_SCALE, "cmin": 0, "cmax": n_loops - 1, "color": [0], "colorbar": bar}
+    fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", showlegend=False))
+    curve_axes(fig)
+    shares = ["" if math.isnan(share) else f" ({share:.0%} of the variance)" for share in explained.tolist()]
+    fig.update_xaxes(title={"text": f"component 1{shares[0]}"}, row=rows)
+    fig.update_yaxes(title={"text": f"component 2{shares[1]}"}, col=1)
+    legend = {"orientation": "h", "x": 0, "y": -0.28 / rows, "xanchor": "left", "yanchor": "top"}
+    return base_layout(fig, 130 + 350 * rows, title=_title(title), legend=legend, margin={"t": 90, "b": 100})
+
+
+def _paths(points: Float[Tensor, "loop layer 2"], in_legend: bool) -> Iterator[go.Scatter]:
+    """One token's lines, the last loop's cycle below the others."""
+    n_loops, n_layers, _ = points.shape
+    colors = loop_colors(n_loops)
+    closed = [*range(n_layers), 0]
+    yield go.Scatter(
+        x=numbers(points[-1, closed, 0]),
+        y=numbers(points[-1, closed, 1]),
+        name="last loop's cycle (numbers: layers)",
+        mode="lines+markers+text",
+        text=[*map(str, range(n_layers)), ""],
+        textposition="top center",
+        line={"color": INK, "width": 5},
+        marker={"size": 11, "color": INK},
+        hoverinfo="skip",
+        showlegend=in_legend,
+    )
+    path = points.flatten(0, 1)
+    for t in range(n_loops):
+        calls = range(max(0, t * n_layers - 1), (t + 1) * n_layers)
+        yield go.Scatter(
+            x=numbers(path[calls.start : calls.stop, 0]),
+            y=numbers(path[calls.start : calls.stop, 1]),
+            customdata=[f"loop {call // n_layers}, layer {call % n_layers}" for call in calls],
+            hovertemplate="%{customdata}<br>(%{x:.3g}, %{y:.3g})<extra></extra>",
+            mode="lines+markers",
+            line={"color": colors[t], "width": 1.5},
+            marker={"size": 5, "color": colors[t]},
+            showlegend=False,
+        )
+    yield go.Scatter(
+        x=numbers(points[0, :, 0]),
+        y=numbers(points[0, :, 1]),
+        name="first loop",
+        mode="markers",
+        marker={"size": 11, "symbol": "circle-open", "color": colors[0], "line": {"width": 2}},
+        hoverinfo="skip",
+        showlegend=in_legend,
+    )
+
+
+def limit_curves(
+    cosines: Float[Tensor, "loop token"],
+    labels: Int[Tensor, " token"],
+    behaviours: Sequence[str],
+    threshold: float,
+    names: Sequence[str],
+    title: str = "",
+) -> go.Figure:
+    """Cosine to the last loop over loops, a line for each token, coloured by its limit behaviour.
+
+    At most 60 tokens of each behaviour are drawn; the legend counts all.
+
+    Args:
+        cosines: of each token.
+        labels: indices of `behaviours`; -1 for undefined, which is not drawn.
+        behaviours: their names.
+        threshold: how far below 1 a cosine may be to count as at rest, drawn as a line.
+        names: what each token is called.
+        title: of the figure.
+
+    Raises:
+        InputError: no token has a label.
+    """
+    total = int((labels >= 0).sum())
+    if not total:
+        raise InputError("no token has a limit behaviour, so there is nothing to draw.")
+    n_loops, fig = len(cosines), go.Figure()
+    for index, (behaviour, color) in enumerate(zip(behaviours, _BEHAVIOUR_COLORS, strict=False)):
+        tokens: list[int] = (labels == index).nonzero().flatten().tolist()
+        legend = f"{behaviour}: {len(tokens)} of {total} tokens"
+        if not tokens:
+            fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line={"color": color}, name=legend))
+        step = -(-len(tokens) // _MOST_LINES) or 1
+        for number, token in enumerate(tokens[::step]):
+            fig.add_trace(
+                go.Scatter(
+                    x=list(range(n_loops)),
+                    y=numbers(cosines[:, token]),
+                    name=legend,
+                    legendgroup=behaviour,
+                    showlegend=number == 0,
+                    mode="lines",
+                    opacity=0.5 if index == 0 else 0.9,
+                    line={"color": color, "width": 1 if index == 0 else 2},
+                    hovertemplate=f"{plotly_text(names[token])}, loop %{{x}}: %{{y:.4f}}<extra>{behaviour}</extra>",
+                )
+            )
+    fig.add_hline(y=1 - threshold, line={"color": INK, "width": 1.5, "dash": "dash"})
+    curve_axes(fig)
+    fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
+    label = f"cosine to the state of the last loop<br>(at rest above the dashed line, {1 - threshold:g})"
+    fig.update_yaxes(title={"text": label}, automargin=True)
+    return base_layout(fig, 420, title=_title(title), legend=_BELOW, showlegend=True, margin={"b": 100})
+
+
+def path_curves(
+    distances: Float[Tensor, "loop pos"], tolerance: float, tokens: Sequence[str], title: str = ""
+) -> go.Figure:
+    """How far apart runs from different states are, over loops: the last position and the median in colour.
+
+    Args:
+        distances: the largest between any two runs, relative L2; zero is a gap.
+        tolerance: drawn as a line.
+        tokens: the token at each position.
+        title: of the figure.
+
+    Raises:
+        InputError: no distance above zero.
+    """
+    n_loops, n_positions = distances.shape
+    shown = _positive(distances, what="the distance between runs")
+    fig, loops = go.Figure(), list(range(n_loops))
+    for pos in range(max(0, n_positions - 1 - _MOST_LINES), n_positions - 1):
+        name = f"position {pos}: {plotly_text(tokens[pos])}"
+        look = {"name": "each other position", "legendgroup": "other", "showlegend": pos == n_positions - 2}
+        line = {"color": GREY, "width": 1}
+        hover = f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>"
+        fig.add_trace(
+            go.Scatter(x=loops, y=_gaps(distances[:, pos]), mode="lines", line=line, hovertemplate=hover, **look)
+        )
+    main = [("last position", distances[:, -1], {"color": BLUE, "width": 2.5})]
+    if n_positions > 1:
+        dashed = {"color": ORANGE, "width": 2.5, "dash": "dash"}
+        main.append(("median over positions", distances.nanmedian(1).values, dashed))
+    for name, curve, line in main:
+        hover = f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>"
+        fig.add_trace(go.Scatter(x=loops, y=_gaps(curve), name=name, mode="lines", line=line, hovertemplate=hover))
+    fig.add_hline(y=tolerance, line={"color": INK, "width": 1.5, "dash": "dash"})
+    note = {"text": f"tolerance {tolerance:g}", "x": 1, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
+    fig.add_annotation(y=math.log10(tolerance), showarrow=False, **note)
+    curve_axes(fig)
+    fig.update_xaxes(**loop_axis(n_loops))
+    fig.update_yaxes(
+        title={"text": "largest distance between<br>two runs (relative L2)"}, **_log_axis([*shown, tolerance])
+    )
+    return base_layout(fig, 400, title=_title(title), legend=_BELOW, showlegend=True, margin={"l": 95, "b": 100})
+
+
+def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: str = "") -> go.Figure:
+    """Eigenvalues in the complex plane, with the unit circle: inside it, small differences shrink.
+
+    Args:
+        real, imag: their parts.
+        title: of the figure.
+    """
+    turn = torch.linspace(0, 2 * math.pi, 181, dtype=torch.float64)
+    circle = {"x": numbers(turn.cos()), "y": numbers(turn.sin()), "mode": "lines", "hoverinfo": "skip"}
+    fig = go.Figure(go.Scatter(**circle, name="unit circle", line={"color": INK, "width": 1.5}))
+    sizes = torch.complex(real.double(), imag.double()).abs()
+    fig.add_trace(
+        go.Scatter(
+            x=numbers(real),
+            y=numbers(imag),
+            name="leading eigenvalues",
+            mode="markers",
+            marker={"size": 9, "color": ORANGE, "line": {"color": "white", "width": 1}},
+            customdata=numbers(sizes),
+            hovertemplate="%{x:.4g} + %{y:.4g} i<br>absolute value %{customdata:.4g}<extra></extra>",
+        )
+    )
+    curve_axes(fig)
+    reach = 1.1 * max(1.0, float(sizes.max()))
+    fig.update_xaxes(
+        title={"text": "real part"}, range=[-reach, reach], constrain="domain", zeroline=True, zerolinecolor=GREY
+    )
+    fig.update_yaxes(
+        title={"text": "imaginary part"}, range=[-reach, reach], scaleanchor="x", zeroline=True, zerolinecolor=GREY
+    )
+    return base_layout(fig, 480, title=_title(title), legend={**_BELOW, "y": -0.15}, margin={"b": 90})
