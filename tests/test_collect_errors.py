@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tl_looped import LoopedModel
 from tl_looped.collect import Measure, collect
-from tl_looped.collected import Collected
+from tl_looped.collect.collected import Collected
 from tl_looped.errors import InputError
 
 RESID = "hook_resid_post"
@@ -50,7 +50,7 @@ def never(x: Tensor, *others: Tensor) -> NoReturn:
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measure's function is called once for every layer call."""
-    monkeypatch.setattr(importlib.import_module("tl_looped.collect"), "_AT_ONCE", 1)
+    monkeypatch.setattr(importlib.import_module("tl_looped.collect.engine"), "_AT_ONCE", 1)
 
 
 # Bad input.

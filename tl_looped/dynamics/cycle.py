@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedCache
+from tl_looped.collect.texts import Prompts
 from tl_looped.dynamics.convergence import convergence_of
 from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_finite, check_number, check_whole_run
 from tl_looped.dynamics.measures import DISTANCE
@@ -27,7 +28,6 @@ from tl_looped.errors import InputError
 from tl_looped.model import LoopedModel
 from tl_looped.results import Result
 from tl_looped.schedule import CORE, HookSite
-from tl_looped.texts import Prompts
 from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_looped.errors import InputError, check_count
-from tl_looped.fingerprint import fingerprint
+from tl_looped.identity import fingerprint
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import LensSite, Reads, choose_reads, chunks, direct_input, read_states
 from tl_looped.model import LoopedModel

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_looped.attention import PATTERN_DISTANCE, TOTAL_VARIATION, attention_stability
 from tl_looped.collect import collect
-from tl_looped.collected import Collected
+from tl_looped.collect.collected import Collected
 from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_looped.attention.stability import one_prompt
 from tl_looped.collect import Measure, collect
+from tl_looped.collect.texts import Prompts
 from tl_looped.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.hooks import LoopHookPoint
 from tl_looped.model import LoopedModel
@@ -22,7 +23,6 @@ from tl_looped.patching.interventions import Hooks
 from tl_looped.results import Result
 from tl_looped.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.stages.measures import STAGE_MEASURES
-from tl_looped.texts import Prompts
 from tl_looped.viz.curves import Group, grouped_curves
 
 MIN_SIZE, MIN_RATIO = 100.0, 1000.0

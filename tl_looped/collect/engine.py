@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_protocol import TransformerLensModel
 
-from tl_looped.collected import Collected, Store
+from tl_looped.collect.collected import Collected, Store
+from tl_looped.collect.runners import SCORES, FeedforwardRunner, LoopedRunner, Runner
+from tl_looped.collect.texts import Prompts, tokenize_prompts
 from tl_looped.errors import InputError, check_count, nearest
 from tl_looped.identity import digest, identity, weights_digest
 from tl_looped.model import LoopedModel
-from tl_looped.runners import SCORES, FeedforwardRunner, LoopedRunner, Runner
 from tl_looped.schedule import HookSite, LoopSchedule
-from tl_looped.texts import Prompts, tokenize_prompts
 
 Compare = Literal["none", "previous", "last"]
 
@@ -90,7 +90,7 @@ def collect(
     Args:
         model: in evaluation mode: a looped model, or a feedforward one of TransformerLens.
         prompts: a list of texts or of lists of token ids; a tensor [batch, pos], whose padding is cut off; the path of
-            a text file, one prompt a line; with `field` a JSONL file or a Hugging Face dataset. See `tl_looped.texts`.
+            a text file, one prompt a line; with `field` a JSONL file or a Hugging Face dataset. See `read_prompts`.
         measures: what to take; several may read the same component.
         n_loops: loops to run; None for the count the model was trained with.
         field: which field of a dataset's rows holds the prompt.
