@@ -44,7 +44,7 @@ demo: $(STAMP) ## write report.html with the embedded model
 	@echo "The report is $(abspath $(REPORT)): open it in a browser"
 
 test: lint browser ## check style and types, then run the tests and the docstrings' examples
-	$(BIN)/python -m pytest tests tl_looped --doctest-modules
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile tests tl_looped --doctest-modules
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check

@@ -94,7 +94,8 @@ def stages(model: LoopedModel, prompts: list[str], figures: Path | None) -> None
             by_loop = found.by_loop(measure.name)
             by_loop = by_loop.flatten(2).nanmean(-1) if by_loop.ndim > 2 else by_loop
             aligned = align_curves(by_loop[0], by_loop[-1])
-            line += f"; first and last loop correlate at {aligned.correlation:.2f} (p {aligned.p_permutation:.2f})"
+            correlation = f"correlate at {aligned.correlation:.2f} (p {aligned.p_permutation:.2f})"
+            line += f"; first and last loop {'are flat' if np.isnan(aligned.correlation) else correlation}"
         print(line)
         if figures is not None:
             write(found.plot(measure.name, "loop" if n_loops > 1 else "depth"), figures / f"{measure.name}.html")

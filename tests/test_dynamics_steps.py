@@ -68,6 +68,20 @@ def test_what_is_divided_by_a_zero_norm_is_undefined():
         assert function(zero, one).isnan().all() and function(one, zero).isnan().all()
 
 
+def test_large_states_have_the_numbers_of_small_ones():
+    x = torch.randn(7, 5, 8, generator=torch.Generator().manual_seed(5))
+    end = x[-1:].expand_as(x)
+    for size in (1e20, 1e30):  # squares overflow in float32
+        large = size * x
+        for function in (step_norm, step_cosine, distance_to, cosine_to):
+            torch.testing.assert_close(function(large, size * end), function(x, end))
+        torch.testing.assert_close(step_norms(large), step_norms(x), equal_nan=True)
+        torch.testing.assert_close(step_angles(large), step_angles(x), equal_nan=True)
+        torch.testing.assert_close(accelerations(large), accelerations(x), equal_nan=True)
+    beyond = torch.full((1, 8), 3e38)  # finite, but its norm is not in float32
+    assert step_norm(beyond, beyond).isnan().all() and step_cosine(beyond, beyond).isnan().all()
+
+
 def test_half_precision_is_computed_in_float32_and_float64_kept():
     x, y = torch.randn(4, 64).bfloat16(), torch.randn(4, 64).bfloat16()
     for function in (step_norm, distance_to, step_cosine, cosine_to):

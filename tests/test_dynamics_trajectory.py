@@ -95,6 +95,7 @@ def test_text_and_options_reach_the_run():
     [
         ({"n_loops": 1}, "this compares loops, and the run has 1"),
         ({"position": 7}, "position 7 is out of range: 5 exist"),
+        ({"position": 1.0}, "position must be an integer, got 1.0"),
         ({"position": []}, "position must name one position or several different ones"),
         ({"position": [4, -1]}, "position must name one position or several different ones"),
         ({"n_components": 9}, "these states have at most 3 principal components, got n_components=9"),

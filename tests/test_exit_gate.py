@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from helpers import expected, parity
+from helpers import expected, parity, tiny, tokens_for
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
@@ -74,6 +74,13 @@ def test_weighted_logits_are_a_mean_of_loops() -> None:
     assert torch.equal(weighted_logits(logits, certain), logits[1])
 
 
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 2, 4), (3, 2, 4, 7)])
+def test_a_distribution_over_something_else_is_not_stretched(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"logits of shape \(3, 2, 4, 7\) need \(3, 2, 4\): one chance for each"):
+        weighted_logits(torch.randn(3, 2, 4, 7), torch.ones(shape))
+
+
 # The gate, against what the reference code computed.
 
 
@@ -119,3 +126,12 @@ def test_the_stored_weighted_exit_is_the_last_loop(family: str) -> None:
     assert exits.unique().tolist() == [len(gate) - 1] == trace.exit_loops(GateRule(1.0)).unique().tolist()
     torch.testing.assert_close(logits[-1], stored, atol=1e-4, rtol=1e-4)
     assert float((weighted_logits(logits, exit_distribution(gate)) - stored).abs().max()) > 0.1
+
+
+def test_the_gate_rule_refuses_what_it_would_not_see() -> None:
+    model = tiny("ouro")
+    with model.hooks(fwd_hooks=[("hook_exit_gate", lambda gate, hook: gate + 50)]):
+        with pytest.raises(InputError, match="a hook is on 'hook_exit_gate', but GateRule computes the gate from"):
+            trace_exits(model, tokens_for(model))
+        with pytest.raises(InputError, match="edit 'hook_state_post' instead, or remove the hook"):
+            model.generate(tokens_for(model), 1, exit_rule=GateRule(0.5), stop_at_eos=False, verbose=False)

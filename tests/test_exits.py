@@ -386,6 +386,13 @@ def test_a_rule_that_was_not_traced() -> None:
         trace.curves({"entropy": [1.0]})
 
 
+@pytest.mark.usefixtures("as_a_user")
+def test_one_threshold_is_no_list() -> None:
+    one: Any = 0.5
+    with pytest.raises(InputError, match=r"thresholds of 'KL' must be a list, such as \[0.5\], got 0.5"):
+        trace_of([[0.5], [0.5]], KLRule).curves({"KL": one})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -397,6 +404,7 @@ def test_a_rule_that_was_not_traced() -> None:
         ({"rules": [KLRule(0.1)]}, r"rules are classes of rules, such as KLRule, got KLRule\(threshold=0.1\)"),
         ({"rules": [ThresholdRule]}, "rules are classes of rules"),
         ({"rules": ["KL"]}, "rules are classes of rules, such as KLRule, got 'KL'"),
+        ({"rules": KLRule}, r"rules must be a list of classes of rules, such as \[KLRule\], got <class"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

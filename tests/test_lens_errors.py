@@ -113,6 +113,10 @@ def test_a_translator_for_another_kind_of_lens() -> None:
     refused(loop_lens, reader(), message, translator=object())
 
 
+def test_a_translator_that_is_none() -> None:
+    refused(loop_lens, reader(), "translator must be a TunedLens, .* got 'mine'", kind="tuned", translator="mine")
+
+
 def test_a_run_that_starts_in_the_middle() -> None:
     model = tiny("ouro")
     tokens = tokens_for(model)

@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence as distributions_kl
 
 from tl_looped import InputError
 from tl_looped.lens import LoopLensResult, entropy, kl_divergence, token_rank
-from tl_looped.lens.measures import log_probs_of
+from tl_looped.lens.measures import log_probs_of, top_ids
 
 NAN, INF = float("nan"), float("inf")
 HUGE = [1e4, 0.0, -1e4, 3.0]
@@ -32,6 +32,15 @@ def test_kl_and_entropy_are_those_of_torch_distributions(dtype: torch.dtype, sca
     torch.testing.assert_close(found.double(), exact, atol=1e-9, rtol=1e-4)
     wanted = Categorical(logits=p.double()).entropy()
     torch.testing.assert_close(entropy(p).double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_top_token_is_argmax_also_among_equals(dtype: torch.dtype) -> None:
+    scores = torch.randint(0, 4, (50, 3, 200)).to(dtype)
+    found = top_ids(scores, 5)
+    assert torch.equal(found[..., 0], scores.argmax(-1))
+    assert torch.equal(scores.gather(-1, found), scores.topk(5).values)
+    assert all(len(set(row)) == 5 for row in found.flatten(0, 1).tolist())
 
 
 def test_kl_of_nearly_equal_read_outs_is_not_rounding() -> None:

@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, WORDS, hook_count, make, tiny, tokens_for, word_tokenizer
 from torch import Tensor
 
-from tl_looped import LoopedModel
+from tl_looped import InputError, LoopedModel
 from tl_looped.lens import LoopAgreement, LoopLensResult, loop_agreement, loop_lens, reads
 
 MEASURES = ("top_probs", "top_ids", "entropy", "kl_to_final", "kl_to_previous", "target_probs", "target_ranks")
@@ -85,7 +85,8 @@ def test_a_padded_batch_says_what_each_prompt_says_alone(family: str, side: Any)
                 rest = axes[row, ~batch.real[row]]
                 assert bool((rest.isnan() if rest.is_floating_point() else rest == -1).all())
     assert loop_lens(model, texts, padding_side="left").real.tolist() == [[True], [True], [True]]
-    assert loop_lens(model, texts, padding_side="right").real.tolist() == [[True], [False], [False]]
+    with pytest.raises(InputError, match=r"rows \[1, 2\] have only padding at the positions read: pass padding_side"):
+        loop_lens(model, texts, padding_side="right")
 
 
 @every_family

@@ -155,6 +155,7 @@ def test_residual_magnitude():
     assert residual_magnitude(x).tolist() == [5, 0, 1]
     assert residual_magnitude(x.half()).dtype == torch.float32
     assert float(residual_magnitude(torch.full((1, 1024), 300.0).half())) == pytest.approx(9600)
+    assert residual_magnitude(1e25 * x).tolist() == pytest.approx([5e25, 0, 1e25])  # squares overflow in float32
 
 
 @pytest.mark.parametrize("function", [matrix_entropy, residual_magnitude])

@@ -178,6 +178,7 @@ def test_other_measures_and_figures_and_files(tmp_path: Path):
         ({"layer": 0, "loops": 0, "stack": "prelude"}, "the prelude runs once: leave loops out"),
         ({"layer": 0, "stack": "block"}, "there is no stack 'block'.*Nearest: 'blocks'"),
         ({"layer": 0, "loops": True}, "loop must be an integer, got True"),
+        ({"layer": 0, "loops": 1.0}, "loop must be an integer, got 1.0"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

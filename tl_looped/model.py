@@ -445,3 +445,17 @@ class LoopedModel(HookedRootModule):
             if incl_bwd:
                 output.backward()
         return output, LoopedCache(store, self, run, has_batch_dim=not remove_batch_dim)
+
+
+def check_looped(model: object) -> LoopedModel:
+    """The model, where it is a LoopedModel.
+
+    Raises:
+        InputError: it is another kind of model, as of TransformerLens, or the unrolled view.
+    """
+    if not isinstance(model, LoopedModel):
+        raise InputError(
+            f"this looks into loops, so it needs a LoopedModel, got {type(model).__name__}: for a feedforward model "
+            "take tl_looped.collect, or the tensor functions on its cache."
+        )
+    return model

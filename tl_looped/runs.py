@@ -170,8 +170,9 @@ def resolve_state(
     training: bool,
 ) -> tuple[Tensor | None, int | None]:
     """(the state to start from or None for the prelude's output, the seed that drew it)."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise InputError(f"seed must be an integer of at least 0, got {seed!r}.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        bound = " and below 2**63" if type(seed) is int and seed > 0 else ""
+        raise InputError(f"seed must be an integer of at least 0{bound}, got {seed!r}.")
     shape = (*positions.shape, cfg.d_model)
     if initial_state is not None:
         if seed is not None and cfg.random_state:

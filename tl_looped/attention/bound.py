@@ -32,6 +32,7 @@ from torch import Tensor
 from tl_looped.attention.distances import pattern_distance
 from tl_looped.attention.patterns import checked_pattern
 from tl_looped.attention.stability import one_prompt
+from tl_looped.collect.origin import naming_origin
 from tl_looped.errors import InputError
 from tl_looped.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.model import LoopedModel
@@ -210,7 +211,7 @@ def attention_bound(
     """
     run = one_prompt(model, prompt, n_loops, options)
     watch = _Watch(model, run.visible[0].cpu())
-    with model.hooks(fwd_hooks=watch.hooks()):
+    with naming_origin(model, run), model.hooks(fwd_hooks=watch.hooks()):
         model(run.tokens, run.n_loops, return_type=None, **options)
     cfg, shape = model.cfg, (run.n_loops, model.cfg.n_core)
     names = ("bound", "observed", "plain", "rotary_bound", "step", "norm")

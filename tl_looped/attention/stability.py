@@ -21,8 +21,9 @@ from tl_looped.attention.distances import (
 )
 from tl_looped.attention.patterns import checked_pattern
 from tl_looped.cache import LoopedCache
+from tl_looped.collect.origin import naming_origin
 from tl_looped.errors import InputError, resolve_index
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.results import Result
 from tl_looped.runs import Run
 from tl_looped.schedule import CORE, HookSite
@@ -135,8 +136,9 @@ def attention_stability(
     _, cache = model.run_with_cache(
         run.tokens, run.n_loops, names_filter=filters, device="cpu", return_type=None, **options
     )
-    for name, pattern in cache.items():
-        checked_pattern(pattern, repr(name))
+    with naming_origin(model, run):
+        for name, pattern in cache.items():
+            checked_pattern(pattern, repr(name))
     patterns = cache.stack("pattern")[:, :, 0]
     if query is not None:
         patterns = patterns[..., query : query + 1, :]
@@ -168,7 +170,7 @@ def one_prompt(
     tokens: int = 2,
 ) -> Run:
     """The run of an analysis of one prompt that needs so many loops and tokens, or an error that says so."""
-    run = model.prepare(prompt, n_loops, **options)
+    run = check_looped(model).prepare(prompt, n_loops, **options)
     if run.n_loops < loops:
         raise InputError("one loop has nothing to compare with: pass n_loops=2 or more.")
     if run.start or run.stop != run.n_loops:

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_protocol import TransformerLensModel
 
 from tl_looped.collect.collected import Collected, Store
-from tl_looped.collect.runners import SCORES, FeedforwardRunner, LoopedRunner, Runner
+from tl_looped.collect.origin import SCORES
+from tl_looped.collect.runners import FeedforwardRunner, LoopedRunner, Runner
 from tl_looped.collect.texts import Prompts, tokenize_prompts
 from tl_looped.errors import InputError, check_count, nearest
 from tl_looped.identity import digest, identity, weights_digest

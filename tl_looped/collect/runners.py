@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
+from tl_looped.collect.origin import first_not_finite
 from tl_looped.errors import HookNameError, InputError, check_count, nearest
 from tl_looped.hooks import LoopHookPoint, SharedHookPoint
 from tl_looped.identity import digest, identity
@@ -19,8 +20,6 @@ from tl_looped.schedule import CORE, HookSite, LoopSchedule, Pass
 
 See = Callable[[str, int, Tensor], None]
 """What is called for a layer call: with the component, the realised depth and the activation, to be read only."""
-
-SCORES = "attn.hook_attn_scores"  # minus infinity where a query does not see a key
 
 
 @runtime_checkable
@@ -130,15 +129,7 @@ class LoopedRunner:
 
     def origin(self, row: int) -> str | None:
         """See `Runner`."""
-        found: list[str] = []
-
-        def look(x: Tensor, hook: LoopHookPoint) -> None:
-            if not found and not bool(x.isfinite().all()):
-                found.append(hook.name)
-
-        points = [point for point in self.model.hook_dict.points() if point.site.component != SCORES]
-        self._run(self._prepare([row]), points, look, None, to_coda=True)
-        return found[0] if found else None
+        return first_not_finite(self.model, self._prepare([row]))
 
 
 class FeedforwardRunner:

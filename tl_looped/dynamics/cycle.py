@@ -25,7 +25,7 @@ from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.steps import cosine_to, unit
 from tl_looped.dynamics.tokens import collect_tokens, place_table
 from tl_looped.errors import InputError
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.results import Result
 from tl_looped.schedule import CORE, HookSite
 from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap
@@ -137,7 +137,7 @@ def loop_similarity(
     Raises:
         InputError: one loop, or what `forward` refuses, before the run; states that are not finite.
     """
-    run = model.prepare(input, n_loops, **options)
+    run = check_looped(model).prepare(input, n_loops, **options)
     check_whole_run(run)
     names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
     _, cache = model.run_with_cache(input, n_loops, names_filter=names, stop_at_loop=run.n_loops, **options)

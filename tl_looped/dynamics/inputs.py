@@ -21,6 +21,15 @@ def wide(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     return x if x.element_size() >= 4 else x.float()
 
 
+def length(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
+    """‖x‖ over the last axis, also where its squares overflow; NaN where the dtype can't hold the norm itself."""
+    norm = x.norm(dim=-1)
+    if bool(norm.isfinite().all()):
+        return norm
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).to(x.dtype)
+    return norm.masked_fill(norm.isinf(), float("nan"))
+
+
 def ratio(part: Float[Tensor, "*dims"], whole: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """One divided by the other; NaN where the whole is zero."""
     return torch.where(whole == 0, float("nan"), part / whole)

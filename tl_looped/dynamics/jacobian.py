@@ -16,9 +16,10 @@ from jaxtyping import Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 
+from tl_looped.collect.origin import naming_origin
 from tl_looped.dynamics.inputs import N_LOOPS, check_finite, check_number, check_one_prompt, ratio
 from tl_looped.errors import InputError, check_count, resolve_index
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.reach import Reach
 from tl_looped.results import Result
 from tl_looped.runs import Run
@@ -129,7 +130,7 @@ def loop_jacobian_spectrum(
         Lehoucq, Sorensen and Yang 1998 (ARPACK). For the spectral radius at a fixed point as the rate of convergence:
         any text on fixed-point iteration (Ostrowski's theorem).
     """
-    if model.dtype not in _TOLERANCES:
+    if check_looped(model).dtype not in _TOLERANCES:
         raise InputError(f"the model is {model.dtype}: load it in float32, or better float64, for its Jacobian.")
     check_count("k", k)
     check_count("max_iterations", max_iterations)
@@ -149,7 +150,8 @@ def loop_jacobian_spectrum(
         raise InputError(f"the Jacobian has {size} rows, so k must be at most {size - 2}, got {k}.")
     run = dataclasses.replace(run, start=at if state is not None else 0, stop=at + 1, reads_out=False)
     Reach(model.hook_dict, run, model.transformer.needs_input(run.state is not None)).check_hooks()
-    loop_map = _LoopMap(model, run, place)
+    with naming_origin(model, run):
+        loop_map = _LoopMap(model, run, place)
     values, vectors = _arnoldi(loop_map, k, accuracy, max_iterations, start_seed)
     residual = [_residual(loop_map, value, vector) for value, vector in zip(values, vectors.T, strict=True)]
     return JacobianSpectrum(

@@ -22,13 +22,14 @@ from tl_looped.dynamics.inputs import (
     check_number,
     check_one_prompt,
     check_whole_run,
+    length,
     ratio,
     wide,
 )
 from tl_looped.dynamics.steps import unit
 from tl_looped.errors import InputError, check_count
 from tl_looped.hooks import LoopHookPoint
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.results import Result
 from tl_looped.runs import Run
 from tl_looped.viz.dynamics import path_curves
@@ -50,9 +51,9 @@ def pairwise_distances(states: Float[Tensor, "start *dims d_model"]) -> Float[Te
     if len(states) < 2:
         raise InputError(f"distances are between two starts, got {len(states)}: pass more initial states or seeds.")
     states = wide(states)
-    norms = states.norm(dim=-1)
+    norms = length(states)
     pairs = list(combinations(range(len(states)), 2))
-    return torch.stack([ratio((states[a] - states[b]).norm(dim=-1), (norms[a] + norms[b]) / 2) for a, b in pairs])
+    return torch.stack([ratio(length(states[a] - states[b]), (norms[a] + norms[b]) / 2) for a, b in pairs])
 
 
 def noise_around(
@@ -174,7 +175,7 @@ def path_independence(
         arXiv 2502.05171, path independence. (Which noise, and the tolerance, are this library's.)
     """
     check_number("tolerance", tolerance, 0.0, math.inf)
-    run = model.prepare(prompt, n_loops, **options)
+    run = check_looped(model).prepare(prompt, n_loops, **options)
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     starts = _starts(model, prompt, run, seeds, noise, initial_states, options)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import check_finite, check_loop_axis, check_same_shape, ratio, wide
+from tl_looped.dynamics.inputs import check_finite, check_loop_axis, check_same_shape, length, ratio, wide
 from tl_looped.errors import InputError
 
 
@@ -35,8 +35,8 @@ def step_norm(
     """
     check_same_shape(x, before, "before")
     x, before = wide(x), wide(before)
-    step = (x - before).norm(dim=-1)
-    return ratio(step, x.norm(dim=-1)) if relative else step
+    step = length(x - before)
+    return ratio(step, length(x)) if relative else step
 
 
 def step_cosine(x: Float[Tensor, "*dims d_model"], before: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
@@ -99,7 +99,7 @@ def cosine_to(x: Float[Tensor, "*dims d_model"], end: Float[Tensor, "*dims d_mod
 def unit(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
     """The unit vector x / ‖x‖, in float32 at least; NaN for a zero vector."""
     x = wide(x)
-    return x / x.norm(dim=-1, keepdim=True)
+    return x / length(x)[..., None]
 
 
 def _cosine(x: Float[Tensor, "*dims d_model"], y: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
@@ -170,8 +170,8 @@ def accelerations(states: Float[Tensor, "loop *dims d_model"], relative: bool = 
     """
     _check(states)
     states = wide(states)
-    found = states.diff(n=2, dim=0).norm(dim=-1)
-    return _after(2, ratio(found, states[2:].norm(dim=-1)) if relative else found)
+    found = length(states.diff(n=2, dim=0))
+    return _after(2, ratio(found, length(states[2:])) if relative else found)
 
 
 def second_differences(norms: Float[Tensor, "loop *dims"]) -> Float[Tensor, "loop *dims"]:

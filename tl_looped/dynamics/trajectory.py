@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_looped.dynamics.inputs import check_finite, check_one_prompt, check_whole_run, ratio, wide
 from tl_looped.errors import InputError, check_count, resolve_index
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.results import Result
 from tl_looped.schedule import CORE, HookSite
 from tl_looped.viz.dynamics import trajectory_figure
@@ -146,10 +146,10 @@ def trajectory(
     Source:
         arXiv 2604.11791, PCA over all latent states of one token.
     """
-    run = model.prepare(prompt, n_loops, **options)
+    run = check_looped(model).prepare(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
-    wanted = [position] if isinstance(position, int) else list(position)
+    wanted = list(position) if isinstance(position, Sequence) else [position]
     places = tuple(resolve_index("position", one, run.tokens.shape[1]) for one in wanted)
     if not places or len(set(places)) < len(places):
         raise InputError(f"position must name one position or several different ones, got {position!r}.")

@@ -82,8 +82,9 @@ def generate(
         model: the model.
         input: text, a list of texts, or token ids [batch, pos].
         max_new_tokens, n_loops, options: as in `generate_stream`.
-        return_type: "str", the prompt and the new text without special tokens (a list of them for a list of texts and
-            for more than one row of tokens); "tokens", both as ids [batch, pos]; "input", whichever the input was;
+        return_type: "str", the prompt and the new text as the tokenizer decodes their ids, without special tokens: of
+            some tokenizers the prompt comes back spaced in another way (a list of texts for a list of texts and for
+            more than one row of tokens); "tokens", both as ids [batch, pos]; "input", whichever the input was;
             "result", a `Generated` with everything.
         verbose: show a progress bar.
 

@@ -24,7 +24,7 @@ from tl_looped.lens.reads import (
     read_states,
     real_positions,
 )
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.results import Result
 from tl_looped.viz.agreement import agreement_heatmaps
 
@@ -97,7 +97,7 @@ def loop_agreement(
     Raises:
         InputError: fewer than two loops, or what `loop_lens` refuses.
     """
-    run = model.prepare(input, n_loops, **options)
+    run = check_looped(model).prepare(input, n_loops, **options)
     if kind == "tuned":
         raise InputError("agreement compares what the model itself says: pass kind='exact', 'direct' or 'coda'.")
     check_kind(model, kind, False)

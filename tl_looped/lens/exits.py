@@ -57,7 +57,16 @@ def threshold_exit(distribution: Float[Tensor, "loop *dims"], threshold: int | f
 def weighted_logits(
     logits: Float[Tensor, "loop *dims d_vocab"], distribution: Float[Tensor, "loop *dims"]
 ) -> Float[Tensor, "*dims d_vocab"]:
-    """The mean of the loops' logits, each weighted by the chance to stop there."""
+    """The mean of the loops' logits, each weighted by the chance to stop there.
+
+    Raises:
+        InputError: a distribution over other loops or positions than the logits'.
+    """
+    if logits.shape[:-1] != distribution.shape:
+        raise InputError(
+            f"the distribution has shape {tuple(distribution.shape)}, but logits of shape {tuple(logits.shape)} need "
+            f"{tuple(logits.shape[:-1])}: one chance for each loop and position."
+        )
     return (logits * distribution[..., None]).sum(0)
 
 
@@ -124,11 +133,16 @@ class GateRule(ThresholdRule):
 
     @classmethod
     def check(cls, model: LoopedModel) -> None:
-        """Raise InputError if the model has no gate."""
+        """Raise InputError if the model has no gate, or a hook is on it."""
         if not model.cfg.exit_gate:
             raise InputError(
                 f"{model.cfg.model_name} has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, "
                 "StableTopRule, EntropyRule or SecondDifferenceRule."
+            )
+        if model.hook_dict.shared("hook_exit_gate").fwd_hooks:
+            raise InputError(
+                "a hook is on 'hook_exit_gate', but GateRule computes the gate from the state, so an edit there would "
+                "be ignored: edit 'hook_state_post' instead, or remove the hook."
             )
 
     @classmethod

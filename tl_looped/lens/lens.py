@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.errors import check_count
-from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank
+from tl_looped.errors import InputError, check_count
+from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
 from tl_looped.lens.reads import (
     LensKind,
     LensSite,
@@ -18,6 +18,7 @@ from tl_looped.lens.reads import (
     Positions,
     Reads,
     check_kind,
+    check_rows,
     choose_reads,
     chunks,
     converter,
@@ -26,10 +27,8 @@ from tl_looped.lens.reads import (
 )
 from tl_looped.lens.result import LoopLensResult
 from tl_looped.lens.targets import Targets, resolve_targets, top_tokens
-from tl_looped.model import LoopedModel
-
-if TYPE_CHECKING:
-    from tl_looped.lens.tuned import TunedLens
+from tl_looped.lens.tuned import TunedLens
+from tl_looped.model import LoopedModel, check_looped
 
 
 def loop_lens(
@@ -83,10 +82,13 @@ def loop_lens(
         Logit lens: nostalgebraist 2020; coda lens and rank trajectories over loops: arXiv 2507.02199; exact read-outs:
         arXiv 2502.05171, 2510.25741.
     """
-    run = model.prepare(input, n_loops, **options)
+    run = check_looped(model).prepare(input, n_loops, **options)
     check_kind(model, kind, translator is not None)
     reads = choose_reads(model, run, site, loops, layers, positions)
+    check_rows(run, reads)
     if translator is not None:
+        if not isinstance(translator, TunedLens):
+            raise InputError(f"translator must be a TunedLens, as fit_tuned_lens gives it, got {translator!r}.")
         translator.check(model, run, reads)
     kept_top = min(check_count("top_k", top_k), model.cfg.d_vocab)
     ids, names = resolve_targets(model, run, reads, targets)
@@ -141,14 +143,15 @@ def _measure(
             for loop in sorted(t for t, i in flat if i == index):
                 logits = model.transformer.unembed(flat[loop, index][piece])
                 log_probs = log_probs_of(logits)
+                _check_numbers(log_probs, reads, loop, index)
                 if loop in reads.loops:
                     at = (reads.loops.index(loop), index, piece)
                     floats["entropy"][at] = entropy(log_probs)
                     floats["kl_to_final"][at] = kl_divergence(last, log_probs)
                     if previous is not None and previous[0] == loop - 1:
                         floats["kl_to_previous"][at] = kl_divergence(previous[1], log_probs)
-                    top = log_probs.topk(top_k)
-                    floats["top_probs"][at], ints["top_ids"][at] = top.values.exp(), top.indices
+                    top = top_ids(logits, top_k)
+                    floats["top_probs"][at], ints["top_ids"][at] = log_probs.gather(-1, top).exp(), top
                     floats["target_probs"][at] = log_probs.gather(-1, ids[piece]).exp()
                     ints["target_ranks"][at] = token_rank(logits, ids[piece])
                 previous = (loop, log_probs)
@@ -157,6 +160,14 @@ def _measure(
 
 
 _SCALARS = ("entropy", "kl_to_final", "kl_to_previous")
+
+
+def _check_numbers(log_probs: Tensor, reads: Reads, loop: int, index: int) -> None:
+    if bool(log_probs.isnan().any()):
+        raise InputError(
+            f"the read-out of {reads.names(loop)[index]!r} is not a number (NaN): look for NaN or infinity in the "
+            "weights, the dtype or a hook there or before."
+        )
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -32,6 +32,12 @@ def kl_divergence(p: Float[Tensor, "*dims d_vocab"], q: Float[Tensor, "*dims d_v
     return torch.where((d.abs() < 1) & (probs > 0), near, far).sum(-1).clamp(min=0)
 
 
+def top_ids(scores: Float[Tensor, "*dims d_vocab"], k: int) -> Int[Tensor, "*dims top"]:
+    """The k tokens that score highest, highest first. Of several at the top the first is argmax's, as in generation."""
+    first = scores.argmax(-1, keepdim=True)
+    return scores.scatter(-1, first, torch.inf).topk(k).indices  # topk alone breaks ties as it likes; bfloat16 has many
+
+
 def token_rank(scores: Float[Tensor, "*dims d_vocab"], ids: Int[Tensor, "*dims target"]) -> Int[Tensor, "*dims target"]:
     """How many tokens score higher: 0 for the top token, as in TransformerLens; ties are not counted against it.
 

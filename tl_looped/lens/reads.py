@@ -83,6 +83,16 @@ def choose_reads(
     return Reads(site, chosen_loops, chosen_layers, _positions(positions, run.tokens.shape[1]))
 
 
+def check_rows(run: Run, reads: Reads) -> None:
+    """An error for a row of which only padding would be read."""
+    blind = (~real_positions(run, reads).any(1)).nonzero().flatten().tolist()
+    if blind:
+        raise InputError(
+            f"rows {blind} have only padding at the positions read: pass padding_side='left' to read the last tokens "
+            "of prompts of different length, or positions=None for all."
+        )
+
+
 def _indices(name: str, given: Iterable[int] | None, size: int) -> tuple[int, ...]:
     if given is not None and not isinstance(given, Iterable):
         raise InputError(f"{name} must be indices, such as [0, -1], got {given!r}.")

@@ -27,7 +27,7 @@ from tl_looped.lens.exits import (
 )
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import Positions, choose_reads
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.results import Result
 from tl_looped.runs import Run
 from tl_looped.viz.exits import exit_curves
@@ -94,8 +94,10 @@ class ExitTrace(Result):
             InputError: a rule that was not traced, or a threshold out of its range.
         """
         given = thresholds or {}
-        for name in given:
+        for name, values in given.items():
             self._index(name)
+            if isinstance(values, (str, int, float)):
+                raise InputError(f"thresholds of {name!r} must be a list, such as [{values!r}], got {values!r}.")
         for name in self.rules:
             if name not in RULES:
                 raise InputError(f"curves are drawn for {list(RULES)}; of {name!r}, ask cost(rule) for each threshold.")
@@ -215,7 +217,7 @@ def trace_exits(
     Raises:
         InputError: fewer than two loops, no rule, a rule that the model can't have, or a position that there is not.
     """
-    run = model.prepare(input, n_loops, **options)
+    run = check_looped(model).prepare(input, n_loops, **options)
     if run.n_loops < 2 or run.start or not run.reads_out:
         raise InputError(f"exits need a whole run of at least two loops, got n_loops={run.n_loops}.")
     reads = choose_reads(model, run, "state", None, None, positions)
@@ -244,7 +246,9 @@ def trace_exits(
 
 def _checked(model: LoopedModel, rules: Sequence[type[ThresholdRule]] | None) -> list[type[ThresholdRule]]:
     if rules is None:
-        return [rule for rule in RULES.values() if rule is not GateRule or model.cfg.exit_gate]
+        rules = [rule for rule in RULES.values() if rule is not GateRule or model.cfg.exit_gate]
+    if not isinstance(rules, Sequence):
+        raise InputError(f"rules must be a list of classes of rules, such as [KLRule], got {rules!r}.")
     if not rules:
         raise InputError("rules is empty: leave it out for all rules.")
     for rule in rules:

@@ -18,7 +18,7 @@ from tl_looped.collect import Measure, collect
 from tl_looped.collect.texts import Prompts
 from tl_looped.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.hooks import LoopHookPoint
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.patching.interventions import Hooks
 from tl_looped.results import Result
 from tl_looped.schedule import CORE, HookSite, LoopSchedule
@@ -209,7 +209,7 @@ def _silence(x: Tensor, hook: LoopHookPoint) -> Tensor:
 def _silenced(
     model: LoopedModel, layer: int, loops: int | Iterable[int] | None, stack: str, n_loops: int | None
 ) -> list[HookSite]:
-    schedule = model.cfg.schedule(n_loops)
+    schedule = check_looped(model).cfg.schedule(n_loops)
     if stack not in schedule.stacks():
         raise InputError(f"there is no stack {stack!r}: {schedule.describe()}.{nearest(stack, schedule.stacks())}")
     site = HookSite("hook_mlp_out", stack, resolve_index("layer", layer, schedule.n_layers(stack)))
@@ -218,7 +218,7 @@ def _silenced(
     total = schedule.n_loops(stack)
     if not total:
         raise InputError(f"the {stack} runs once: leave loops out.")
-    wanted = [loops] if isinstance(loops, int) else list(loops)
+    wanted = list(loops) if isinstance(loops, Iterable) else [loops]
     chosen = sorted({resolve_index("loop", loop, total) for loop in wanted})
     if not chosen:
         raise InputError("loops is empty, so nothing would change: leave it out for all loops.")

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_looped.errors import InputError
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block
 from tl_looped.results import Result
 from tl_looped.schedule import CODA, CORE, PRELUDE
@@ -201,7 +201,7 @@ def neuron_shares(
     for name, value in (("min_kurtosis", min_kurtosis), ("min_skew", min_skew)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise InputError(f"{name} must be a number of at least 0, got {value!r}.")
-    most = largest_kurtosis(model.cfg.d_vocab)
+    most = largest_kurtosis(check_looped(model).cfg.d_vocab)
     if min_kurtosis >= most:
         raise InputError(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "

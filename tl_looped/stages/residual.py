@@ -57,7 +57,11 @@ def residual_magnitude(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tenso
     Source:
         arXiv 2604.11791, residual magnitude.
     """
-    return torch.linalg.vector_norm(_checked(resid), dim=-1)
+    x = _checked(resid)
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    if bool(norm.isfinite().all()):
+        return norm
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).to(x.dtype)  # squares overflow before norms do
 
 
 def _checked(resid: Tensor) -> Tensor:
