@@ -28,6 +28,8 @@ from tl_looped.dynamics.measures import COSINE_TO_END as COSINE_TO_END
 from tl_looped.dynamics.measures import DISTANCE as DISTANCE
 from tl_looped.dynamics.measures import STEP as STEP
 from tl_looped.dynamics.measures import STEP_NORM as STEP_NORM
+from tl_looped.dynamics.motion import LoopMotion as LoopMotion
+from tl_looped.dynamics.motion import loop_motion as loop_motion
 from tl_looped.dynamics.paths import PathIndependence as PathIndependence
 from tl_looped.dynamics.paths import noise_around as noise_around
 from tl_looped.dynamics.paths import pairwise_distances as pairwise_distances
