@@ -150,10 +150,10 @@ def path_independence(
 
     - `seeds` alone: drawn as the model draws its own, for a model that does (Huginn, retrofitted models).
     - `noise`: the model's own initial state first, then for each of `seeds` that state plus noise (`noise_around`)
-      relative to its norm, or where it is zero, to that of the state which leaves the first loop. Where a drawn state is
-      small beside the states of the loops, so is such noise, and runs can be together from the start, which says
-      little: pass more. In a model without injection the initial state is all that a loop knows of the prompt, so there
-      is no reason to meet.
+      relative to its norm, or where it is zero, to that of the state which leaves the first loop. Where a drawn state
+      is small beside the states of the loops, so is such noise: runs can then be together from the start, which says
+      little, so pass more. In a model without injection the initial state is all that a loop knows of the prompt, so
+      there is no reason to meet.
     - `initial_states`: given.
 
     All runs are one batch; of the states of earlier loops nothing is kept but their distances.
