@@ -40,7 +40,7 @@ def results() -> dict[str, Result]:
     fit = {"steps": 2, "progress": False, "held_out": ["f"]}
     return {
         "lens": loop_lens(model, texts, 3, site="resid_mid", positions=None, targets=["a", 3]),
-        "lens of the state": loop_lens(model, texts, 3),
+        "lens of the state": loop_lens(model, texts, 3, padding_side="left"),
         "agreement": loop_agreement(model, texts, 3),
         "trace": trace,
         "curves": trace.curves(),
