@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -154,11 +155,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        try:
-            with open("/proc/cpuinfo") as info:
-                name = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-        except (OSError, StopIteration):
-            pass
+        info = Path("/proc/cpuinfo")  # Linux has it; elsewhere the name stays the platform's
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
         name += f", {torch.get_num_threads()} thread"
     return f"{datetime.date.today()}, {name}, torch {torch.__version__}, Python {platform.python_version()}"
 

@@ -32,6 +32,7 @@ from tl_looped.stages import STAGE_MEASURES, align_curves
 from tl_looped.tasks import draw_contexts
 from tl_looped.training import RECIPES
 from tl_looped.training.corpus import documentation
+from tl_looped.training.text import check_corpus
 
 LOOPS, PROMPTS, HOPS, CHARACTERS = 128, 12, 6, 150
 MODELS = sorted(str(path) for path in (Path(__file__).parent / "models").glob("docs-*"))
@@ -42,7 +43,9 @@ def prompts_for(name: str, model: LoopedModel) -> list[str]:
     if name in RECIPES:
         contexts = draw_contexts(np.random.default_rng(123), PROMPTS, 16, HOPS, RECIPES[name].shuffled)
         return [contexts.text(row, int(np.argmax(contexts.hops[row] == HOPS))) for row in range(PROMPTS)]
-    return [text[:CHARACTERS] for text in documentation().held_out[:PROMPTS]]
+    corpus = documentation()
+    check_corpus(name, corpus)
+    return [text[:CHARACTERS] for text in corpus.held_out[:PROMPTS]]
 
 
 def write(figure: go.Figure, path: Path) -> None:

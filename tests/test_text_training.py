@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_looped import LoopedModel
+from tl_looped import InputError, LoopedModel
 from tl_looped.training import TEXT_RECIPES, train_on_text
 from tl_looped.training.corpus import END, documentation, train_tokenizer
 from tl_looped.training.recipes import Rates
-from tl_looped.training.text import held_out_losses, text_loss
+from tl_looped.training.text import check_corpus, held_out_losses, text_loss
 
 SMALL = {
     "d_model": 32,
@@ -89,6 +89,16 @@ def test_the_loss_is_the_models_own():
         logits = model(windows[:, :-1], 3, seed=5)
         slow = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         assert float(text_loss(model.transformer, windows, 3, 5)) == pytest.approx(float(slow), rel=1e-5)
+
+
+def test_held_out_texts_of_another_python_are_not_trusted(tmp_path: Path):
+    corpus = documentation_once()
+    check_corpus(tmp_path, corpus)  # a folder that says nothing
+    (tmp_path / "training.json").write_text(json.dumps({"corpus_digest": corpus.digest}))
+    check_corpus(tmp_path, corpus)
+    (tmp_path / "training.json").write_text(json.dumps({"corpus_digest": "0" * 16}))
+    with pytest.raises(InputError, match="was trained on the documentation 0000000000000000 of another version"):
+        check_corpus(tmp_path, corpus)
 
 
 def test_the_learning_rate_rises_stays_and_falls():

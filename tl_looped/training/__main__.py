@@ -16,9 +16,10 @@ import torch
 
 from tl_looped.errors import InputError, LoopedError, check_count
 from tl_looped.model import LoopedModel
+from tl_looped.training.corpus import documentation
 from tl_looped.training.evaluate import accuracy_table, fresh_contexts
 from tl_looped.training.recipes import RECIPES, Rates
-from tl_looped.training.text import TEXT_RECIPES, held_out_losses, train_on_text
+from tl_looped.training.text import TEXT_RECIPES, check_corpus, held_out_losses, train_on_text
 from tl_looped.training.trainer import train
 
 AnyRates = TypeVar("AnyRates", bound=Rates)
@@ -67,6 +68,7 @@ def _text(options: argparse.Namespace) -> str:
         recipe = replace(recipe, d_model=32 * n_heads, n_heads=n_heads, d_mlp=8 * round(32 * n_heads / 3))
     if options.out:
         train_on_text(_with_steps(recipe, options.steps), options.seed, options.out)
+    check_corpus(options.out or options.evaluate, documentation())
     model = LoopedModel.from_pretrained(options.out or options.evaluate, device="cpu", dtype=torch.float32)
     losses = held_out_losses(model, options.seed)
     rows = "\n".join(f"{n:5d}  {loss:.4f}" for n, loss in losses.items())

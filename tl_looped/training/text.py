@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -124,6 +125,21 @@ def text_loss(
     state = random_state(model.cfg, positions, seed, torch.float32) if model.cfg.random_state else None
     logits = model.readout(model(tokens, frame, state, 0, n_loops), frame)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def check_corpus(folder: Path | str, corpus: Corpus) -> None:
+    """An error unless a trained model's text is this one: of another, what was held out is not known.
+
+    Raises:
+        InputError: the folder's training.json names another text, as another version of Python has.
+    """
+    about = Path(folder) / "training.json"
+    digest = json.loads(about.read_text(encoding="utf-8")).get("corpus_digest") if about.exists() else None
+    if digest is not None and digest != corpus.digest:
+        raise InputError(
+            f"{str(folder)!r} was trained on the documentation {digest} of another version of Python, this one has "
+            f"{corpus.digest}: what was held out then may be other text now. Train it here, or use that version."
+        )
 
 
 @torch.no_grad()
