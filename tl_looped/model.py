@@ -249,7 +249,7 @@ class LoopedModel(HookedRootModule):
                 raise InputError("the loss needs at least two tokens: one to read and one to predict.")
         elif loss_per_token:
             raise InputError(f"loss_per_token needs return_type 'loss' or 'both', got {return_type!r}.")
-        self._reach(run).check_hooks()
+        self.reach(run).check_hooks()
         frame = self.frame(run)
         state = self.transformer(run.tokens, frame, run.state, run.start, run.stop)
         if not run.reads_out:
@@ -264,7 +264,8 @@ class LoopedModel(HookedRootModule):
         """Rotary angles and visibility of a run, for the native model."""
         return self.transformer.frame(run.visible, run.position_ids, run.causal)
 
-    def _reach(self, run: Run) -> Reach:
+    def reach(self, run: Run) -> Reach:
+        """The sites that a run calls."""
         return Reach(self.hook_dict, run, self.transformer.needs_input(run.state is not None))
 
     def readout(
@@ -433,7 +434,7 @@ class LoopedModel(HookedRootModule):
             raise InputError("incl_bwd runs backward from the mean loss: pass return_type='loss' and no stop_at_loop.")
         if remove_batch_dim and run.tokens.shape[0] != 1:
             raise InputError(f"remove_batch_dim needs a batch of one, got {run.tokens.shape[0]} prompts.")
-        chosen = self._reach(run).select(names_filter, loops)
+        chosen = self.reach(run).select(names_filter, loops)
         store: dict[str, Tensor] = {}
         writer = CacheWriter(store, device, Slice.unwrap(pos_slice), remove_batch_dim)
         with self.hooks():

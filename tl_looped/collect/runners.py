@@ -14,7 +14,6 @@ from tl_looped.errors import HookNameError, InputError, check_count, nearest
 from tl_looped.hooks import LoopHookPoint, SharedHookPoint
 from tl_looped.identity import digest, identity
 from tl_looped.model import LoopedModel
-from tl_looped.reach import Reach
 from tl_looped.runs import Run
 from tl_looped.schedule import CORE, HookSite, LoopSchedule, Pass
 
@@ -121,7 +120,7 @@ class LoopedRunner:
         with model.hooks():
             for point in points:
                 point.add_hook(look, level=model.context_level, where=where, reads_only=True)
-            Reach(model.hook_dict, run, model.transformer.needs_input(run.state is not None)).check_hooks()
+            model.reach(run).check_hooks()
             frame = model.frame(run)
             state = model.transformer(run.tokens, frame, run.state, run.start, run.stop)
             if to_coda:

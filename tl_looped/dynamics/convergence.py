@@ -17,11 +17,12 @@ from torch import Tensor
 
 from tl_looped.collect.collected import Collected
 from tl_looped.collect.texts import Prompts
-from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_loop_axis, check_number, undefined_series, wide
+from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.tokens import collect_tokens, place_table, token_series
 from tl_looped.errors import InputError
 from tl_looped.model import LoopedModel
+from tl_looped.precision import wide
 from tl_looped.results import Result
 from tl_looped.viz.dynamics import convergence_curves
 

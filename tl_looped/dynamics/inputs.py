@@ -16,11 +16,6 @@ N_LOOPS = 128
 """Loops after which the paper takes a state for the fixed point: the default where a measure needs one."""
 
 
-def wide(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """The same numbers in float32 at least."""
-    return x if x.element_size() >= 4 else x.float()
-
-
 def length(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
     """‖x‖ over the last axis, also where its squares overflow; NaN where the dtype can't hold the norm itself."""
     norm = x.norm(dim=-1)

@@ -20,7 +20,6 @@ from tl_looped.collect.origin import naming_origin
 from tl_looped.dynamics.inputs import N_LOOPS, check_finite, check_number, check_one_prompt, ratio
 from tl_looped.errors import InputError, check_count, resolve_index
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.reach import Reach
 from tl_looped.results import Result
 from tl_looped.runs import Run
 from tl_looped.viz.dynamics import spectrum_plane
@@ -149,7 +148,7 @@ def loop_jacobian_spectrum(
     if k > size - 2:
         raise InputError(f"the Jacobian has {size} rows, so k must be at most {size - 2}, got {k}.")
     run = dataclasses.replace(run, start=at if state is not None else 0, stop=at + 1, reads_out=False)
-    Reach(model.hook_dict, run, model.transformer.needs_input(run.state is not None)).check_hooks()
+    model.reach(run).check_hooks()
     with naming_origin(model, run):
         loop_map = _LoopMap(model, run, place)
     values, vectors = _arnoldi(loop_map, k, accuracy, max_iterations, start_seed)

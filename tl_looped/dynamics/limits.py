@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tl_looped.collect.collected import Collected
 from tl_looped.collect.texts import Prompts
-from tl_looped.dynamics.inputs import N_LOOPS, check_loop_axis, check_number, undefined_series, wide
+from tl_looped.dynamics.inputs import N_LOOPS, check_loop_axis, check_number, undefined_series
 from tl_looped.dynamics.measures import COSINE_TO_END
 from tl_looped.dynamics.tokens import collect_tokens, place_table, token_series
 from tl_looped.errors import InputError, check_count, resolve_index
 from tl_looped.model import LoopedModel
+from tl_looped.precision import wide
 from tl_looped.results import Result
 from tl_looped.viz.dynamics import limit_curves
 

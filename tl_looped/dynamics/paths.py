@@ -24,12 +24,12 @@ from tl_looped.dynamics.inputs import (
     check_whole_run,
     length,
     ratio,
-    wide,
 )
 from tl_looped.dynamics.steps import unit
 from tl_looped.errors import InputError, check_count
 from tl_looped.hooks import LoopHookPoint
 from tl_looped.model import LoopedModel, check_looped
+from tl_looped.precision import wide
 from tl_looped.results import Result
 from tl_looped.runs import Run
 from tl_looped.viz.dynamics import path_curves

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import check_finite, check_loop_axis, check_same_shape, length, ratio, wide
+from tl_looped.dynamics.inputs import check_finite, check_loop_axis, check_same_shape, length, ratio
 from tl_looped.errors import InputError
+from tl_looped.precision import wide
 
 
 def step_norm(

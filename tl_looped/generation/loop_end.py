@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.precision import wide
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel
@@ -37,8 +38,7 @@ class LoopEnd:
     @cached_property
     def log_probs(self) -> Float[Tensor, "rows d_vocab"]:
         """Log probabilities of the read-out, in nats, float32 at least."""
-        logits = self.read()
-        return (logits if logits.element_size() >= 4 else logits.float()).log_softmax(-1)
+        return wide(self.read()).log_softmax(-1)
 
     @cached_property
     def gate_logit(self) -> Float[Tensor, " rows"]:

@@ -15,6 +15,7 @@ from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, Sta
 from tl_looped.generation.loop_end import ExitRule
 from tl_looped.generation.sampling import Sampling
 from tl_looped.generation.stopping import RowText, Stopping
+from tl_looped.precision import wide
 from tl_looped.runs import DEFAULT_SEED, Run
 from tl_looped.tokenization import PaddingSide
 
@@ -90,7 +91,7 @@ class TokenStream(Iterator[GenerationStep]):
         _check_hooks(self._model, self.prompt)
         decoder, ended = self._decoder, self._ended
         logits, loops = decoder.next_logits(ended)
-        logits = logits if logits.element_size() >= 4 else logits.float()
+        logits = wide(logits)
         log_probs = logits.log_softmax(-1)
         if bool(log_probs.isnan().any()):
             raise InputError(
@@ -230,7 +231,7 @@ def _check_hooks(model: LoopedModel, prompt: Run) -> None:
             "a backward hook is registered, but text is generated without gradients: remove it, or run the model on "
             "the text afterwards."
         )
-    model._reach(prompt).check_hooks()
+    model.reach(prompt).check_hooks()
 
 
 def _check_prompt(model: LoopedModel, prompt: Run, max_new_tokens: int, attention_mask: Tensor | None) -> int:

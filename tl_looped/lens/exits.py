@@ -18,6 +18,7 @@ from torch import Tensor
 from tl_looped.errors import InputError, check_count
 from tl_looped.generation import LoopEnd
 from tl_looped.lens.measures import entropy, kl_divergence
+from tl_looped.precision import wide
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel
@@ -36,7 +37,7 @@ def exit_distribution(gate_logits: Float[Tensor, "loop *dims"]) -> Float[Tensor,
     Source:
         arXiv 2510.25741.
     """
-    gate = _wide(gate_logits).sigmoid()
+    gate = wide(gate_logits).sigmoid()
     going_on = torch.cumprod(1 - gate, dim=0)
     reached = torch.cat((torch.ones_like(gate[:1]), going_on[:-1]))
     return torch.cat((gate[:-1] * reached[:-1], reached[-1:]))
@@ -151,7 +152,7 @@ class GateRule(ThresholdRule):
         going_on: list[Tensor] = []
 
         def measure(end: LoopEnd) -> Tensor:
-            left = 1 - _wide(end.gate_logit).sigmoid()
+            left = 1 - wide(end.gate_logit).sigmoid()
             going_on[:] = [left * going_on[0] if going_on else left]
             return 1 - going_on[0]
 
@@ -270,13 +271,9 @@ class StableTopRule(ThresholdRule):
         return measure
 
 
-def _wide(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    return x if x.element_size() >= 4 else x.float()
-
-
 def _norm(x: Float[Tensor, "rows d_model"]) -> Float[Tensor, " rows"]:
-    return _wide(x).norm(dim=-1)
+    return wide(x).norm(dim=-1)
 
 
 def _step(end: LoopEnd) -> Float[Tensor, " rows"]:
-    return _norm(_wide(end.state) - _wide(end.state_before))
+    return _norm(wide(end.state) - wide(end.state_before))

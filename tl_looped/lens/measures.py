@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.precision import wide
+
 
 def log_probs_of(logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
     """Log probabilities of logits, in float32 at least."""
-    return (logits if logits.element_size() >= 4 else logits.float()).log_softmax(-1)
+    return wide(logits).log_softmax(-1)
 
 
 def entropy(log_probs: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims"]:

@@ -20,6 +20,7 @@ from tl_looped.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.hooks import LoopHookPoint
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.patching.interventions import Hooks
+from tl_looped.precision import wide
 from tl_looped.results import Result
 from tl_looped.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.stages.measures import STAGE_MEASURES
@@ -34,7 +35,7 @@ def activation_ratios(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor
 
     With TransformerLens: `activation_ratios(cache["resid_post", layer])`. NaN or infinite where the median is zero.
     """
-    size = (resid if resid.element_size() >= 4 else resid.float()).abs()
+    size = wide(resid).abs()
     return size / size.flatten(-2).median(-1).values[..., None, None]
 
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from tl_looped.errors import InputError
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block
+from tl_looped.precision import wide
 from tl_looped.results import Result
 from tl_looped.schedule import CODA, CORE, PRELUDE
 from tl_looped.viz.curves import layer_shares
@@ -74,7 +75,7 @@ def logit_effects(
     n_neurons, d_vocab = len(directions), W_U.shape[1]
     if d_vocab < 2:
         raise InputError(f"moments over the vocabulary need two tokens or more, got {d_vocab}.")
-    w = directions if directions.element_size() >= 4 else directions.float()
+    w = wide(directions)
     tiny = torch.finfo(w.dtype).tiny
     w = w / w.norm(dim=1, keepdim=True).clamp(min=tiny) if unit else w
     pieces = list(W_U.split(max(1, _CHUNK // n_neurons), dim=1))

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.precision import wide
 
 
 def matrix_entropy(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor, "*dims"]:
@@ -70,4 +71,4 @@ def _checked(resid: Tensor) -> Tensor:
         raise InputError(f"resid must be floats [..., pos, d_model], got {resid.dtype} {tuple(resid.shape)}.")
     if not bool(resid.isfinite().all()):
         raise InputError("the residual stream holds NaN or infinity: look for the layer and loop where that begins.")
-    return resid if resid.element_size() >= 4 else resid.float()
+    return wide(resid)

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.patching import EFFECT_SCALE
 from tl_looped.viz.style import (
     BLUE,
@@ -24,7 +25,6 @@ from tl_looped.viz.style import (
     PINK,
     base_layout,
     curve_axes,
-    heatmap_axes,
     layer_colors,
     loop_axis,
     loop_colors,
@@ -137,38 +137,10 @@ def similarity_heatmap(
     Raises:
         InputError: no finite value.
     """
-    if not bool(matrix.isfinite().any()):
-        raise InputError("the similarities have no finite value, so there is nothing to draw.")
-    names = [f"loop {loop}, layer {layer}" for loop in loops for layer in layers]
-    n, width = len(names), len(layers)
-    low = float(matrix[matrix.isfinite()].min())
+    finite = matrix[matrix.isfinite()]
+    low = float(finite.min()) if len(finite) else 0.0
     scale, bottom = (EFFECT_SCALE, -1.0) if low < 0 else (_HIGH_SCALE, math.floor(low * 10) / 10 if low > 0.5 else 0.0)
-    fig = go.Figure(
-        go.Heatmap(
-            z=numbers(matrix),
-            x=list(range(n)),
-            y=list(range(n)),
-            customdata=[[f"{row} and {column}" for column in names] for row in names],
-            hovertemplate="%{customdata}: %{z:.4f}<extra></extra>",
-            colorscale=scale,
-            zmin=bottom,
-            zmax=1,
-            colorbar={"title": {"text": "cosine"}, "thickness": 14},
-        )
-    )
-    kept = range(0, len(loops), loop_axis(len(loops))["dtick"])
-    text = "loop" if width == 1 else f"loop (in each: layers {layers[0]} to {layers[-1]})"
-    axis = {"tickmode": "array", "tickvals": [i * width + (width - 1) / 2 for i in kept], "title": {"text": text}}
-    axis["ticktext"] = [str(loops[i]) for i in kept]
-    base_layout(fig, 580, title=_title(title))
-    heatmap_axes(fig)
-    fig.update_xaxes(**axis, constrain="domain")
-    fig.update_yaxes(**axis, autorange="reversed", scaleanchor="x", constrain="domain")
-    if width > 1 and len(loops) <= 32:
-        for i in range(1, len(loops)):
-            for line in (fig.add_vline, fig.add_hline):
-                line(i * width - 0.5, line={"color": INK, "width": 1})
-    return fig
+    return call_matrix(matrix, loops, layers, title, "the similarities", "cosine", scale, (bottom, 1.0))
 
 
 def distinctness_histogram(smallest: Float[Tensor, " token"], threshold: float, title: str = "") -> go.Figure:

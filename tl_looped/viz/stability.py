@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -106,35 +107,9 @@ def call_distances(
     Raises:
         InputError: no finite value.
     """
-    if not bool(distance.isfinite().any()):
-        raise InputError("the distances have no finite value, so there is nothing to draw.")
-    names = [f"loop {loop}, layer {layer}" for loop in loops for layer in layers]
-    n, width = len(names), len(layers)
-    fig = go.Figure(
-        go.Heatmap(
-            z=numbers(distance),
-            x=list(range(n)),
-            y=list(range(n)),
-            customdata=[[f"{row} and {column}" for column in names] for row in names],
-            hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
-            colorscale=_CHANGE_SCALE,
-            zmin=0,
-            colorbar={"title": {"text": "Frobenius<br>distance"}, "thickness": 14},
-        )
+    return call_matrix(
+        distance, loops, layers, title, "the distances", "Frobenius<br>distance", _CHANGE_SCALE, (0.0, None)
     )
-    ticks = loop_axis(len(loops))["dtick"]
-    kept = range(0, len(loops), ticks)
-    axis = {"tickmode": "array", "tickvals": [i * width + (width - 1) / 2 for i in kept], "showticklabels": True}
-    axis |= {"ticktext": [str(loops[i]) for i in kept], "title": {"text": f"loop (in each: {width} layers)"}}
-    fig.update_xaxes(**axis, constrain="domain")
-    fig.update_yaxes(**axis, autorange="reversed", scaleanchor="x", constrain="domain")
-    base_layout(fig, height=560, title=_title(title), margin={"l": 70, "r": 20, "t": 60, "b": 60})
-    heatmap_axes(fig)
-    if width > 1 and len(loops) <= 32:
-        for i in range(1, len(loops)):
-            for line in (fig.add_vline, fig.add_hline):
-                line(i * width - 0.5, line={"color": GREY, "width": 1})
-    return fig
 
 
 def bound_scatter(
