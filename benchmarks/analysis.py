@@ -21,8 +21,8 @@ import torch
 from common import COLUMNS, SHAPES, Side, machine, make, parser, print_table, race
 
 from tl_looped.attention.measures import PATTERN_DISTANCE, PATTERN_STEP, TOTAL_VARIATION
-from tl_looped.collect import Measure, collect
 from tl_looped.dynamics.measures import COSINE, COSINE_TO_END, DISTANCE, STEP
+from tl_looped.observe import Measure, collect
 from tl_looped.stages.measures import STAGE_MEASURES
 
 SETS: dict[str, tuple[Measure, ...]] = {

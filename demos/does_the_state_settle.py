@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from tl_looped import LoopedModel
-from tl_looped.tasks import draw_contexts
 from tl_looped.training import RECIPES
+from tl_looped.training.variable_chains import draw_contexts
 
 HOPS, PROMPTS, LOOPS = 6, 100, 32
 SHOWN = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 31)

@@ -18,7 +18,6 @@ import torch
 
 from tl_looped import LoopedModel
 from tl_looped.attention import PATTERN_DISTANCE, attention_stability
-from tl_looped.collect import collect
 from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,
@@ -28,11 +27,12 @@ from tl_looped.dynamics import (
     loop_jacobian_spectrum,
     trajectory,
 )
+from tl_looped.observe import collect
 from tl_looped.stages import STAGE_MEASURES, align_curves
-from tl_looped.tasks import draw_contexts
 from tl_looped.training import RECIPES
 from tl_looped.training.corpus import documentation
 from tl_looped.training.text import check_corpus
+from tl_looped.training.variable_chains import draw_contexts
 
 LOOPS, PROMPTS, HOPS, CHARACTERS = 128, 12, 6, 150
 MODELS = sorted(str(path) for path in (Path(__file__).parent / "models").glob("docs-*"))

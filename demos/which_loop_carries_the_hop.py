@@ -17,7 +17,7 @@ import torch
 
 from tl_looped import LoopedModel
 from tl_looped.patching import LoopPatchingResult, attribution_sweep, patch_sweep
-from tl_looped.tasks import solve
+from tl_looped.training.variable_chains import solve
 
 CLEAN = "a=4; c=a; b=7; d=c; f=b; e=d; ? e"
 CORRUPTED = "a=9; c=a; b=7; d=c; f=b; e=d; ? e"

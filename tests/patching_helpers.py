@@ -12,7 +12,7 @@ from helpers import FAMILIES, make, parity
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.cache import LoopedCache
+from tl_looped.engine.cache import LoopedCache
 
 # Choices that no published family makes, beside the published ones.
 OTHERS: dict[str, dict[str, Any]] = {

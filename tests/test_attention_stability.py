@@ -26,8 +26,8 @@ from tl_looped.attention import (
     total_variation,
 )
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.collect import collect
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.observe import collect
 
 NAN = float("nan")
 

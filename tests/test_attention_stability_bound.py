@@ -14,8 +14,8 @@ from torch import Tensor
 from tl_looped import LoopedModel
 from tl_looped.attention import AttentionBound, attention_bound, attention_stability
 from tl_looped.attention.bound import _rotary_bound, pattern_bound, plain_pattern, score_norm
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
 from tl_looped.nn.rotary import component_frequencies, rotary_angles, rotate
 
 SLACK = 1 + 1e-9  # of float64

@@ -30,7 +30,7 @@ from patching_helpers import (
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.patching import LoopPatchingResult, attribution_sweep, fixed, mean, patch_sweep, zero
 from tl_looped.patching.attribution import frozen_weights
 

@@ -15,8 +15,8 @@ from test_unrolled import bridge, looped
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.collect import Measure, collect
-from tl_looped.collect.collected import Collected
+from tl_looped.observe import Measure, collect
+from tl_looped.observe.collected import Collected
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [7, 7, 8], [2], [2, 7, 1, 8]]
 LOOPS = 3
@@ -201,7 +201,7 @@ def test_how_many_calls_are_measured_together_changes_nothing(
 ) -> None:
     model = tiny(family, torch.float64)
     together = run(model, per_token=["step"])
-    monkeypatch.setattr(importlib.import_module("tl_looped.collect.engine"), "_AT_ONCE", at_once)
+    monkeypatch.setattr(importlib.import_module("tl_looped.observe.engine"), "_AT_ONCE", at_once)
     apart = run(model, per_token=["step"])
     for measure in MEASURES:
         torch.testing.assert_close(together[measure.name], apart[measure.name], atol=1e-13, rtol=0, equal_nan=True)
@@ -215,7 +215,7 @@ def test_how_many_calls_are_measured_together_changes_nothing(
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measure's function is called once for every layer call."""
-    monkeypatch.setattr(importlib.import_module("tl_looped.collect.engine"), "_AT_ONCE", 1)
+    monkeypatch.setattr(importlib.import_module("tl_looped.observe.engine"), "_AT_ONCE", 1)
 
 
 @pytest.mark.usefixtures("one_at_a_time")

@@ -15,9 +15,9 @@ from helpers import TINY, hook_count, make, tiny, word_tokenizer
 from torch import Tensor, nn
 
 from tl_looped import LoopedModel
-from tl_looped.collect import Measure, collect
-from tl_looped.collect.collected import Collected
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.observe import Measure, collect
+from tl_looped.observe.collected import Collected
 
 RESID = "hook_resid_post"
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [7, 7, 8], [2, 7, 1, 8], [6, 6, 6]]
@@ -50,7 +50,7 @@ def never(x: Tensor, *others: Tensor) -> NoReturn:
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measure's function is called once for every layer call."""
-    monkeypatch.setattr(importlib.import_module("tl_looped.collect.engine"), "_AT_ONCE", 1)
+    monkeypatch.setattr(importlib.import_module("tl_looped.observe.engine"), "_AT_ONCE", 1)
 
 
 # Bad input.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.schedule import LoopSchedule, Pass
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.schedule import LoopSchedule, Pass
 from tl_looped.viz.curves import grouped_curves
 from tl_looped.viz.style import layer_colors, loop_colors
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.collect import collect
 from tl_looped.dynamics import (
     DISTANCE,
     STEP,
@@ -20,6 +19,7 @@ from tl_looped.dynamics import (
     distance_to,
     loop_convergence,
 )
+from tl_looped.observe import collect
 
 
 def iterate(matrix: torch.Tensor, offset: torch.Tensor, loops: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.collect import collect
 from tl_looped.dynamics import (
     BEHAVIOURS,
     COSINE_TO_END,
@@ -25,6 +24,7 @@ from tl_looped.dynamics import (
     limits_of,
     prompt_shares,
 )
+from tl_looped.observe import collect
 
 FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
 

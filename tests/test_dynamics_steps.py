@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.collect import Measure, collect
 from tl_looped.dynamics import (
     COSINE,
     COSINE_TO_END,
@@ -24,6 +23,7 @@ from tl_looped.dynamics import (
     step_norm,
     step_norms,
 )
+from tl_looped.observe import Measure, collect
 
 MEASURES = (STEP, STEP_NORM, COSINE, DISTANCE, COSINE_TO_END)
 

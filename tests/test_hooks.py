@@ -11,7 +11,7 @@ from helpers import FAMILIES, TINY, expected, fired, hook_count, noise_like, par
 from plain import Plain, weights_of
 
 from tl_looped import HookNameError, HookSite, InputError, LoopedModel, LoopHookPoint
-from tl_looped.schedule import BLOCK_AXES
+from tl_looped.engine.schedule import BLOCK_AXES
 
 EVERY = [(lambda _: True, lambda x, hook: None)]
 # For what no family can make different.

@@ -11,8 +11,8 @@ import torch
 from helpers import TINY, make
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.identity import digest, identity, weights_digest
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.identity import digest, identity, weights_digest
 
 
 def above(x: Tensor, threshold: float = 0.5) -> Tensor:

@@ -12,7 +12,7 @@ from plain import Plain, weights_of
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.patching import freeze_patterns, replace_injection, skip_layer, skip_loop
 
 LOOPS, LENGTH = 3, 4

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tl_looped import InputError
 from tl_looped.attention import attention_bound, attention_stability
-from tl_looped.collect.origin import first_not_finite
 from tl_looped.dynamics import loop_jacobian_spectrum, loop_similarity, path_independence, trajectory
 from tl_looped.lens import loop_agreement, loop_lens, trace_exits
+from tl_looped.observe.origin import first_not_finite
 from tl_looped.stages import neuron_shares
 
 LOOPS = 3

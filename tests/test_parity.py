@@ -10,8 +10,8 @@ from helpers import FAMILIES, expected, parity, run_options
 from torch import Tensor
 
 from tl_looped import LoopedCache, LoopedModel
+from tl_looped.engine.schedule import CODA, PRELUDE
 from tl_looped.lens import exit_distribution, threshold_exit
-from tl_looped.schedule import CODA, PRELUDE
 
 ABSOLUTE = 1e-4
 RELATIVE = 2e-5  # of the largest value

@@ -14,8 +14,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
 from tl_looped import LoopedModel
-from tl_looped.cache import LoopedCache
-from tl_looped.errors import HookNameError, InputError
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import HookNameError, InputError
 from tl_looped.patching import Receiver, Sender, attribution_sweep, checks, fixed, mean, patch_sweep, path_patch, zero
 
 LENGTH = 4

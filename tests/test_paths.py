@@ -13,7 +13,7 @@ from plain import Plain, Tape, weights_of
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.patching import Receiver, Sender, patch_sweep, path_patch
 
 LOOPS, LENGTH = 3, 4

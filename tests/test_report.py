@@ -8,13 +8,13 @@ from helpers import hook_count, make, parity
 from report_helpers import hostile_model, numbered
 
 from tl_looped import InputError
+from tl_looped.engine.schedule import CORE
 from tl_looped.lens import kl_divergence
 from tl_looped.report import Prompt, built_in, collect, report_page
 from tl_looped.report import data as data_module
 from tl_looped.report.data import choose_attention, spread
 from tl_looped.report.prompts import follow_chain
 from tl_looped.report.words import answer_in_words, convergence_in_words, model_in_words
-from tl_looped.schedule import CORE
 
 # Numbers.
 

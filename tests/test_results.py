@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_looped import InputError, LoopSchedule
+from tl_looped.engine.results import Result
 from tl_looped.lens import (
     ExitCurves,
     ExitTrace,
@@ -28,7 +29,6 @@ from tl_looped.lens import (
     loop_lens,
     trace_exits,
 )
-from tl_looped.results import Result
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_looped import HookNameError, HookSite, InputError, LoopSchedule
-from tl_looped.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE
+from tl_looped.engine.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE
 
 indices = st.integers(0, 200)
 counts = st.integers(1, 6)

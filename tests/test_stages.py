@@ -9,8 +9,8 @@ from helpers import TINY, tiny, tokens_for
 from test_unrolled import bridge, looped
 from torch import Tensor
 
-from tl_looped.collect import collect
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.observe import collect
 from tl_looped.stages import (
     STAGE_MEASURES,
     colsum_concentration,

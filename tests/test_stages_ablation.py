@@ -10,8 +10,8 @@ from helpers import TINY, hook_count, make, tiny, tokens_for
 
 from tl_looped import LoopedModel
 from tl_looped.attention import TOTAL_VARIATION
-from tl_looped.collect import collect
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.observe import collect
 from tl_looped.stages import (
     MIXING,
     RESIDUAL_ENTROPY,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.schedule import LoopSchedule
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.schedule import LoopSchedule
 from tl_looped.stages import CurveAlignment, LoopAlignment, align_curves, align_loops, resample
 
 NAN = float("nan")

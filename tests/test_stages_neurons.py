@@ -10,7 +10,7 @@ from helpers import TINY, make, tiny
 from test_unrolled import bridge, looped
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.stages import NeuronShares, logit_effects, neuron_shares
 from tl_looped.stages import neurons as module
 from tl_looped.stages.neurons import largest_kurtosis

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import make, tiny, word_tokenizer
 
-from tl_looped.collect.texts import read_prompts, tokenize_prompts
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.observe.texts import read_prompts, tokenize_prompts
 
 ROWS = [{"question": "a b", "answer": "c", "ids": [2, 3]}, {"question": "c d e", "answer": "f", "ids": [4]}]
 

@@ -20,8 +20,8 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tl_looped import LoopedModel
-from tl_looped.errors import HookNameError
-from tl_looped.unrolled import UnrolledModel
+from tl_looped.engine.errors import HookNameError
+from tl_looped.engine.view import UnrolledModel
 
 LOOPS = 2
 FEW = {"n_heads": 2, "d_head": 8, "n_key_value_heads": 1}

@@ -12,8 +12,8 @@ from patching_helpers import CASES, assert_same, case, run_clean, short_prompts
 from transformer_lens import patching
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 
-from tl_looped.errors import InputError
-from tl_looped.schedule import CODA, CORE, PRELUDE
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE
 
 # What it is.
 

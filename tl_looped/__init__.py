@@ -6,17 +6,17 @@ logits, cache = model.run_with_cache("a=4; c=a; b=7; d=c; f=b; ? d")
 cache["pattern", 0, 2]   # layer 0 in loop 2
 """
 
-from tl_looped.cache import LoopedCache as LoopedCache
-from tl_looped.config import Llama3Rope as Llama3Rope
-from tl_looped.config import LoopedConfig as LoopedConfig
-from tl_looped.errors import HookNameError as HookNameError
-from tl_looped.errors import InputError as InputError
-from tl_looped.errors import LoadError as LoadError
-from tl_looped.errors import LoopedError as LoopedError
-from tl_looped.hooks import LoopHookPoint as LoopHookPoint
+from tl_looped.engine.cache import LoopedCache as LoopedCache
+from tl_looped.engine.config import Llama3Rope as Llama3Rope
+from tl_looped.engine.config import LoopedConfig as LoopedConfig
+from tl_looped.engine.errors import HookNameError as HookNameError
+from tl_looped.engine.errors import InputError as InputError
+from tl_looped.engine.errors import LoadError as LoadError
+from tl_looped.engine.errors import LoopedError as LoopedError
+from tl_looped.engine.hooks import LoopHookPoint as LoopHookPoint
+from tl_looped.engine.runs import DEFAULT_SEED as DEFAULT_SEED
+from tl_looped.engine.schedule import HookSite as HookSite
+from tl_looped.engine.schedule import LoopSchedule as LoopSchedule
 from tl_looped.model import LoopedModel as LoopedModel
-from tl_looped.runs import DEFAULT_SEED as DEFAULT_SEED
-from tl_looped.schedule import HookSite as HookSite
-from tl_looped.schedule import LoopSchedule as LoopSchedule
 
 __version__ = "0.1.0"

@@ -15,18 +15,26 @@ from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformer_lens.utilities.slice import Slice
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped import loading
-from tl_looped.cache import CacheWriter, LoopedCache
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError
+from tl_looped.adapters import loading
+from tl_looped.engine.cache import CacheWriter, LoopedCache
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import Direction, HookDict, HookFn, HookName
+from tl_looped.engine.reach import NamesFilter, Reach
+from tl_looped.engine.runs import (
+    Run,
+    check_tokens,
+    padding_mask,
+    resolve_loops,
+    resolve_positions,
+    resolve_state,
+    visibility,
+)
+from tl_looped.engine.schedule import HookSite, LoopSchedule
+from tl_looped.engine.tokens import PaddingSide, single_token, tokenize
+from tl_looped.engine.view import UnrolledModel
 from tl_looped.generation import Generated, TokenStream, generate, generate_stream
-from tl_looped.hooks import Direction, HookDict, HookFn, HookName
 from tl_looped.nn import Frame, LoopedTransformer
-from tl_looped.reach import NamesFilter, Reach
-from tl_looped.runs import Run, check_tokens, padding_mask, resolve_loops, resolve_positions, resolve_state, visibility
-from tl_looped.schedule import HookSite, LoopSchedule
-from tl_looped.tokenization import PaddingSide, single_token, tokenize
-from tl_looped.unrolled import UnrolledModel
 
 ReturnType = Literal["logits", "loss", "both"] | None
 Self = TypeVar("Self", bound="LoopedModel")
@@ -36,7 +44,7 @@ class LoopedModel(HookedRootModule):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
-    loop in them (`tl_looped.schedule`), and every run takes:
+    loop in them (`tl_looped.engine.schedule`), and every run takes:
 
     - `n_loops`: how many loops; by default as many as the model was trained with.
     - `initial_state`, `seed`: the state that enters the first loop, or the seed that draws it. A model that draws
@@ -145,7 +153,7 @@ class LoopedModel(HookedRootModule):
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> Int[Tensor, "batch pos"]:
-        """Token ids on the model's device; see `tl_looped.tokenization.tokenize`. Text that is too long is an error."""
+        """Token ids on the model's device; see `engine.tokens.tokenize`. Text that is too long is an error."""
         tokens, _ = tokenize(self.tokenizer, text, prepend_bos, padding_side)
         return check_tokens(tokens, self.cfg).to(self.device)
 
@@ -457,6 +465,6 @@ def check_looped(model: object) -> LoopedModel:
     if not isinstance(model, LoopedModel):
         raise InputError(
             f"this looks into loops, so it needs a LoopedModel, got {type(model).__name__}: for a feedforward model "
-            "take tl_looped.collect, or the tensor functions on its cache."
+            "take tl_looped.observe, or the tensor functions on its cache."
         )
     return model

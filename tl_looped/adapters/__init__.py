@@ -8,7 +8,7 @@ from tl_looped.adapters.base import Source as Source
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
 from tl_looped.adapters.raven import RavenAdapter
-from tl_looped.errors import LoadError
+from tl_looped.engine.errors import LoadError
 
 ADAPTERS: tuple[Adapter, ...] = (NativeAdapter(), OuroAdapter(), RavenAdapter())
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tl_looped.config import Llama3Rope, LoopedConfig
-from tl_looped.errors import LoadError, check_count
+from tl_looped.engine.config import Llama3Rope, LoopedConfig
+from tl_looped.engine.errors import LoadError, check_count
 
 Json = Mapping[str, Any]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tl_looped.adapters.base import Json, Source, need
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import LoadError
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import LoadError
 from tl_looped.nn import LoopedTransformer
 
 FORMAT = "tl_looped"

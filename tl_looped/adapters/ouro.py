@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tl_looped.adapters.base import Json, Source, head_size, need, only, rotary
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import LoadError
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import LoadError
 
 _LAYER = {
     "ln1.weight": "input_layernorm.weight",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tl_looped.adapters.base import Json, Source, head_size, need, only, rotary
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import LoadError
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import LoadError
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE
 from tl_looped.nn.rotary import inverse_frequencies
-from tl_looped.schedule import CODA, CORE, PRELUDE
 
 _STACKS = {PRELUDE: "prelude", CORE: "core_block", CODA: "coda"}
 # Which of our norms norm_1, norm_2, ... are.

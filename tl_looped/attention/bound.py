@@ -32,13 +32,13 @@ from torch import Tensor
 from tl_looped.attention.distances import pattern_distance
 from tl_looped.attention.patterns import checked_pattern
 from tl_looped.attention.stability import one_prompt
-from tl_looped.collect.origin import naming_origin
-from tl_looped.errors import InputError
-from tl_looped.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel
 from tl_looped.nn.block import Block
-from tl_looped.results import Result
-from tl_looped.schedule import CORE
+from tl_looped.observe.origin import naming_origin
 from tl_looped.viz.stability import bound_scatter
 
 LIPSCHITZ = 0.5

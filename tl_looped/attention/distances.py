@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 
 Scale = Literal["absolute", "relative", "normalised"]
 

@@ -1,4 +1,4 @@
-"""Attention stability as measures for `tl_looped.collect`: over many prompts, in memory that loops do not add to.
+"""Attention stability as measures for `tl_looped.observe`: over many prompts, in memory that loops do not add to.
 
 They read "attn.hook_pattern", so a feedforward model has nothing to compare: it has no loops.
 """
@@ -6,7 +6,7 @@ They read "attn.hook_pattern", so a feedforward model has nothing to compare: it
 from __future__ import annotations
 
 from tl_looped.attention.distances import mean_total_variation, pattern_distance
-from tl_looped.collect import Measure
+from tl_looped.observe import Measure
 
 _PATTERN = "attn.hook_pattern"
 

@@ -20,17 +20,17 @@ from tl_looped.attention.distances import (
     stability_score,
 )
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.cache import LoopedCache
-from tl_looped.collect.origin import naming_origin
-from tl_looped.errors import InputError, resolve_index
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.results import Result
-from tl_looped.runs import Run
-from tl_looped.schedule import CORE, HookSite
+from tl_looped.observe.origin import naming_origin
 from tl_looped.viz.stability import call_distances, head_changes
 
 if TYPE_CHECKING:
-    from tl_looped.config import LoopedConfig
+    from tl_looped.engine.config import LoopedConfig
 
 Change = Literal["tv_to_previous", "tv_to_last", "frobenius_to_previous", "frobenius_to_last"]
 
@@ -112,7 +112,7 @@ def attention_stability(
     its position.
 
     Keeps the patterns of all loops, n_loops · layers · heads · pos² numbers; for many prompts or many loops of a large
-    model take the measures of `tl_looped.attention.measures` with `tl_looped.collect`.
+    model take the measures of `tl_looped.attention.measures` with `tl_looped.observe`.
 
     Args:
         model: the model.
@@ -178,7 +178,7 @@ def one_prompt(
     if len(run.tokens) != 1:
         raise InputError(
             f"this looks at one prompt, got {len(run.tokens)}: call it for each, or take the measures of "
-            "tl_looped.attention.measures with tl_looped.collect."
+            "tl_looped.attention.measures with tl_looped.observe."
         )
     if not bool(run.attention_mask.all()):
         raise InputError("the prompt has padding, which would count as tokens: pass it without.")

@@ -15,15 +15,15 @@ from jaxtyping import Float, Int
 from scipy.stats import linregress
 from torch import Tensor
 
-from tl_looped.collect.collected import Collected
-from tl_looped.collect.texts import Prompts
 from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.tokens import collect_tokens, place_table, token_series
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.results import Result
 from tl_looped.model import LoopedModel
-from tl_looped.precision import wide
-from tl_looped.results import Result
+from tl_looped.observe.collected import Collected
+from tl_looped.observe.texts import Prompts
 from tl_looped.viz.dynamics import convergence_curves
 
 CLEAR = 20.0

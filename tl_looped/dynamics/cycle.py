@@ -17,21 +17,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.cache import LoopedCache
-from tl_looped.collect.texts import Prompts
 from tl_looped.dynamics.convergence import convergence_of
 from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_finite, check_number, check_whole_run
 from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.steps import cosine_to, unit
 from tl_looped.dynamics.tokens import collect_tokens, place_table
-from tl_looped.errors import InputError
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, HookSite
+from tl_looped.observe.texts import Prompts
 from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap
 
 if TYPE_CHECKING:
-    from tl_looped.config import LoopedConfig
+    from tl_looped.engine.config import LoopedConfig
 
 RESID_POST = "hook_resid_post"
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.runs import Run
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.runs import Run
 
 N_LOOPS = 128
 """Loops after which the paper takes a state for the fixed point: the default where a measure needs one."""

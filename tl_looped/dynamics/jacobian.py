@@ -16,12 +16,12 @@ from jaxtyping import Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 
-from tl_looped.collect.origin import naming_origin
 from tl_looped.dynamics.inputs import N_LOOPS, check_finite, check_number, check_one_prompt, ratio
-from tl_looped.errors import InputError, check_count, resolve_index
+from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.results import Result
-from tl_looped.runs import Run
+from tl_looped.observe.origin import naming_origin
 from tl_looped.viz.dynamics import spectrum_plane
 
 Reals = npt.NDArray[np.float64]

@@ -1,11 +1,11 @@
-"""The dynamics of the residual stream as measures for `tl_looped.collect.collect`, one number for each token."""
+"""The dynamics of the residual stream as measures for `tl_looped.observe.collect`, one number for each token."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from tl_looped.collect import Measure
 from tl_looped.dynamics.steps import cosine_to, distance_to, step_cosine, step_norm
+from tl_looped.observe import Measure
 
 _RESID = "hook_resid_post"
 

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.collect.origin import naming_origin
 from tl_looped.dynamics.inputs import N_LOOPS, check_one_prompt, check_whole_run
 from tl_looped.dynamics.steps import accelerations, second_differences, step_angles, step_norms
-from tl_looped.errors import resolve_index
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.errors import resolve_index
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, HookSite
+from tl_looped.observe.origin import naming_origin
 from tl_looped.viz.motion import motion_curves
 
 _NAMES = ("step", "angle", "acceleration", "second_difference")

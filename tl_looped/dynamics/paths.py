@@ -26,12 +26,12 @@ from tl_looped.dynamics.inputs import (
     ratio,
 )
 from tl_looped.dynamics.steps import unit
-from tl_looped.errors import InputError, check_count
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.precision import wide
-from tl_looped.results import Result
-from tl_looped.runs import Run
 from tl_looped.viz.dynamics import path_curves
 
 

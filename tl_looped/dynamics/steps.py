@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.dynamics.inputs import check_finite, check_loop_axis, check_same_shape, length, ratio
-from tl_looped.errors import InputError
-from tl_looped.precision import wide
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide
 
 
 def step_norm(

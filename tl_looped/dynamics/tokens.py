@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.collect import Measure, collect
-from tl_looped.collect.collected import Collected
-from tl_looped.collect.texts import Prompts
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel
-from tl_looped.schedule import CORE
+from tl_looped.observe import Measure, collect
+from tl_looped.observe.collected import Collected
+from tl_looped.observe.texts import Prompts
 
 Places = dict[str, Int[Tensor, " token"]]
 

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.dynamics.inputs import check_finite, check_one_prompt, check_whole_run, ratio
-from tl_looped.errors import InputError, check_count, resolve_index
+from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.precision import wide
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, HookSite
 from tl_looped.viz.dynamics import trajectory_figure
 
 

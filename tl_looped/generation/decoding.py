@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.kv import KVCache
+from tl_looped.engine.runs import Run, visibility
+from tl_looped.engine.schedule import CORE
+from tl_looped.engine.state import draw_noise
 from tl_looped.generation.loop_end import ExitRule, LoopEnd
 from tl_looped.nn import Frame
-from tl_looped.nn.kv import KVCache
-from tl_looped.nn.state import draw_noise
-from tl_looped.runs import Run, visibility
-from tl_looped.schedule import CORE
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

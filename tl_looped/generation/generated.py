@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.results import Result
 from tl_looped.generation.stream import GenerationStep, TokenStream, generate_stream
-from tl_looped.results import Result
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

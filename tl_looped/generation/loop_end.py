@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.precision import wide
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

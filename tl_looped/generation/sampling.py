@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
 
 _INCOMPLETE = "\ufffd"  # what decoders write for the first bytes of a character
 

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.runs import DEFAULT_SEED, Run
+from tl_looped.engine.tokens import PaddingSide
 from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
 from tl_looped.generation.loop_end import ExitRule
 from tl_looped.generation.sampling import Sampling
 from tl_looped.generation.stopping import RowText, Stopping
-from tl_looped.precision import wide
-from tl_looped.runs import DEFAULT_SEED, Run
-from tl_looped.tokenization import PaddingSide
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

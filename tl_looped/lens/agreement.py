@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.results import Result
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import (
     LensKind,
@@ -25,7 +26,6 @@ from tl_looped.lens.reads import (
     real_positions,
 )
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.results import Result
 from tl_looped.viz.agreement import agreement_heatmaps
 
 

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.numbers import wide
 from tl_looped.generation import LoopEnd
 from tl_looped.lens.measures import entropy, kl_divergence
-from tl_looped.precision import wide
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
 from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
 from tl_looped.lens.reads import (
     LensKind,

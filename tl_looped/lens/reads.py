@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError, resolve_index
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
-from tl_looped.runs import Run
-from tl_looped.schedule import CORE, HookSite
 
 LensKind = Literal["exact", "direct", "coda", "tuned"]
 LensSite = Literal["state", "resid_pre", "resid_mid", "resid_post"]

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError, resolve_index
+from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.results import Result
 from tl_looped.lens.targets import target_name
-from tl_looped.results import Result
 from tl_looped.viz.readout import PLACES, lens_heatmap, readout_heatmap
 from tl_looped.viz.style import show_token
 

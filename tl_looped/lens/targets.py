@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.runs import Run
 from tl_looped.lens.reads import Reads
 from tl_looped.model import LoopedModel
-from tl_looped.runs import Run
 
 Targets = str | int | Sequence[str | int] | Tensor | None
 

@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Run
 from tl_looped.generation import LoopEnd
-from tl_looped.hooks import LoopHookPoint
 from tl_looped.lens.exits import (
     EntropyRule,
     GateRule,
@@ -28,8 +30,6 @@ from tl_looped.lens.exits import (
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import Positions, choose_reads
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.results import Result
-from tl_looped.runs import Run
 from tl_looped.viz.exits import exit_curves
 
 RULES: dict[str, type[ThresholdRule]] = {

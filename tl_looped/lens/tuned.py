@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.errors import InputError, check_count
-from tl_looped.identity import fingerprint
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.identity import fingerprint
+from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Run
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import LensSite, Reads, choose_reads, chunks, direct_input, read_states
 from tl_looped.model import LoopedModel
-from tl_looped.results import Result
-from tl_looped.runs import Run
 from tl_looped.viz.tuned import lens_losses
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError, resolve_index
+from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.lens.lens import loop_lens
 from tl_looped.lens.reads import LensKind
 from tl_looped.lens.result import LoopLensResult

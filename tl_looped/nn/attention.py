@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, einsum, nn
 
-from tl_looped.config import LoopedConfig
-from tl_looped.hooks import HookDict, HookGroup, same_value
-from tl_looped.nn.kv import KVCache
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.hooks import HookDict, HookGroup, same_value
+from tl_looped.engine.kv import KVCache
+from tl_looped.engine.schedule import BLOCK_AXES, HookSite
 from tl_looped.nn.norm import RMSNorm
 from tl_looped.nn.rotary import rotate
-from tl_looped.schedule import BLOCK_AXES, HookSite
 
 ATTENTION_HOOKS = tuple(name.removeprefix("attn.") for name in BLOCK_AXES if name.startswith("attn."))
 

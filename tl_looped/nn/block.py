@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped.config import LoopedConfig
-from tl_looped.hooks import HookDict, HookGroup
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.schedule import HookSite
 from tl_looped.nn.attention import Attention, Frame
 from tl_looped.nn.norm import NORM_HOOKS, RMSNorm
-from tl_looped.schedule import HookSite
 
 BLOCK_HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 MLP_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped.hooks import HookGroup, same_value
+from tl_looped.engine.hooks import HookGroup, same_value
 
 NORM_HOOKS = ("hook_scale", "hook_normalized")
 

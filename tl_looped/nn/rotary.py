@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.config import Llama3Rope, LoopedConfig, RotaryStyle
+from tl_looped.engine.config import Llama3Rope, LoopedConfig, RotaryStyle
 
 
 def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, " half"]:

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_looped.config import LoopedConfig
-from tl_looped.hooks import HookDict, HookGroup
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.attention import Frame
 from tl_looped.nn.block import Block
 from tl_looped.nn.norm import NORM_HOOKS, RMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
-from tl_looped.schedule import CODA, CORE, PRELUDE, HookSite
 
 LOOP_HOOKS = ("hook_state_pre", "hook_injection", "hook_state_post")
 
@@ -33,7 +33,7 @@ class LoopedTransformer(nn.Module):
         cfg: what to build.
 
     Attributes:
-        hook_dict: its hook points by name; see `tl_looped.schedule` for the names.
+        hook_dict: its hook points by name; see `tl_looped.engine.schedule` for the names.
     """
 
     def __init__(self, cfg: LoopedConfig):

@@ -10,16 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.cache import LoopedCache
-from tl_looped.errors import InputError, check_count
-from tl_looped.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
 from tl_looped.patching.cells import Axis, Group, Plan
 from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source
 from tl_looped.patching.sources import Source, as_source
 from tl_looped.patching.sweep import LoopPatchingResult, str_tokens_of
-from tl_looped.runs import Run
-from tl_looped.schedule import HookSite
 
 
 def attribution_sweep(

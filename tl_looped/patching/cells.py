@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities.components_utils import get_act_name
 
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError, nearest, resolve_index
-from tl_looped.schedule import BLOCK_AXES, CORE, LOOP_AXES, MODEL_AXES, HookSite
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError, nearest, resolve_index
+from tl_looped.engine.schedule import BLOCK_AXES, CORE, LOOP_AXES, MODEL_AXES, HookSite
 
 Axis = Literal["source_loop", "loop", "layer", "pos", "head", "neuron", "key"]
 When = Literal["at", "from", "clamp", "every"]

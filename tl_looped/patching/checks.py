@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel
 from tl_looped.patching.sources import Source
-from tl_looped.runs import Run
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor]
 Reduce = Literal["scalar", "mean", "none"]

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from tl_looped.cache import LoopedCache
-from tl_looped.errors import InputError, resolve_index
-from tl_looped.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
 from tl_looped.patching.sources import as_source
-from tl_looped.schedule import CORE, HookSite
 
 Hooks = list[tuple[HookName, HookFn]]
 

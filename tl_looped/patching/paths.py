@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.cache import LoopedCache
-from tl_looped.errors import InputError, resolve_index
-from tl_looped.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.model import LoopedModel
 from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_source
 from tl_looped.patching.sources import Values, as_source
-from tl_looped.runs import Run
-from tl_looped.schedule import CODA, CORE, PRELUDE, HookSite
 
 SenderKind = Literal["head", "attn", "mlp"]
 ReceiverKind = Literal["q", "k", "v", "mlp", "readout"]

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tl_looped.cache import LoopedCache
-from tl_looped.errors import InputError
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.reach import NamesFilter
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
-from tl_looped.reach import NamesFilter
-from tl_looped.runs import Run
-from tl_looped.schedule import HookSite
 
 Values = Callable[[HookSite, Tensor], Tensor]
 """From a site (with its loop) and the activation there to what takes its place; broadcasts against the activation."""

@@ -13,16 +13,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.patching import PatchingResult
 
-from tl_looped.cache import LoopedCache
-from tl_looped.errors import InputError
-from tl_looped.hooks import HookFn, LoopHookPoint
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import HookFn, LoopHookPoint
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
 from tl_looped.nn import Frame
 from tl_looped.patching.cells import Axis, Group, Plan, When
 from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source, rows_that_fit
 from tl_looped.patching.sources import Source, as_source
-from tl_looped.runs import Run
-from tl_looped.schedule import HookSite
 from tl_looped.viz.patching import patching_heatmap
 
 

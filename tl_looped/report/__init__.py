@@ -1,7 +1,7 @@
 """The HTML report, the checks, and the command line."""
 
-from tl_looped.files import check_output as check_output
-from tl_looped.files import write_whole as write_whole
+from tl_looped.engine.files import check_output as check_output
+from tl_looped.engine.files import write_whole as write_whole
 from tl_looped.report.check import CheckResult as CheckResult
 from tl_looped.report.check import check as check
 from tl_looped.report.data import Reading as Reading

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from tl_looped.attention import PATTERN_DISTANCE, TOTAL_VARIATION, attention_stability
-from tl_looped.collect import collect
-from tl_looped.collect.collected import Collected
 from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,
@@ -22,6 +20,8 @@ from tl_looped.dynamics import (
     trajectory,
 )
 from tl_looped.model import LoopedModel
+from tl_looped.observe import collect
+from tl_looped.observe.collected import Collected
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.stages import STAGE_MEASURES, neuron_shares
 from tl_looped.viz.curves import Group

@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.errors import LoopedError
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.errors import LoopedError
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.runs import DEFAULT_SEED
+from tl_looped.engine.schedule import LOOP_AXES, HookSite
 from tl_looped.model import LoopedModel
 from tl_looped.report.data import spread
-from tl_looped.runs import DEFAULT_SEED
-from tl_looped.schedule import LOOP_AXES, HookSite
 
 N_TOKENS = 12
 """Length of the random prompt that the checks run, where the context allows it."""

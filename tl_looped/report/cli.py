@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tl_looped.claims import study_architectures
+from tl_looped.claims.architectures import INITIALISATION_WORDS, LAYERS
 from tl_looped.dynamics import N_LOOPS
 from tl_looped.dynamics.limits import FEWEST_LOOPS
-from tl_looped.errors import InputError, LoopedError, check_count
-from tl_looped.files import check_output, write_whole
+from tl_looped.engine.errors import InputError, LoopedError, check_count
+from tl_looped.engine.files import check_output, write_whole
 from tl_looped.model import LoopedModel
 from tl_looped.report.analyses import LONG_RUN, loop_analyses
 from tl_looped.report.check import check
@@ -21,8 +23,6 @@ from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built
 from tl_looped.report.readouts import readout_sections
 from tl_looped.report.sections import report_page
 from tl_looped.report.study import architectures_page
-from tl_looped.study import study_architectures
-from tl_looped.study.architectures import INITIALISATION_WORDS, LAYERS
 
 DEFAULT_MODEL = "looped-hops"
 

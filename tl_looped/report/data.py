@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.runs import DEFAULT_SEED, Run
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.lens import entropy, kl_divergence
 from tl_looped.model import LoopedModel
 from tl_looped.report.prompts import Prompt
-from tl_looped.runs import DEFAULT_SEED, Run
-from tl_looped.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.viz import LayerAttention
 
 TOP = 5

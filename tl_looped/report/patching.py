@@ -9,7 +9,7 @@ from torch import Tensor
 from tl_looped.model import LoopedModel
 from tl_looped.patching import LoopPatchingResult, attribution_sweep, patch_sweep
 from tl_looped.report.html import Section, escape, figure
-from tl_looped.tasks import solve
+from tl_looped.training.variable_chains import solve
 from tl_looped.viz import show_token
 
 _NAMED = 0.2  # share of the answer from which a position is named in words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 
 CHAIN_MODELS = ("looped-hops", "looped-hops-settling")
 """The embedded models, which read variable chains and nothing else."""

@@ -8,10 +8,10 @@ from datetime import datetime
 from importlib.metadata import version
 
 from tl_looped import __version__, viz
+from tl_looped.engine.schedule import CORE
 from tl_looped.report.data import TOP, Reading, ReportData
 from tl_looped.report.html import Section, escape, figure, page, table
 from tl_looped.report.words import answer_in_words, convergence_in_words, model_in_words, state_in_words
-from tl_looped.schedule import CORE
 from tl_looped.viz.style import shorten
 
 _MOST_ROWS = 12

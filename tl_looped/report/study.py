@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pandas as pd
 
 from tl_looped import __version__
+from tl_looped.claims import ArchitectureStudy
+from tl_looped.claims.architectures import DIRECTIONS, INITIALISATION_WORDS, NORM_WORDS
 from tl_looped.report.html import Section, escape, figure, page, table
-from tl_looped.study import ArchitectureStudy
-from tl_looped.study.architectures import DIRECTIONS, INITIALISATION_WORDS, NORM_WORDS
 
 _CLAIMS = ("norm", "injection", "the paper reports", "found", "agree")
 _DETAILS = ("norm", "injection", "layers", "found", "came to rest", "smallest cosine", "norm grows", "direction")

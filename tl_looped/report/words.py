@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tl_looped.config import LoopedConfig
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.report.data import Reading, ReportData
 from tl_looped.viz import show_token
 

@@ -14,15 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.attention.stability import one_prompt
-from tl_looped.collect import Measure, collect
-from tl_looped.collect.texts import Prompts
-from tl_looped.errors import InputError, check_count, nearest, resolve_index
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.model import LoopedModel, check_looped
+from tl_looped.observe import Measure, collect
+from tl_looped.observe.texts import Prompts
 from tl_looped.patching.interventions import Hooks
-from tl_looped.precision import wide
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.stages.measures import STAGE_MEASURES
 from tl_looped.viz.curves import Group, grouped_curves
 

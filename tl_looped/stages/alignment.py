@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_looped.errors import InputError, check_count
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, LoopSchedule
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, LoopSchedule
 from tl_looped.viz.curves import aligned_curves, loop_line
 
 N_POINTS = 101

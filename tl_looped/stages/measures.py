@@ -1,4 +1,4 @@
-"""The stages of inference as measures for `tl_looped.collect`, on looped and on feedforward models.
+"""The stages of inference as measures for `tl_looped.observe`, on looped and on feedforward models.
 
 `STAGE_MEASURES` are those of arXiv 2604.11791 that depend on the input; prediction and suppression neurons do not, see
 `tl_looped.stages.neurons`. `collect` takes TransformerLens's models too.
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from tl_looped.collect import Measure
+from tl_looped.observe import Measure
 from tl_looped.stages.mixing import colsum_concentration, mixing_score, sink_rate, sink_score
 from tl_looped.stages.residual import matrix_entropy, residual_magnitude
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.errors import InputError, resolve_index
+from tl_looped.engine.errors import InputError, resolve_index
 
 
 def colsum_concentration(pattern: Float[Tensor, "*dims query key"]) -> Float[Tensor, "*dims"]:

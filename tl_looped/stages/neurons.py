@@ -20,12 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block
-from tl_looped.precision import wide
-from tl_looped.results import Result
-from tl_looped.schedule import CODA, CORE, PRELUDE
 from tl_looped.viz.curves import layer_shares
 
 KURTOSIS = 10.0

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.precision import wide
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide
 
 
 def matrix_entropy(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor, "*dims"]:

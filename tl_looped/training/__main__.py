@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from tl_looped.errors import InputError, LoopedError, check_count
+from tl_looped.engine.errors import InputError, LoopedError, check_count
 from tl_looped.model import LoopedModel
 from tl_looped.training.corpus import documentation
 from tl_looped.training.evaluate import accuracy_table, fresh_contexts

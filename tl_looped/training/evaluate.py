@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 
 from tl_looped.model import LoopedModel
-from tl_looped.tasks.variable_chains import MAX_HOPS, Contexts, draw_contexts, draw_size
 from tl_looped.training.trainer import query_logits
+from tl_looped.training.variable_chains import MAX_HOPS, Contexts, draw_contexts, draw_size
 
 LOOPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
 FRESH_SEED = 987_654_321  # far from the seeds of training

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tl_looped.config import LoopedConfig
-from tl_looped.tasks.variable_chains import MAX_CONTEXT, MAX_HOPS, VOCABULARY
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.training.variable_chains import MAX_CONTEXT, MAX_HOPS, VOCABULARY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError
-from tl_looped.loading import whole_folder
+from tl_looped.adapters.loading import whole_folder
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.state import random_state
 from tl_looped.model import LoopedModel
 from tl_looped.nn import LoopedTransformer
-from tl_looped.nn.state import random_state
 from tl_looped.training.corpus import Corpus, documentation, train_tokenizer
 from tl_looped.training.recipes import Rates
 from tl_looped.training.trainer import initialised, optimizers_for, write_trained

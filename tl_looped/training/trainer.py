@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped.config import LoopedConfig
-from tl_looped.loading import save, whole_folder
+from tl_looped.adapters.loading import save, whole_folder
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.nn import LoopedTransformer
-from tl_looped.tasks.variable_chains import MAX_HOPS, Contexts, draw_contexts, draw_size, make_tokenizer
 from tl_looped.training.recipes import Rates, Recipe
+from tl_looped.training.variable_chains import MAX_HOPS, Contexts, draw_contexts, draw_size, make_tokenizer
 
 LOG_HEADER = ("step", "longest_chain", "loss_nats", "running_accuracy", "lr_factor")
 

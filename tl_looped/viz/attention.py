@@ -14,7 +14,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tl_looped.schedule import CORE
+from tl_looped.engine.schedule import CORE
 from tl_looped.viz.browser import notebook_html
 from tl_looped.viz.style import (
     DARK_BLUE,

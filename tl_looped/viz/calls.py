@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.viz.style import INK, base_layout, heatmap_axes, loop_axis, numbers, plotly_text
 
 _MOST_LINES = 32  # loops up to which lines are drawn between them

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.schedule import CORE, LoopSchedule, Pass
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.schedule import CORE, LoopSchedule, Pass
 from tl_looped.viz.style import (
     BLUE,
     GREEN,

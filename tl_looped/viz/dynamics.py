@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.patching import EFFECT_SCALE
 from tl_looped.viz.style import (

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.viz.style import BLUE, ORANGE, base_layout, curve_axes, loop_axis, numbers, plotly_text
 
 

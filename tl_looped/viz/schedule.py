@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from tl_looped.config import LoopedConfig
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.viz.style import FONT, INK
 
 Number = int | float

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.style import (
     BLUE,

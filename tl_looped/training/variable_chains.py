@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 
 PAD, BOS = "[PAD]", "[BOS]"
 DIGITS, LETTERS = "0123456789", "abcdefghijklmnopqrstuvwxyz"

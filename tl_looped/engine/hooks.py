@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from tl_looped.errors import HookNameError, InputError, nearest
-from tl_looped.schedule import HookSite
+from tl_looped.engine.errors import HookNameError, InputError, nearest
+from tl_looped.engine.schedule import HookSite
 
 Direction = Literal["fwd", "bwd"]
 HookFn = Callable[..., Any]

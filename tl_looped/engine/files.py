@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 
 
 def check_output(path: str | Path) -> Path:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
-from tl_looped.collect.origin import first_not_finite
-from tl_looped.errors import HookNameError, InputError, check_count, nearest
-from tl_looped.hooks import LoopHookPoint, SharedHookPoint
-from tl_looped.identity import digest, identity
+from tl_looped.engine.errors import HookNameError, InputError, check_count, nearest
+from tl_looped.engine.hooks import LoopHookPoint, SharedHookPoint
+from tl_looped.engine.identity import digest, identity
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule, Pass
 from tl_looped.model import LoopedModel
-from tl_looped.runs import Run
-from tl_looped.schedule import CORE, HookSite, LoopSchedule, Pass
+from tl_looped.observe.origin import first_not_finite
 
 See = Callable[[str, int, Tensor], None]
 """What is called for a layer call: with the component, the realised depth and the activation, to be read only."""

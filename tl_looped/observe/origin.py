@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tl_looped.errors import InputError
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel
-from tl_looped.runs import Run
 
 SCORES = "attn.hook_attn_scores"  # minus infinity where a query does not see a key
 

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.config import LoopedConfig
 from tl_looped.dynamics import (
     BEHAVIOURS,
     N_LOOPS,
@@ -32,11 +31,12 @@ from tl_looped.dynamics import (
 )
 from tl_looped.dynamics.inputs import check_number
 from tl_looped.dynamics.limits import FEWEST_LOOPS
-from tl_looped.errors import InputError, check_count
-from tl_looped.hooks import LoopHookPoint
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, HookSite
 from tl_looped.viz.study import study_panels
 
 Norm = Literal["pre", "residual_sandwich", "output_sandwich"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 
 _SAMPLES = 64  # of each weight: enough to tell two trainings apart, and quick for a model of any size
 _DEEPEST = 4  # functions in functions; also ends a function that holds itself

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import InputError, check_count, resolve_index
-from tl_looped.nn.state import random_state
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.state import random_state
 
 DEFAULT_SEED = 0
 """Seed of the initial state where a model draws one at random and the caller says nothing."""

@@ -21,14 +21,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_protocol import TransformerLensModel
 
-from tl_looped.collect.collected import Collected, Store
-from tl_looped.collect.origin import SCORES
-from tl_looped.collect.runners import FeedforwardRunner, LoopedRunner, Runner
-from tl_looped.collect.texts import Prompts, tokenize_prompts
-from tl_looped.errors import InputError, check_count, nearest
-from tl_looped.identity import digest, identity, weights_digest
+from tl_looped.engine.errors import InputError, check_count, nearest
+from tl_looped.engine.identity import digest, identity, weights_digest
+from tl_looped.engine.schedule import HookSite, LoopSchedule
 from tl_looped.model import LoopedModel
-from tl_looped.schedule import HookSite, LoopSchedule
+from tl_looped.observe.collected import Collected, Store
+from tl_looped.observe.origin import SCORES
+from tl_looped.observe.runners import FeedforwardRunner, LoopedRunner, Runner
+from tl_looped.observe.texts import Prompts, tokenize_prompts
 
 Compare = Literal["none", "previous", "last"]
 

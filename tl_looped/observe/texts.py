@@ -14,9 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-from tl_looped.errors import InputError, check_count, nearest
+from tl_looped.engine.errors import InputError, check_count, nearest
+from tl_looped.engine.runs import padding_mask
 from tl_looped.model import LoopedModel
-from tl_looped.runs import padding_mask
 
 Prompts = str | os.PathLike[str] | Tensor | Iterable[Any]
 """A file, a list of texts or of token ids, a tensor [batch, pos], or a dataset."""

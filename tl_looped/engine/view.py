@@ -17,14 +17,14 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import LensHandle
 
-from tl_looped.cache import LoopedCache
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import HookNameError, InputError, nearest
-from tl_looped.hooks import Direction, HookFn, HookName, LoopHookPoint
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import HookNameError, InputError, nearest
+from tl_looped.engine.hooks import Direction, HookFn, HookName, LoopHookPoint
+from tl_looped.engine.reach import NamesFilter
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.nn.block import Block
-from tl_looped.reach import NamesFilter
-from tl_looped.runs import Run
-from tl_looped.schedule import CORE, HookSite, LoopSchedule
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from tl_looped.errors import HookNameError, InputError, resolve_index
-from tl_looped.hooks import HookDict, SharedHookPoint
-from tl_looped.runs import Run
-from tl_looped.schedule import PRELUDE, HookSite
+from tl_looped.engine.errors import HookNameError, InputError, resolve_index
+from tl_looped.engine.hooks import HookDict, SharedHookPoint
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import PRELUDE, HookSite
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.utilities.tokenize_utils import get_input_with_manually_prepended_bos
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped.errors import InputError
+from tl_looped.engine.errors import InputError
 
 PaddingSide = Literal["left", "right"]
 

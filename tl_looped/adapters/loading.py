@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tl_looped.adapters import Source, adapter_for
 from tl_looped.adapters.native import to_json
-from tl_looped.errors import InputError, LoadError, nearest
+from tl_looped.engine.errors import InputError, LoadError, nearest
 from tl_looped.nn import LoopedTransformer
 
-EMBEDDED = Path(__file__).parent / "training" / "checkpoints"
+EMBEDDED = Path(__file__).parents[1] / "training" / "checkpoints"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -1,4 +1,4 @@
-"""What `tl_looped.collect` returns: measures at every layer call of every prompt."""
+"""What `tl_looped.observe` returns: measures at every layer call of every prompt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError, nearest
-from tl_looped.files import check_output
-from tl_looped.results import Result
-from tl_looped.schedule import CORE, LoopSchedule
+from tl_looped.engine.errors import InputError, nearest
+from tl_looped.engine.files import check_output
+from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import CORE, LoopSchedule
 from tl_looped.viz.curves import Group, grouped_curves
 
 _SAVE_EVERY = 5.0  # seconds; and whenever a call ends

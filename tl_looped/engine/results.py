@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from tl_looped.config import Llama3Rope, LoopedConfig
-from tl_looped.errors import InputError
-from tl_looped.files import write_whole
-from tl_looped.schedule import LoopSchedule, Pass
+from tl_looped.engine.config import Llama3Rope, LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.files import write_whole
+from tl_looped.engine.schedule import LoopSchedule, Pass
 
 Self = TypeVar("Self", bound="Result")
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tl_looped.errors import HookNameError, InputError, check_count, resolve_index
+from tl_looped.engine.errors import HookNameError, InputError, check_count, resolve_index
 
 CORE = "blocks"
 PRELUDE = "prelude"

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args
 
-from tl_looped.errors import InputError, check_count
-from tl_looped.schedule import LoopSchedule
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.schedule import LoopSchedule
 
 NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output"]
 LoopNorm = Literal["none", "each", "last"]

@@ -11,10 +11,10 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from tl_looped.errors import HookNameError, InputError, nearest, resolve_index
-from tl_looped.hooks import LoopHookPoint
-from tl_looped.runs import Run
-from tl_looped.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE, HookSite
+from tl_looped.engine.errors import HookNameError, InputError, nearest, resolve_index
+from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.runs import Run
+from tl_looped.engine.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE, HookSite
 
 if TYPE_CHECKING:
     from tl_looped.model import LoopedModel

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.config import LoopedConfig
+from tl_looped.engine.config import LoopedConfig
 
 _BLOCK = 16  # torch fills normal samples in blocks of 16, so whole blocks keep a longer draw's beginning equal
 
