@@ -23,7 +23,7 @@ def settling(state: float = 0.2) -> LoopedModel:
 
 def dense(model: LoopedModel, tokens: Tensor, state: Tensor, loop: int) -> np.ndarray:
     """The whole Jacobian, [pos * d_model, pos * d_model], column by column of autograd."""
-    run = model.prepare(tokens)
+    run = model.batch(tokens)
     frame = model.frame(run)
     with torch.no_grad():
         e = model.transformer.read(run.tokens, frame)

@@ -38,7 +38,7 @@ from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel
 from tl_looped.nn.block import Block
-from tl_looped.observe.origin import naming_origin
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.stability import bound_scatter
 
 LIPSCHITZ = 0.5

@@ -26,7 +26,7 @@ from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.origin import naming_origin
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.stability import call_distances, head_changes
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def one_prompt(
     tokens: int = 2,
 ) -> Run:
     """The run of an analysis of one prompt that needs so many loops and tokens, or an error that says so."""
-    run = check_looped(model).prepare(prompt, n_loops, **options)
+    run = check_looped(model).batch(prompt, n_loops, **options)
     if run.n_loops < loops:
         raise InputError("one loop has nothing to compare with: pass n_loops=2 or more.")
     if run.start or run.stop != run.n_loops:

@@ -19,7 +19,7 @@ from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.origin import naming_origin
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.motion import motion_curves
 
 _NAMES = ("step", "angle", "acceleration", "second_difference")
@@ -80,7 +80,7 @@ def loop_motion(
     Source:
         arXiv 2509.23314: step norms, angles between steps, second-order differences.
     """
-    run = check_looped(model).prepare(prompt, n_loops, **options)
+    run = check_looped(model).batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
     index = resolve_index("layer", layer, model.cfg.n_core)

@@ -177,7 +177,7 @@ def path_independence(
         arXiv 2502.05171, path independence. (Which noise, and the tolerance, are this library's.)
     """
     check_number("tolerance", tolerance, 0.0, math.inf)
-    run = check_looped(model).prepare(prompt, n_loops, **options)
+    run = check_looped(model).batch(prompt, n_loops, **options)
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     starts = _starts(model, prompt, run, seeds, noise, initial_states, options)
@@ -227,7 +227,7 @@ def _starts(
         if seeds is not None or noise is not None:
             raise InputError("initial_states are given, so leave out seeds and noise.")
         states = [one[None] if isinstance(one, Tensor) and one.ndim == 2 else one for one in given]
-        found = {f"given {i}": model.prepare(prompt, run.n_loops, initial_state=one) for i, one in enumerate(states)}
+        found = {f"given {i}": model.batch(prompt, run.n_loops, initial_state=one) for i, one in enumerate(states)}
         starts = {name: one.state for name, one in found.items() if one.state is not None}
     else:
         chosen = list(range(4)) if seeds is None else [check_count("a seed", seed, minimum=0) for seed in seeds]
@@ -239,7 +239,7 @@ def _starts(
             size = torch.where(size == 0, wide(after).norm(dim=-1), size)
             starts = {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
         elif model.cfg.random_state:
-            states = [model.prepare(prompt, run.n_loops, **{**options, "seed": seed}).state for seed in chosen]
+            states = [model.batch(prompt, run.n_loops, **{**options, "seed": seed}).state for seed in chosen]
             starts = {f"seed {seed}": one for seed, one in zip(chosen, states, strict=True) if one is not None}
         else:
             own_state = "zero" if model.cfg.initial_state == "zeros" else "the prelude's output"

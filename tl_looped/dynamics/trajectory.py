@@ -147,7 +147,7 @@ def trajectory(
     Source:
         arXiv 2604.11791, PCA over all latent states of one token.
     """
-    run = check_looped(model).prepare(prompt, n_loops, **options)
+    run = check_looped(model).batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
     wanted = list(position) if isinstance(position, Sequence) else [position]

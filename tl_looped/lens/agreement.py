@@ -97,7 +97,7 @@ def loop_agreement(
     Raises:
         InputError: fewer than two loops, or what `loop_lens` refuses.
     """
-    run = check_looped(model).prepare(input, n_loops, **options)
+    run = check_looped(model).batch(input, n_loops, **options)
     if kind == "tuned":
         raise InputError("agreement compares what the model itself says: pass kind='exact', 'direct' or 'coda'.")
     check_kind(model, kind, False)

@@ -82,7 +82,7 @@ def loop_lens(
         Logit lens: nostalgebraist 2020; coda lens and rank trajectories over loops: arXiv 2507.02199; exact read-outs:
         arXiv 2502.05171, 2510.25741.
     """
-    run = check_looped(model).prepare(input, n_loops, **options)
+    run = check_looped(model).batch(input, n_loops, **options)
     check_kind(model, kind, translator is not None)
     reads = choose_reads(model, run, site, loops, layers, positions)
     check_rows(run, reads)

@@ -133,7 +133,7 @@ def mean(
     Raises:
         InputError: the prompts differ in length, so positions do not correspond.
     """
-    run = model.prepare(reference, n_loops, seed=seed)
+    run = model.batch(reference, n_loops, seed=seed)
     if not bool(run.attention_mask.all()):
         raise InputError("the reference prompts differ in length, so their positions do not correspond.")
     with torch.no_grad():

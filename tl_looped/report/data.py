@@ -151,7 +151,7 @@ def _prepare(model: LoopedModel, prompt: Prompt, n_loops: int | None, seed: int 
     if prompt.token_ids is None and model.tokenizer is None:
         raise InputError("this model has no tokenizer, so it can't read text: give token ids (--tokens 1,15,2).")
     input = torch.tensor([prompt.token_ids], dtype=torch.long) if prompt.text is None else prompt.text
-    run = model.prepare(input, n_loops, seed=seed)
+    run = model.batch(input, n_loops, seed=seed)
     if prompt.answer is None:
         return run, None
     if model.tokenizer is not None:
