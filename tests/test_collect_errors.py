@@ -154,7 +154,7 @@ def test_what_a_result_does_not_have() -> None:
         with pytest.raises(InputError, match=r"no measure 'nrm' here, but \['norm'\]. Nearest: 'norm'"):
             call("nrm")
     for q in (-0.1, 1.5):
-        with pytest.raises(InputError, match="q must be a number from 0 to 1, got"):
+        with pytest.raises(InputError, match="q must be a number of at least 0 and at most 1, got"):
             result.quantile("norm", q)
     plain = run(tiny("ouro").unrolled(), [NORM], None)
     with pytest.raises(InputError, match=r"this model has no loops \(blocks 4\): take mean\('norm'\)"):

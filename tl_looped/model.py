@@ -468,3 +468,8 @@ def check_looped(model: object) -> LoopedModel:
             "take tl_looped.observe, or the tensor functions on its cache."
         )
     return model
+
+
+def token_texts(model: LoopedModel, ids: Int[Tensor, " token"]) -> tuple[str, ...]:
+    """The text of each token; for a model without tokenizer, its id."""
+    return tuple(map(str, ids.tolist()) if model.tokenizer is None else model.to_str_tokens(ids))

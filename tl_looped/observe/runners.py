@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import HookNameError, InputError, check_count, nearest
 from tl_looped.engine.hooks import LoopHookPoint, SharedHookPoint
 from tl_looped.engine.identity import digest, identity
@@ -65,7 +66,7 @@ class LoopedRunner:
         seed: int | None,
         initial_state: Tensor | None,
     ):
-        _check_mode(model)
+        check_eval(model)
         self.model, self.tokens, self.seed = model, tokens, seed
         self.states = _states(initial_state, tokens, model.cfg.d_model)
         self.schedule = model.cfg.schedule(n_loops)
@@ -139,7 +140,7 @@ class FeedforwardRunner:
             if value is not None:
                 raise InputError(f"this model has no loops, so leave out {name}.")
         if isinstance(model, nn.Module):
-            _check_mode(model)
+            check_eval(model)
         n_layers = getattr(model.cfg, "n_layers", None)
         self.schedule = LoopSchedule((Pass(CORE, check_count("the model's cfg.n_layers", n_layers), None),))
         self.model, self.tokens, self.n_loops = model, tokens, 1
@@ -184,11 +185,6 @@ class FeedforwardRunner:
     def origin(self, row: int) -> str | None:
         """See `Runner`: not told."""
         return None
-
-
-def _check_mode(model: nn.Module) -> None:
-    if any(module.training for module in model.modules()):
-        raise InputError("the model is in training mode: call model.eval() before collecting.")
 
 
 def _states(initial_state: Tensor | None, tokens: Sequence[Tensor], d_model: int) -> Tensor | None:
