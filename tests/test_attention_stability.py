@@ -288,7 +288,7 @@ def test_attention_that_does_not_depend_on_the_state_is_still():
         (torch.rand(3, 3) + 0.1, "row whose sum is .* away from one.*not hook_attn_scores"),
         (torch.full((2, 2), NAN), "NaN or infinity"),
         (torch.tensor([[1.5, -0.5], [0.5, 0.5]]), "negative share, -0.5"),
-        (torch.ones(3), r"floats \[..., query, key\], got .*\(3,\)"),
+        (torch.ones(3), r"floats \[..., query, key\], not empty, got .*\(3,\)"),
         (torch.ones(2, 2, dtype=torch.int64), "must be floats.*int64"),
         (torch.ones(0, 2, 2), "empty"),
     ],
@@ -318,13 +318,13 @@ def run(**options: Any) -> AttentionStability:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_loops": 1}, "one loop has nothing to compare with: pass n_loops=2"),
+        ({"n_loops": 1}, "this compares loops, and the run has 1: pass n_loops of at least 2"),
         ({"prompt": torch.zeros(2, 5, dtype=torch.int64)}, "one prompt, got 2"),
         ({"prompt": torch.zeros(1, 1, dtype=torch.int64)}, "single token can only look at itself"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "padding"),
         ({"stop_at_loop": 2}, "leave out start_at_loop and stop_at_loop"),
         ({"position": 5}, "position 5 is out of range"),
-        ({"tolerance": -0.1}, "tolerance must be a number of at least 0, got -0.1"),
+        ({"tolerance": -0.1}, "tolerance must be a finite number of at least 0, got -0.1"),
         ({"tolerance": NAN}, "tolerance must be a number"),
     ],
 )
@@ -344,9 +344,9 @@ def test_a_pattern_that_is_not_finite_is_named():
 
 def test_other_refusals():
     a = patterns(2, 4, 4)
-    with pytest.raises(InputError, match="1 loop given"):
+    with pytest.raises(InputError, match="has 1 loops, but this needs at least two"):
         stability_score(a[:1])
-    with pytest.raises(InputError, match="1 loop given"):
+    with pytest.raises(InputError, match="has 1 loops, but this needs at least two"):
         settling_loop(torch.zeros(1, 3), 0.1)
     model = tiny("llama")
     _, cache = model.run_with_cache(tokens_for(model), 2)
@@ -364,7 +364,7 @@ def test_other_refusals():
 @pytest.mark.usefixtures("as_a_user")
 def test_options_of_wrong_kinds():
     a = patterns(3, 3)
-    with pytest.raises(InputError, match=r"differ in shape, \(3, 3\) and \(2, 2\)"):
+    with pytest.raises(InputError, match=r"must have the same shape, got \(3, 3\) and \(2, 2\)"):
         pattern_distance(a, a[:2, :2])
     with pytest.raises(InputError, match="scale must be one of.*'max'"):
         pattern_distance(a, a, "max")  # type: ignore[arg-type]

@@ -262,7 +262,7 @@ def run(**options: Any) -> AttentionBound:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_loops": 1}, "one loop has nothing to compare with"),
+        ({"n_loops": 1}, "this compares loops, and the run has 1"),
         ({"prompt": torch.zeros(3, 5, dtype=torch.int64)}, "one prompt, got 3"),
         ({"prompt": torch.zeros(1, 1, dtype=torch.int64)}, "single token"),
     ],

@@ -142,7 +142,7 @@ def test_series_are_judged_one_by_one():
         (lambda d: -d, {}, "distances must not be below zero, got -"),
         (lambda d: d / 0, {}, r"distances is infinite at loop 0, series \(0,\)"),
         (lambda d: torch.where(torch.arange(8)[:, None] == 3, float("nan"), d), {}, r"NaN at loop 3, series \(0,\)"),
-        (lambda d: d, {"tolerance": 0}, "tolerance must be a number above 0 and finite, got 0"),
+        (lambda d: d, {"tolerance": 0}, "tolerance must be a finite number above 0, got 0"),
         (lambda d: d, {"tolerance": math.nan}, "tolerance must be a number above 0"),
         (lambda d: d, {"hold": 1.5}, "hold must be a number above 0 and at most 1, got 1.5"),
         (lambda d: d, {"axes": ("token", "token")}, "axes must name the 1 axes behind the loop"),

@@ -65,7 +65,7 @@ def test_similarity_refuses():
     states[2, 1, 0] = float("inf")
     with pytest.raises(InputError, match="states are not finite from call 2, axis 1 1 on"):
         similarity_matrix(states)
-    with pytest.raises(InputError, match=r"states must be \[call, ..., d_model\] and not empty, got shape \(0, 3\)"):
+    with pytest.raises(InputError, match=r"states must be floats \[call, ..., d_model\], not empty, got .* \(0, 3\)"):
         similarity_matrix(torch.ones(0, 3))
 
 
@@ -178,7 +178,11 @@ def test_without_fixed_points_there_is_no_verdict():
         (torch.ones(3), {}, r"at least two layers, got \(3,\)"),
         (torch.full((2, 4, 3), float("nan")), {}, "not finite from layer 0, axis 1 0 on"),
         (torch.ones(2, 4, 3), {"threshold": 1.0}, "threshold must be a number above -1 and below 1, got 1.0"),
-        (torch.ones(2, 4, 3), {"converged": torch.ones(4)}, r"one verdict for each of \(2, 4\) points, got \(4,\)"),
+        (
+            torch.ones(2, 4, 3),
+            {"converged": torch.ones(4)},
+            r"converged must have .* got \(2, 4\) and \(4,\)",
+        ),
     ],
 )
 def test_distinctness_refuses(points: torch.Tensor, options: dict[str, Any], message: str, as_a_user: None):

@@ -251,7 +251,7 @@ def test_co_occurrence_by_hand():
 def test_labels_refuse(as_a_user: None):
     with pytest.raises(InputError, match=r"labels must be \[layer, ...\] with at least two layers, got shape \(1, 4\)"):
         co_occurrence(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"every label needs its prompt: got \(3,\) and \(2,\)"):
+    with pytest.raises(InputError, match=r"labels and prompts must have the same shape, got \(3,\) and \(2,\)"):
         prompt_shares(torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
 
 

@@ -13,7 +13,7 @@ from tl_looped import InputError
 from tl_looped.dynamics import LoopMotion, loop_motion
 
 LOOPS = 6
-NAMES = ("step", "angle", "acceleration", "second_difference")
+NAMES = ("step", "angle", "acceleration", "step_change")
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
@@ -27,9 +27,7 @@ def test_it_is_what_the_states_of_all_loops_say(family: str, layer: int) -> None
     x = [cache["resid_post", layer, t][0] for t in range(LOOPS)]
     for t in range(LOOPS):
         for pos in range(tokens.shape[1]):
-            now = [
-                getattr(found, name)[t, pos].item() for name in ("step", "angle", "acceleration", "second_difference")
-            ]
+            now = [getattr(found, name)[t, pos].item() for name in ("step", "angle", "acceleration", "step_change")]
             if t == 0:
                 assert all(map(math.isnan, now))
                 continue

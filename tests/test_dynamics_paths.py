@@ -47,7 +47,7 @@ def test_noise_has_its_size():
 
 
 def test_noise_refuses():
-    with pytest.raises(InputError, match="noise must be a number above 0 and finite, got 0.0"):
+    with pytest.raises(InputError, match="noise must be a finite number above 0, got 0.0"):
         noise_around(torch.ones(2, 3), 0.0, 0)
     with pytest.raises(InputError, match="relative to a state that is zero would be none: pass size="):
         noise_around(torch.zeros(2, 3), 1.0, 0)
@@ -128,8 +128,8 @@ def test_one_loop_and_one_token_are_enough():
         ("llama", {"seeds": [1]}, r"one start has nothing to meet: pass two or more, got \['seed 1'\]"),
         ("llama", {"seeds": [1, 1]}, r"seeds names one twice: \[1, 1\]"),
         ("llama", {"seeds": [-1, 1]}, "a seed must be at least 0, got -1"),
-        ("llama", {"noise": -0.5}, "noise must be a number above 0 and finite, got -0.5"),
-        ("llama", {"tolerance": 0.0}, "tolerance must be a number above 0 and finite, got 0.0"),
+        ("llama", {"noise": -0.5}, "noise must be a finite number above 0, got -0.5"),
+        ("llama", {"tolerance": 0.0}, "tolerance must be a finite number above 0, got 0.0"),
         ("llama", {"initial_state": torch.zeros(1, 5, 16)}, r"pass initial_states=\[...\]"),
         ("llama", {"initial_states": [torch.zeros(5, 16)] * 2, "noise": 1.0}, "leave out seeds and noise"),
         ("llama", {"initial_states": [torch.zeros(5, 16)]}, "one start has nothing to meet"),

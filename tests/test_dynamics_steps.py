@@ -17,8 +17,8 @@ from tl_looped.dynamics import (
     accelerations,
     cosine_to,
     distance_to,
-    second_differences,
     step_angles,
+    step_changes,
     step_cosine,
     step_norm,
     step_norms,
@@ -99,7 +99,7 @@ def test_a_rotation_turns_by_its_angle_and_keeps_its_step():
     norms = step_norms(states, relative=False)
     assert torch.allclose(norms[1:], torch.full((n - 1,), chord, dtype=torch.float64))
     assert torch.allclose(step_norms(states)[1:], norms[1:] / 3)
-    assert second_differences(norms)[2:].abs().max() < 1e-14
+    assert step_changes(norms)[2:].abs().max() < 1e-14
     turned = 2 * chord * math.sin(angle / 2)  # two steps of one length at that angle
     assert torch.allclose(accelerations(states, relative=False)[2:], torch.full((n - 2,), turned, dtype=torch.float64))
     assert torch.allclose(accelerations(states)[2:], torch.full((n - 2,), turned / 3, dtype=torch.float64))
@@ -117,9 +117,9 @@ def test_a_small_angle_is_not_rounded_away():
     assert step_angles(states)[2].item() == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_shrinking_steps_have_negative_second_differences():
+def test_shrinking_steps_have_negative_step_changes():
     norms = 0.5 ** torch.arange(4, dtype=torch.float64)
-    assert second_differences(norms)[1:].tolist() == [-0.5, -0.25, -0.125]
+    assert step_changes(norms)[1:].tolist() == [-0.5, -0.25, -0.125]
 
 
 @pytest.mark.parametrize(("function", "missing"), [(step_norms, 1), (step_angles, 2), (accelerations, 2)])
@@ -132,7 +132,7 @@ def test_series_keep_the_loops(function: Any, missing: int):
     states[2, 1, 0] = float("nan")
     with pytest.raises(InputError, match="states are not finite from loop 2, axis 1 1 on"):
         function(states)
-    with pytest.raises(InputError, match=r"states must be \[loop, ..., d_model\] and not empty, got shape \(4, 0\)"):
+    with pytest.raises(InputError, match=r"states must be floats \[loop, ..., d_model\], not empty, got .* \(4, 0\)"):
         function(torch.zeros(4, 0))
 
 
@@ -141,15 +141,13 @@ def test_a_step_of_no_length_has_no_angle():
     assert step_angles(states).isnan().all()
 
 
-def test_second_differences_refuse_what_are_no_norms(as_a_user: None):
+def test_step_changes_refuse_what_are_no_norms(as_a_user: None):
     with pytest.raises(InputError, match="norms must not be below zero, got -1"):
-        second_differences(torch.tensor([1.0, -1.0]))
+        step_changes(torch.tensor([1.0, -1.0]))
     with pytest.raises(InputError, match="norms has 1 loops"):
-        second_differences(torch.tensor([1.0]))
-    with pytest.raises(
-        InputError, match="norms must be a floating-point tensor with loops as its first axis, got list"
-    ):
-        second_differences([1.0, 2.0])  # pyright: ignore[reportArgumentType]
+        step_changes(torch.tensor([1.0]))
+    with pytest.raises(InputError, match=r"norms must be floats \[loop, ...\], not empty, got list"):
+        step_changes([1.0, 2.0])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("function", [step_norm, step_cosine, distance_to, cosine_to])

@@ -53,7 +53,7 @@ def test_states_that_are_all_the_same_have_no_variance():
 @pytest.mark.parametrize(
     ("states", "n", "message"),
     [
-        (torch.ones(4), 1, r"states must be \[..., d_model\], got shape \(4,\)"),
+        (torch.ones(4), 1, r"states must be floats \[..., d_model\], not empty, got .* \(4,\)"),
         (torch.ones(3, 4), 3, "3 states of 4 numbers have at most 2 principal components, got n_components=3"),
         (torch.ones(1, 4), 1, "1 states of 4 numbers have at most 0"),
         (torch.tensor([[1.0], [float("inf")]]), 1, "not finite from axis 0 1 on"),

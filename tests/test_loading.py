@@ -207,7 +207,7 @@ def test_all_that_is_wrong_is_said_at_once(released):
         ("ouro", {"hidden_size": "48"}, r"d_model must be an integer, got '48'"),
         ("ouro", {"num_attention_heads": 0, "head_dim": None}, r"n_heads must be at least 1, got 0"),
         ("ouro", {"num_key_value_heads": 3}, r"n_heads \(4\) must be a multiple of n_key_value_heads \(3\)"),
-        ("ouro", {"rms_norm_eps": 0}, r"eps must be a positive number, got 0"),
+        ("ouro", {"rms_norm_eps": 0}, r"eps must be a finite number above 0, got 0"),
         ("huginn", {"injection_type": "add"}, r"injection_type='add', which is not implemented: only 'linear' is"),
         ("huginn", {"nonlin_name": "GELU"}, r"nonlin_name='GELU', which is not implemented: only 'SiLU' is"),
         ("huginn", {"norm_class_name": "LayerNorm"}, r"norm_class_name='LayerNorm', which is not implemented"),

@@ -127,7 +127,7 @@ def test_a_way_to_compare_that_there_is_not() -> None:
 
 def test_a_model_in_training_mode_is_refused() -> None:
     model = make().train()
-    with pytest.raises(InputError, match="the model is in training mode, in which runs differ: call model.eval"):
+    with pytest.raises(InputError, match="the model is in training mode: call model.eval"):
         run(model)
 
 
@@ -171,7 +171,7 @@ def test_what_a_result_does_not_have() -> None:
         with pytest.raises(InputError, match=r"no measure 'nrm' here, but \['norm'\]. Nearest: 'norm'"):
             call("nrm")
     for q in (-0.1, 1.5):
-        with pytest.raises(InputError, match="q must be a number from 0 to 1, got"):
+        with pytest.raises(InputError, match="q must be a number of at least 0 and at most 1, got"):
             result.quantile("norm", q)
     plain = run(tiny("ouro").unrolled(), [NORM], None)
     with pytest.raises(InputError, match=r"this model has no loops \(blocks 4\): take mean\('norm'\)"):

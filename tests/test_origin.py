@@ -37,7 +37,7 @@ def test_the_error_names_where_it_began(family: str, analysis: Callable[..., Any
 
 
 def test_other_errors_stay_as_they_are() -> None:
-    with pytest.raises(InputError, match="one loop has nothing to compare with"):
+    with pytest.raises(InputError, match="this compares loops, and the run has 1"):
         attention_stability(tiny("ouro"), tokens_for(tiny("ouro"), batch=1), 1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.patching import PatchingResult, make_df_from_ranges
 
 from tl_looped import LoopedModel
+from tl_looped.engine.schedule import HookSite
 from tl_looped.patching import LoopPatchingResult, Source, fixed, mean, patch_sweep, zero
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -77,6 +78,31 @@ def test_ablation_with_a_mean(name: str, per_position: bool) -> None:
     only = mean(model, reference, lambda name: "loop.1" in name, 2, per_position=per_position)
     check(model, only, give, "v", ("layer", "loop"), source_loop=1)
     assert check(model, source, give, "q", ("loop",)).made_by["source"] == "mean"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mean_of_patterns_is_a_pattern_that_sees_no_future(name: str) -> None:
+    model = case(name, torch.float64)
+    reference = tokens_for(model, batch=5, pos=LENGTH)
+    cache = run_clean(model, reference, 2)
+    source = mean(model, reference, n_loops=2)
+    check(model, source, lambda name, x: cache[name].mean(0, keepdim=True).expand_as(x), "pattern", ("loop", "layer"))
+    site = HookSite("attn.hook_pattern", "blocks", 1, 1)
+    given = source.values(site, torch.zeros(2, model.cfg.n_heads, LENGTH, LENGTH, dtype=torch.float64))
+    assert given.triu(1).abs().max() == 0
+    torch.testing.assert_close(given.sum(-1), torch.ones(2, model.cfg.n_heads, LENGTH, dtype=torch.float64))
+
+
+def test_a_mean_of_half_precision_is_taken_in_float32() -> None:
+    model = make(torch.bfloat16)
+    reference = tokens_for(model, batch=7, pos=3)
+    cache = run_clean(model, reference, 2)
+    site = HookSite("hook_resid_post", "blocks", 0, 1)
+    for per_position, axes in ((True, (0,)), (False, (0, 1))):
+        source = mean(model, reference, n_loops=2, per_position=per_position)
+        given = source.values(site, torch.zeros(1, 3, model.cfg.d_model))
+        expected = cache[site.name].double().mean(axes, keepdim=True).expand(1, 3, -1)
+        torch.testing.assert_close(given.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_mean_over_positions_serves_prompts_of_any_length() -> None:

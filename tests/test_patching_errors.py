@@ -16,6 +16,7 @@ from transformer_lens.utilities.slice import Slice
 from tl_looped import LoopedModel
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import HookNameError, InputError
+from tl_looped.engine.schedule import HookSite
 from tl_looped.patching import Receiver, Sender, attribution_sweep, checks, fixed, mean, patch_sweep, path_patch, zero
 
 LENGTH = 4
@@ -421,14 +422,29 @@ def test_means_that_do_not_fit(refused: Refused) -> None:
     )
     with refused("has 5 along 'pos', the patched prompts 4: .*, or a mean with per_position=False"):
         sweep(model, corrupted, longer, n_loops=2)
-    with refused("has 5 along 'key', the patched prompts 4"):
-        sweep(model, corrupted, over_all, site="pattern", n_loops=2)
+    with refused("has 5 along 'query', the patched prompts 4.*rows left out.$"):
+        sweep(model, corrupted, longer, site="pattern", n_loops=2)
+    for site in ("pattern", "attn_scores"):
+        with refused(f"this mean has no 'blocks.0.loop.0.attn.hook_{site}': over all queries .* per_position=True"):
+            sweep(model, corrupted, over_all, site=site, n_loops=2)
+    with refused("this mean has no 'blocks.0.loop.0.attn.hook_pattern': over all queries"):
+        over_all.values(HookSite("attn.hook_pattern", "blocks", 0, 0), torch.zeros(2, 4, LENGTH, LENGTH))
     with refused("drawn with seed 3, this run's with 0"):
         sweep(model, corrupted, seeded, n_loops=2)
     with refused("the source ran 2 loops, this call 3"):
         sweep(model, corrupted, longer, n_loops=3)
     with refused("the source's cache has no 'blocks.0.loop.0.hook_resid_pre'"):
         sweep(model, corrupted, some, n_loops=2)
+
+
+def test_a_mean_of_patterns_for_prompts_with_padding(refused: Refused) -> None:
+    """Their queries would see padding, as the reference's see real tokens there."""
+    model = make(tokenizer=word_tokenizer())
+    source = mean(model, ["a b c", "d e f"])
+    sweep(model, ["a b c", "f e d"], source, site="pattern")
+    with refused("in the source of 'blocks.0.loop.0.attn.hook_pattern' queries see other keys than in the patched"):
+        sweep(model, ["a b c", "a b"], source, site="pattern")
+    sweep(model, ["a b c", "a b"], source, site="v")
 
 
 def test_a_reference_of_prompts_of_different_lengths(refused: Refused) -> None:

@@ -164,7 +164,7 @@ def test_what_is_no_residual_stream(function: Any):
     for wrong in (float("nan"), float("inf")):
         x = torch.ones(2, 3, 4)
         x[1, 2, 0] = wrong
-        with pytest.raises(InputError, match="residual stream holds NaN or infinity"):
+        with pytest.raises(InputError, match="states are not finite from axis 0 1, axis 1 2 on"):
             function(x)
     for x in (torch.ones(4), torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 0, 4)):
         with pytest.raises(InputError, match=r"must be floats \[..., pos, d_model\]"):
@@ -175,8 +175,11 @@ def test_what_is_no_residual_stream(function: Any):
     ("call", "message"),
     [
         (lambda: sink_score(uniform(3), 3), "key 3 is out of range"),
-        (lambda: sink_rate(uniform(3)[None], threshold=1.5), "threshold must be a number from 0 to 1, got 1.5"),
-        (lambda: sink_rate(uniform(3)), r"must be \[..., head, query, key\], got shape \(3, 3\)"),
+        (
+            lambda: sink_rate(uniform(3)[None], threshold=1.5),
+            "number of at least 0 and at most 1, got 1.5",
+        ),
+        (lambda: sink_rate(uniform(3)), r"must be floats \[..., head, query, key\], not empty, got .* \(3, 3\)"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

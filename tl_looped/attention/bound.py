@@ -31,12 +31,12 @@ from torch import Tensor
 
 from tl_looped.attention.distances import pattern_distance
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.attention.stability import one_prompt
+from tl_looped.engine.checks import check_eval, check_finite, check_one_prompt, check_whole_run
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block
 from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.stability import bound_scatter
@@ -209,7 +209,10 @@ def attention_bound(
     Source:
         arXiv 2604.11791, Proposition 4.2; the bound for rotary embedding is this library's.
     """
-    run = one_prompt(model, prompt, n_loops, options)
+    check_eval(check_looped(model))
+    run = model.prepare(prompt, n_loops, **options)
+    check_whole_run(run)
+    check_one_prompt(run, tokens=2)
     watch = _Watch(model, run.visible[0].cpu())
     with naming_origin(model, run), model.hooks(fwd_hooks=watch.hooks()):
         model(run.tokens, run.n_loops, return_type=None, **options)
@@ -255,8 +258,7 @@ class _Watch:
         return [(f"{CORE}.{layer}.{name}", fn) for layer in range(self.model.cfg.n_core) for name, fn in pairs]
 
     def _input(self, x: Tensor, hook: LoopHookPoint) -> None:
-        if not bool(x.isfinite().all()):
-            raise InputError(f"{hook.name!r} holds NaN or infinity: the state is not finite from there on.")
+        check_finite(x[0], (f"{hook.name!r}, position",))
         layer = hook.layer()
         x = x[0].double().cpu()
         if self.before_attention:

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.attention.patterns import checked_pattern
+from tl_looped.engine.checks import check_loop_axis, check_number, check_same_shape
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import met_from, wide_dtype
 
 Scale = Literal["absolute", "relative", "normalised"]
 
@@ -106,7 +108,7 @@ def stability_score(patterns: Float[Tensor, "loop *dims query key"]) -> Float[Te
     Source:
         This library's; the paper describes stability by curves only.
     """
-    _several(patterns)
+    check_loop_axis(patterns, "patterns")
     return 1 - mean_total_variation(patterns[1:], patterns[:-1]).mean(0)
 
 
@@ -127,27 +129,13 @@ def settling_loop(to_last: Float[Tensor, "loop *dims"], tolerance: float) -> Flo
     Raises:
         InputError: only one loop, or a tolerance that is not a number of at least 0.
     """
-    _several(to_last)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
-        raise InputError(f"tolerance must be a number of at least 0, got {tolerance!r}.")
-    near = to_last[:-1] <= tolerance
-    stays = near.flip(0).long().cumprod(0).sum(0)  # how many of the loops before the last, counted from the end
-    found = (len(near) - stays).to(torch.promote_types(to_last.dtype, torch.float32))
-    return torch.where(stays > 0, found, math.nan)
-
-
-def _several(values: Tensor) -> None:
-    if values.ndim < 1 or values.shape[0] < 2:
-        given = values.shape[0] if values.ndim else "no"
-        raise InputError(f"{given} loop given: stability compares loops, so pass two or more, [loop, ...].")
+    check_loop_axis(to_last, "to_last")
+    check_number("tolerance", tolerance, low_too=True)
+    return met_from(to_last[:-1] <= tolerance).to(wide_dtype(to_last.dtype))
 
 
 def _pair(pattern: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    if pattern.shape != other.shape:
-        raise InputError(
-            f"the two patterns differ in shape, {tuple(pattern.shape)} and {tuple(other.shape)}: compare the same "
-            "heads and tokens."
-        )
+    check_same_shape(pattern, other, "the other", first="the pattern")
     return checked_pattern(pattern, "the first pattern"), checked_pattern(other, "the second pattern")
 
 

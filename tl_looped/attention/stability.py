@@ -21,9 +21,9 @@ from tl_looped.attention.distances import (
 )
 from tl_looped.attention.patterns import checked_pattern
 from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.checks import check_eval, check_number, check_one_prompt, check_whole_run
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import naming_origin
@@ -129,9 +129,12 @@ def attention_stability(
     Source:
         arXiv 2604.11791, section 4 (Frobenius distances); score and settling loop are this library's.
     """
-    run = one_prompt(model, prompt, n_loops, options)
+    check_eval(check_looped(model))
+    run = model.batch(prompt, n_loops, **options)
+    check_whole_run(run)
+    check_one_prompt(run, tokens=2)
     query = None if position is None else resolve_index("position", position, run.tokens.shape[1])
-    settling_loop(torch.zeros(2), tolerance)  # refuses a wrong tolerance before the run
+    check_number("tolerance", tolerance, low_too=True)
     filters = [f"{CORE}.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_core)]
     _, cache = model.run_with_cache(
         run.tokens, run.n_loops, names_filter=filters, device="cpu", return_type=None, **options
@@ -159,32 +162,6 @@ def attention_stability(
         score=stability_score(patterns),
         settles_at=settling_loop(changes["tv_to_last"], tolerance),
     )
-
-
-def one_prompt(
-    model: LoopedModel,
-    prompt: str | Tensor,
-    n_loops: int | None,
-    options: dict[str, Any],
-    loops: int = 2,
-    tokens: int = 2,
-) -> Run:
-    """The run of an analysis of one prompt that needs so many loops and tokens, or an error that says so."""
-    run = check_looped(model).batch(prompt, n_loops, **options)
-    if run.n_loops < loops:
-        raise InputError("one loop has nothing to compare with: pass n_loops=2 or more.")
-    if run.start or run.stop != run.n_loops:
-        raise InputError("all loops are looked at: leave out start_at_loop and stop_at_loop.")
-    if len(run.tokens) != 1:
-        raise InputError(
-            f"this looks at one prompt, got {len(run.tokens)}: call it for each, or take the measures of "
-            "tl_looped.attention.measures with tl_looped.observe."
-        )
-    if not bool(run.attention_mask.all()):
-        raise InputError("the prompt has padding, which would count as tokens: pass it without.")
-    if run.tokens.shape[1] < tokens:
-        raise InputError("a single token can only look at itself: pass a prompt of two tokens or more.")
-    return run
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,11 +29,12 @@ from tl_looped.dynamics import (
     distinctness,
     limit_shares,
 )
-from tl_looped.dynamics.inputs import check_number
 from tl_looped.dynamics.limits import FEWEST_LOOPS
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.numbers import length, median
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
@@ -226,7 +227,7 @@ def study_architectures(
     sizes = Sizes() if sizes is None else sizes
     _check(layers, seeds, n_loops, initialisations)
     limits = {
-        "tolerance": check_number("tolerance", tolerance, 0.0, math.inf),
+        "tolerance": check_number("tolerance", tolerance),
         "hold": check_number("hold", hold, 0.0, 1.0, high_too=True),
         "threshold": check_number("threshold", threshold, -1.0, 1.0),
         "share": check_number("share", share, 0.0, 1.0, high_too=True),
@@ -242,7 +243,7 @@ def study_architectures(
         which = {"initialisation": how, "norm": norm, "injection": injection, "layers": n_layers, "seed": seed}
         cells.append({**which, **found})
         means.append(distances.mean((1, 2)))
-        medians.append(distances.flatten(1).median(1).values)
+        medians.append(median(distances.flatten(1)))
     return ArchitectureStudy(
         made_by={"n_loops": n_loops, "seeds": seeds, **limits, **vars(sizes), "prompts_seed": 0},
         cells=tuple(cells),
@@ -353,15 +354,15 @@ def _measure(
     judged = convergence(distances, limits["tolerance"], hold=limits["hold"])
     cosines = distinctness(states[-1], threshold=limits["threshold"]).smallest
     labels, _, _ = classify_limits(cosine_to(states, end)[:, -1])
-    norms = states[:, -1].norm(dim=-1).mean(-1)
-    converged, cosine = judged.share(), float(cosines.median())
+    norms = length(states[:, -1]).mean(-1)
+    converged, cosine = judged.share(), float(median(cosines))
     verdict = NONE
     if converged >= limits["share"]:
         verdict = DEGENERATE if cosine >= limits["threshold"] else DISTINCT
     found = {
         "verdict": verdict,
         "converged": converged,
-        "loop": float(judged.loop.nanmedian()),
+        "loop": float(median(judged.loop.flatten())),
         "smallest_cosine": cosine,
         "first_norm": float(norms[0]),
         "last_norm": float(norms[-1]),

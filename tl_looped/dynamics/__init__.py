@@ -11,7 +11,6 @@ from tl_looped.dynamics.cycle import loop_cycle as loop_cycle
 from tl_looped.dynamics.cycle import loop_similarity as loop_similarity
 from tl_looped.dynamics.cycle import similarity as similarity
 from tl_looped.dynamics.cycle import similarity_matrix as similarity_matrix
-from tl_looped.dynamics.inputs import N_LOOPS as N_LOOPS
 from tl_looped.dynamics.jacobian import JacobianSpectrum as JacobianSpectrum
 from tl_looped.dynamics.jacobian import loop_jacobian_spectrum as loop_jacobian_spectrum
 from tl_looped.dynamics.limits import BEHAVIOURS as BEHAVIOURS
@@ -34,11 +33,12 @@ from tl_looped.dynamics.paths import PathIndependence as PathIndependence
 from tl_looped.dynamics.paths import noise_around as noise_around
 from tl_looped.dynamics.paths import pairwise_distances as pairwise_distances
 from tl_looped.dynamics.paths import path_independence as path_independence
+from tl_looped.dynamics.steps import N_LOOPS as N_LOOPS
 from tl_looped.dynamics.steps import accelerations as accelerations
 from tl_looped.dynamics.steps import cosine_to as cosine_to
 from tl_looped.dynamics.steps import distance_to as distance_to
-from tl_looped.dynamics.steps import second_differences as second_differences
 from tl_looped.dynamics.steps import step_angles as step_angles
+from tl_looped.dynamics.steps import step_changes as step_changes
 from tl_looped.dynamics.steps import step_cosine as step_cosine
 from tl_looped.dynamics.steps import step_norm as step_norm
 from tl_looped.dynamics.steps import step_norms as step_norms

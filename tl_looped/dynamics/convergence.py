@@ -15,11 +15,12 @@ from jaxtyping import Float, Int
 from scipy.stats import linregress
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.dynamics.measures import DISTANCE
+from tl_looped.dynamics.steps import N_LOOPS
 from tl_looped.dynamics.tokens import observe_tokens, place_table, token_series
+from tl_looped.engine.checks import check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import held_to_end, met_from, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts
 from tl_looped.model import LoopedModel
@@ -171,7 +172,7 @@ def loop_convergence(
 
 
 def _check(tolerance: float, hold: float) -> None:
-    check_number("tolerance", tolerance, 0.0, math.inf)
+    check_number("tolerance", tolerance)
     check_number("hold", hold, 0.0, 1.0, high_too=True)
 
 
@@ -191,8 +192,7 @@ def _judge(
         raise InputError(f"distances must not be below zero, got {float(distances[distances < 0][0]):.4g}.")
     values = wide(distances).cpu()
     n = len(values)
-    held = (values <= tolerance).flip(0).long().cumprod(0).sum(0)  # loops in a row, up to the end
-    converged = held >= max(2, math.ceil(hold * n))
+    converged = held_to_end(values <= tolerance) >= max(2, math.ceil(hold * n))
     nan = torch.tensor(float("nan"), dtype=values.dtype)
     fits = _fits(values)
     return Convergence(
@@ -202,7 +202,7 @@ def _judge(
         places=places,
         tolerance=float(tolerance),
         converged=converged.to(values.dtype).where(~undefined.cpu(), nan),
-        loop=(n - held).to(values.dtype).where(converged, nan),
+        loop=met_from(values <= tolerance).to(values.dtype).where(converged, nan),
         **fits,
     )
 

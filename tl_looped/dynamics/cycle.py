@@ -18,12 +18,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.dynamics.convergence import convergence_of
-from tl_looped.dynamics.inputs import N_LOOPS, check_axes, check_finite, check_number, check_whole_run
 from tl_looped.dynamics.measures import DISTANCE
-from tl_looped.dynamics.steps import cosine_to, unit
+from tl_looped.dynamics.steps import N_LOOPS, cosine_to
 from tl_looped.dynamics.tokens import observe_tokens, place_table
 from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.checks import (
+    check_axes,
+    check_eval,
+    check_finite,
+    check_floats,
+    check_number,
+    check_same_shape,
+    check_whole_run,
+)
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import unit
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts
 from tl_looped.engine.schedule import CORE, HookSite
@@ -53,9 +62,8 @@ def similarity_matrix(states: Float[Tensor, "call *dims d_model"]) -> Float[Tens
     Source:
         arXiv 2604.11791, similarity of residual streams between (loop, layer) pairs.
     """
-    if states.ndim < 2 or states.numel() == 0:
-        raise InputError(f"states must be [call, ..., d_model] and not empty, got shape {tuple(states.shape)}.")
-    check_finite(states, ("call", *(f"axis {i}" for i in range(1, states.ndim - 1))))
+    check_floats(states, "states", "[call, ..., d_model]", 2)
+    check_finite(states, ("call", *check_axes(None, states.ndim - 2)))
     units = unit(states.reshape(len(states), -1, states.shape[-1]))
     defined = (~units.isnan().any(-1)).to(units.dtype)
     flat = units.nan_to_num().flatten(1)
@@ -137,7 +145,8 @@ def loop_similarity(
     Raises:
         InputError: one loop, or what `forward` refuses, before the run; states that are not finite.
     """
-    run = check_looped(model).batch(input, n_loops, **options)
+    check_eval(check_looped(model))
+    run = model.batch(input, n_loops, **options)
     check_whole_run(run)
     names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
     _, cache = model.run_with_cache(input, n_loops, names_filter=names, stop_at_loop=run.n_loops, **options)
@@ -284,11 +293,7 @@ def _distinct(
     check_finite(points, ("layer", *names))
     cosines = cosine_to(points[1:], points[:1].expand_as(points[1:])).cpu()
     if converged is not None:
-        if converged.shape != points.shape[:-1]:
-            raise InputError(
-                f"converged must have one verdict for each of {tuple(points.shape[:-1])} points, got "
-                f"{tuple(converged.shape)}."
-            )
+        check_same_shape(cosines.new_empty(points.shape[:-1]), converged, "converged", first="points without d_model")
         cosines = cosines.where((converged.cpu() == 1).all(0), float("nan"))
     smallest, layer = cosines.min(0)  # NaN where one is NaN
     return Distinctness(

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import N_LOOPS, check_finite, check_number, check_one_prompt, ratio
+from tl_looped.dynamics.steps import N_LOOPS
+from tl_looped.engine.checks import check_eval, check_finite, check_number, check_one_prompt
 from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.numbers import length, ratio
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel, check_looped
@@ -129,7 +131,8 @@ def loop_jacobian_spectrum(
         Lehoucq, Sorensen and Yang 1998 (ARPACK). For the spectral radius at a fixed point as the rate of convergence:
         any text on fixed-point iteration (Ostrowski's theorem).
     """
-    if check_looped(model).dtype not in _TOLERANCES:
+    check_eval(check_looped(model))
+    if model.dtype not in _TOLERANCES:
         raise InputError(f"the model is {model.dtype}: load it in float32, or better float64, for its Jacobian.")
     check_count("k", k)
     check_count("max_iterations", max_iterations)
@@ -186,7 +189,7 @@ class _LoopMap(LinearOperator):
             self._y = after if position is None else after[:, position]
         check_finite(after[0].detach(), (f"loop {loop}, leaving: position",))
         x, y = self._x.detach(), self._y.detach()
-        self.step = float(ratio((y - x).norm(), x.norm()))
+        self.step = float(ratio(length((y - x).flatten()), length(x.flatten())))
         super().__init__(np.float64, (x.numel(), x.numel()))
 
     def _matvec(self, x: Reals) -> Reals:

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import N_LOOPS, check_loop_axis, check_number, undefined_series
 from tl_looped.dynamics.measures import COSINE_TO_END
+from tl_looped.dynamics.steps import N_LOOPS
 from tl_looped.dynamics.tokens import observe_tokens, place_table, token_series
+from tl_looped.engine.checks import check_loop_axis, check_number, check_same_shape, undefined_series
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
@@ -213,8 +214,7 @@ def prompt_shares(labels: Int[Tensor, " token"], prompts: Int[Tensor, " token"])
     Raises:
         InputError: labels and prompts differ in shape.
     """
-    if labels.shape != prompts.shape:
-        raise InputError(f"every label needs its prompt: got {tuple(labels.shape)} and {tuple(prompts.shape)}.")
+    check_same_shape(labels, prompts, "prompts", first="labels")
     found = [(_counts(labels[prompts == one]) > 0).double() for one in prompts[labels >= 0].unique().tolist()]
     return torch.stack(found).mean(0) if found else torch.full((len(BEHAVIOURS),), float("nan"), dtype=torch.float64)
 

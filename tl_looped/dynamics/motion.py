@@ -12,17 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import N_LOOPS, check_one_prompt, check_whole_run
-from tl_looped.dynamics.steps import accelerations, second_differences, step_angles, step_norms
+from tl_looped.dynamics.steps import N_LOOPS, accelerations, step_angles, step_changes, step_norms
+from tl_looped.engine.checks import check_eval, check_one_prompt, check_whole_run
 from tl_looped.engine.errors import resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.motion import motion_curves
 
-_NAMES = ("step", "angle", "acceleration", "second_difference")
+_NAMES = ("step", "angle", "acceleration", "step_change")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class LoopMotion(Result):
         step: ‖x_t − x_{t−1}‖ / ‖x_t‖.
         angle: between a step and the one before, in radians: 0 straight on, π/2 orthogonal, π back.
         acceleration: length of the difference of the two steps, over ‖x_t‖.
-        second_difference: how much longer the relative step is than the one before; below zero where steps shrink.
+        step_change: how much longer the relative step is than the one before; below zero where steps shrink.
     """
 
     layer: int
@@ -43,7 +44,7 @@ class LoopMotion(Result):
     step: Float[Tensor, "loop pos"]
     angle: Float[Tensor, "loop pos"]
     acceleration: Float[Tensor, "loop pos"]
-    second_difference: Float[Tensor, "loop pos"]
+    step_change: Float[Tensor, "loop pos"]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each loop and position: loop, pos, token and the four measures."""
@@ -78,9 +79,10 @@ def loop_motion(
             began.
 
     Source:
-        arXiv 2509.23314: step norms, angles between steps, second-order differences.
+        arXiv 2509.23314: step norms, angles between steps, acceleration.
     """
-    run = check_looped(model).batch(prompt, n_loops, **options)
+    check_eval(check_looped(model))
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
     index = resolve_index("layer", layer, model.cfg.n_core)
@@ -89,7 +91,7 @@ def loop_motion(
 
     def measure(x: Tensor, hook: LoopHookPoint) -> None:
         states[:] = [*states[-2:], x[0]]
-        missing = torch.full(x.shape[1:2], float("nan"), dtype=torch.promote_types(x.dtype, torch.float32))
+        missing = torch.full(x.shape[1:2], float("nan"), dtype=wide_dtype(x.dtype))
         found = dict.fromkeys(_NAMES, missing)
         if len(states) > 1:
             some = torch.stack(states)
@@ -97,18 +99,16 @@ def loop_motion(
             found["step"] = norms[-1]
             if len(states) > 2:
                 found |= {"angle": step_angles(some)[-1], "acceleration": accelerations(some)[-1]}
-                found["second_difference"] = second_differences(norms)[-1]
+                found["step_change"] = step_changes(norms)[-1]
         for name, value in found.items():
             rows[name].append(value.cpu())
 
     site = HookSite("hook_resid_post", CORE, index).name
     with naming_origin(model, run), model.hooks(fwd_hooks=[(site, measure)]):
         model.execute(run, return_type=None)
-    ids = run.tokens[0]
-    texts = model.to_str_tokens(ids) if model.tokenizer is not None else [str(one) for one in ids.tolist()]
     return LoopMotion(
         made_by={"model": model.cfg.model_name, **run.describe()},
         layer=index,
-        str_tokens=tuple(texts),
+        str_tokens=model.token_texts(run.tokens[0]),
         **{name: torch.stack(row) for name, row in rows.items()},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,19 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import (
-    N_LOOPS,
-    check_finite,
-    check_number,
-    check_one_prompt,
-    check_whole_run,
-    length,
-    ratio,
-)
-from tl_looped.dynamics.steps import unit
+from tl_looped.dynamics.steps import N_LOOPS
+from tl_looped.engine.checks import check_eval, check_finite, check_number, check_one_prompt, check_whole_run
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import length, met_from, ratio, unit, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel, check_looped
@@ -70,9 +61,9 @@ def noise_around(
     Raises:
         InputError: a noise that is not above zero and finite, a seed that is none, or a size of zero.
     """
-    check_number("noise", noise, 0.0, math.inf)
+    check_number("noise", noise)
     generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
-    sizes = wide(state).norm(dim=-1) if size is None else size
+    sizes = length(wide(state)) if size is None else size
     if not bool((sizes > 0).all()):
         raise InputError(
             "noise relative to a state that is zero would be none: pass size=, such as the norm of others."
@@ -110,8 +101,7 @@ class PathIndependence(Result):
     @property
     def loop(self) -> Float[Tensor, " pos"]:
         """The first loop from which on all runs are in the same place; NaN where they do not meet."""
-        held = (self.farthest <= self.tolerance).flip(0).long().cumprod(0).sum(0)
-        return (len(self.distances) - held).to(self.distances.dtype).where(held > 0, float("nan"))
+        return met_from(self.farthest <= self.tolerance).to(self.distances.dtype)
 
     def share(self) -> float:
         """Share of positions at which all runs meet."""
@@ -176,8 +166,9 @@ def path_independence(
     Source:
         arXiv 2502.05171, path independence. (Which noise, and the tolerance, are this library's.)
     """
-    check_number("tolerance", tolerance, 0.0, math.inf)
-    run = check_looped(model).batch(prompt, n_loops, **options)
+    check_number("tolerance", tolerance)
+    check_eval(check_looped(model))
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     starts = _starts(model, prompt, run, seeds, noise, initial_states, options)
@@ -198,14 +189,10 @@ def path_independence(
 
     with model.hooks(fwd_hooks=[("hook_state_post", see)]):
         model.execute(together)
-    if model.tokenizer is None:
-        texts = [str(token) for token in run.tokens[0].tolist()]
-    else:
-        texts = model.to_str_tokens(run.tokens[0])
     return PathIndependence(
         made_by={"model": model.cfg.model_name, **run.describe(), "initial_state": "several", "noise": noise},
         starts=tuple(starts),
-        str_tokens=tuple(texts),
+        str_tokens=model.token_texts(run.tokens[0]),
         tolerance=float(tolerance),
         distances=torch.stack(kept),
     )
@@ -235,8 +222,8 @@ def _starts(
             raise InputError(f"seeds names one twice: {chosen}.")
         if noise is not None:
             own, after = (model(prompt, run.n_loops, stop_at_loop=loop, **options) for loop in (0, 1))
-            size = wide(own).norm(dim=-1)
-            size = torch.where(size == 0, wide(after).norm(dim=-1), size)
+            size = length(wide(own))
+            size = torch.where(size == 0, length(wide(after)), size)
             starts = {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
         elif model.cfg.random_state:
             states = [model.batch(prompt, run.n_loops, **{**options, "seed": seed}).state for seed in chosen]

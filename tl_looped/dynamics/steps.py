@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import check_finite, check_loop_axis, check_same_shape, length, ratio
+from tl_looped.engine.checks import check_axes, check_finite, check_loop_axis, check_same_shape
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import cosine, length, ratio, unit, wide
+
+N_LOOPS = 128
+"""Loops after which the paper takes a state for the fixed point: the default where a measure needs one."""
 
 
 def step_norm(
@@ -54,7 +57,7 @@ def step_cosine(x: Float[Tensor, "*dims d_model"], before: Float[Tensor, "*dims 
         arXiv 2604.11791, successive cosines.
     """
     check_same_shape(x, before, "before")
-    return _cosine(x, before)
+    return cosine(x, before)
 
 
 def distance_to(
@@ -94,17 +97,7 @@ def cosine_to(x: Float[Tensor, "*dims d_model"], end: Float[Tensor, "*dims d_mod
         arXiv 2604.11791, cosine to the approximate fixed point.
     """
     check_same_shape(x, end, "end")
-    return _cosine(x, end)
-
-
-def unit(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
-    """The unit vector x / ‖x‖, in float32 at least; NaN for a zero vector."""
-    x = wide(x)
-    return x / length(x)[..., None]
-
-
-def _cosine(x: Float[Tensor, "*dims d_model"], y: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
-    return (unit(x) * unit(y)).sum(-1).clamp(-1, 1)  # clamp keeps NaN
+    return cosine(x, end)
 
 
 # On the states of all loops. Results keep the loop axis, NaN where a loop has no step (or no two steps) behind it.
@@ -154,7 +147,8 @@ def step_angles(states: Float[Tensor, "loop *dims d_model"]) -> Float[Tensor, "l
 def accelerations(states: Float[Tensor, "loop *dims d_model"], relative: bool = True) -> Float[Tensor, "loop *dims"]:
     """How much each loop's step differs from the step before: ‖(x_t − x_{t−1}) − (x_{t−1} − x_{t−2})‖ (/ ‖x_t‖).
 
-    Unlike `second_differences` it is not zero for steps of one length that turn, as on an orbit.
+    Unlike `step_changes` it is not zero for steps of one length that turn, as on an orbit. The paper's exit rule,
+    "second-order difference in step-size" in its abstract, looks at it; see `tl_looped.lens.AccelerationRule`.
 
     Args:
         states: of successive loops.
@@ -167,7 +161,7 @@ def accelerations(states: Float[Tensor, "loop *dims d_model"], relative: bool = 
         InputError: fewer than two loops, or states that are not finite.
 
     Source:
-        arXiv 2509.23314, acceleration.
+        arXiv 2509.23314, acceleration ‖Δ_t − Δ_{t−1}‖, there as it is.
     """
     _check(states)
     states = wide(states)
@@ -175,7 +169,7 @@ def accelerations(states: Float[Tensor, "loop *dims d_model"], relative: bool = 
     return _after(2, ratio(found, length(states[2:])) if relative else found)
 
 
-def second_differences(norms: Float[Tensor, "loop *dims"]) -> Float[Tensor, "loop *dims"]:
+def step_changes(norms: Float[Tensor, "loop *dims"]) -> Float[Tensor, "loop *dims"]:
     """How much longer each loop's step is than the one before: s_t − s_{t−1}; below zero where steps shrink.
 
     Args:
@@ -188,7 +182,7 @@ def second_differences(norms: Float[Tensor, "loop *dims"]) -> Float[Tensor, "loo
         InputError: fewer than two loops, or negative norms.
 
     Source:
-        arXiv 2509.23314, second-order difference of step sizes.
+        This library's. (The paper's second-order quantity is `accelerations`.)
     """
     check_loop_axis(norms, "norms")
     if bool((norms < 0).any()):
@@ -200,7 +194,7 @@ def second_differences(norms: Float[Tensor, "loop *dims"]) -> Float[Tensor, "loo
 
 def _check(states: Tensor) -> None:
     check_loop_axis(states, "states", dims=2)
-    check_finite(states, ("loop", *(f"axis {i}" for i in range(1, states.ndim - 1))))
+    check_finite(states, ("loop", *check_axes(None, states.ndim - 2)))
 
 
 def _after(n: int, values: Float[Tensor, "fewer *dims"]) -> Float[Tensor, "loop *dims"]:

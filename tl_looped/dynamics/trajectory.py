@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.dynamics.inputs import check_finite, check_one_prompt, check_whole_run, ratio
+from tl_looped.engine.checks import check_eval, check_finite, check_floats, check_one_prompt, check_whole_run
 from tl_looped.engine.errors import InputError, check_count, resolve_index
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import ratio, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
@@ -52,8 +52,7 @@ def pca(states: Float[Tensor, "*dims d_model"], n_components: int = 2) -> Compon
         InputError: fewer than two states, more components than states − 1 or d_model can have, or states that are not
             finite.
     """
-    if states.ndim < 2:
-        raise InputError(f"states must be [..., d_model], got shape {tuple(states.shape)}.")
+    check_floats(states, "states", "[..., d_model]", 2)
     rows = states.reshape(-1, states.shape[-1]).double()
     most = min(len(rows) - 1, rows.shape[1])
     if check_count("n_components", n_components) > most:
@@ -61,7 +60,7 @@ def pca(states: Float[Tensor, "*dims d_model"], n_components: int = 2) -> Compon
             f"{len(rows)} states of {rows.shape[1]} numbers have at most {most} principal components, got "
             f"n_components={n_components}: take more loops, layers or tokens."
         )
-    check_finite(states, tuple(f"axis {i}" for i in range(states.ndim - 1)))
+    check_finite(states)
     mean = rows.mean(0)
     _, sizes, directions = torch.linalg.svd(rows - mean, full_matrices=False)
     directions = directions[:n_components]
@@ -147,7 +146,8 @@ def trajectory(
     Source:
         arXiv 2604.11791, PCA over all latent states of one token.
     """
-    run = check_looped(model).batch(prompt, n_loops, **options)
+    check_eval(check_looped(model))
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
     wanted = list(position) if isinstance(position, Sequence) else [position]
@@ -164,14 +164,10 @@ def trajectory(
     states = cache.stack("resid_post")[:, :, 0].cpu()
     check_finite(states, ("loop", "layer", "position"), {"position": places})
     found = pca(states, n_components)
-    if model.tokenizer is None:
-        texts = [str(int(run.tokens[0, place])) for place in places]
-    else:
-        texts = model.to_str_tokens(run.tokens[0, list(places)])
     return Trajectory(
         made_by={"model": model.cfg.model_name, **run.describe()},
         positions=places,
-        str_tokens=tuple(texts),
+        str_tokens=model.token_texts(run.tokens[0, list(places)]),
         scores=found.scores,
         explained=found.explained,
         mean=found.mean,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.schedule import LoopSchedule
 
@@ -107,9 +107,7 @@ class LoopedConfig:
             if getattr(self, name) not in get_args(kind):
                 raise InputError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
         for name in ("eps", "rotary_base", "initial_state_std", "initial_state_scale", "embed_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise InputError(f"{name} must be a positive number, got {value!r}.")
+            check_number(name, getattr(self, name))
         if self.injection == "none" and self.initial_state != "prelude":
             raise InputError(
                 f"initial_state={self.initial_state!r} without injection would never read the tokens: "

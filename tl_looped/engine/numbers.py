@@ -1,11 +1,83 @@
-"""In which number format a measure is computed."""
+"""Arithmetic that several rooms need, on tensors alone: widths, lengths, medians, from which loop on."""
 
 from __future__ import annotations
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 at least: half precision is for running models, not for measuring them."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def wide(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """The same numbers in float32 at least: half precision is for running models, not for measuring them."""
-    return x if x.element_size() >= 4 else x.float()
+    """The same numbers in float32 at least."""
+    return x.to(wide_dtype(x.dtype))
+
+
+def length(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
+    """‖x‖ over the last axis, also where its squares overflow or vanish; NaN where the dtype can't hold ‖x‖ itself."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    info = torch.finfo(x.dtype)
+    exact = norm.isfinite() & (norm > (info.tiny / info.eps) ** 0.5)
+    if bool(exact.all()):
+        return norm
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
+    scaled = largest[..., 0] * torch.linalg.vector_norm(x / largest, dim=-1)
+    return torch.where(exact, norm, scaled.masked_fill(scaled.isinf(), float("nan")))
+
+
+def ratio(part: Float[Tensor, "*dims"], whole: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    """One divided by the other; NaN where the whole is zero."""
+    return torch.where(whole == 0, float("nan"), part / whole)
+
+
+def unit(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
+    """The unit vector x / ‖x‖, in float32 at least; NaN for a zero vector."""
+    x = wide(x)
+    return x / length(x)[..., None]
+
+
+def cosine(x: Float[Tensor, "*dims d_model"], y: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
+    """The cosine of two vectors, in float32 at least, in [−1, 1]; NaN where either is zero."""
+    return (unit(x) * unit(y)).sum(-1).clamp(-1, 1)  # clamp keeps NaN
+
+
+# Over one axis, NaN left out; NaN where nothing is left.
+
+
+def median(x: Float[Tensor, "*dims"], dim: int = -1) -> Float[Tensor, "*rest"]:
+    """The median: of an even count the mean of the middle two, where torch's own takes the lower one."""
+    x = wide(x)
+    lower, upper = x.nanmedian(dim).values, -(-x).nanmedian(dim).values
+    return torch.where(lower == upper, lower, lower / 2 + upper / 2)
+
+
+def quantile(x: Float[Tensor, "*dims"], q: float, dim: int = -1) -> Float[Tensor, "*rest"]:
+    """A quantile, linear between two numbers; torch.nanquantile takes no more than 16 million at once."""
+    x = wide(x).movedim(dim, -1)
+    place = q * ((~x.isnan()).sum(-1, keepdim=True) - 1).clamp(min=0).double()
+    ordered = x.sort(-1).values  # NaN last
+    lower, upper = (ordered.gather(-1, end.long()) for end in (place.floor(), place.ceil()))
+    return torch.where(lower == upper, lower, lower.lerp(upper, place.frac().to(x.dtype)))[..., 0]
+
+
+# From which loop on: of a condition in every loop.
+
+
+def held_to_end(met: Bool[Tensor, "loop *dims"]) -> Int[Tensor, "*dims"]:
+    """For how many loops in a row, up to the last, the condition is met."""
+    return met.flip(0).long().cumprod(0).sum(0)
+
+
+def met_from(met: Bool[Tensor, "loop *dims"]) -> Float[Tensor, "*dims"]:
+    """The first loop from which on the condition is met until the end; NaN where it is not met in the end."""
+    held = held_to_end(met)
+    return (len(met) - held).float().masked_fill(held == 0, float("nan"))
+
+
+def first_met(met: Bool[Tensor, "loop *dims"]) -> Float[Tensor, "*dims"]:
+    """The first loop in which the condition is met; NaN for never."""
+    return met.long().argmax(0).float().masked_fill(~met.any(0), float("nan"))

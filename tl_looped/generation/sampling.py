@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, check_count
 
 
@@ -30,11 +30,11 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, math.inf, "for the most probable token pass do_sample=False")
+        check_number("temperature", self.temperature, mend="for the most probable token pass do_sample=False")
         if self.top_k is not None:
             check_count("top_k", self.top_k)
         if self.top_p is not None:
-            _check_number("top_p", self.top_p, 1.0, "it is a share; leave it out for all tokens")
+            check_number("top_p", self.top_p, 0.0, 1.0, high_too=True, mend="leave it out for all tokens")
         given = [f"{name}={value!r}" for name, value in self._shaping() if value is not None]
         if not self.do_sample and given:
             raise InputError(
@@ -70,11 +70,3 @@ class Sampling:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
         probs = warpers(tokens, logits).softmax(-1)  # pyright: ignore[reportArgumentType] - torch.LongTensor
         return torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0].to(logits.device)
-
-
-def _check_number(name: str, value: object, most: float, remedy: str) -> None:
-    """An error for what is no number in (0, most], infinity excluded."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most and value < math.inf:
-        return
-    bounds = "a number above 0" if most == math.inf else f"a number in (0, {most:g}]"
-    raise InputError(f"{name} must be {bounds}, got {value!r}: {remedy}.")

@@ -2,11 +2,11 @@
 
 from tl_looped.lens.agreement import LoopAgreement as LoopAgreement
 from tl_looped.lens.agreement import loop_agreement as loop_agreement
+from tl_looped.lens.exits import AccelerationRule as AccelerationRule
 from tl_looped.lens.exits import EntropyRule as EntropyRule
 from tl_looped.lens.exits import GateRule as GateRule
 from tl_looped.lens.exits import KLRule as KLRule
 from tl_looped.lens.exits import LatentRule as LatentRule
-from tl_looped.lens.exits import SecondDifferenceRule as SecondDifferenceRule
 from tl_looped.lens.exits import StableTopRule as StableTopRule
 from tl_looped.lens.exits import ThresholdRule as ThresholdRule
 from tl_looped.lens.exits import exit_distribution as exit_distribution

@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import (
@@ -97,7 +99,8 @@ def loop_agreement(
     Raises:
         InputError: fewer than two loops, or what `loop_lens` refuses.
     """
-    run = check_looped(model).batch(input, n_loops, **options)
+    check_eval(check_looped(model))
+    run = model.batch(input, n_loops, **options)
     if kind == "tuned":
         raise InputError("agreement compares what the model itself says: pass kind='exact', 'direct' or 'coda'.")
     check_kind(model, kind, False)
@@ -107,7 +110,7 @@ def loop_agreement(
     states, _ = read_states(model, run, reads, converter(model, run, reads, kind))
     rows = torch.stack([states[loop, 0].flatten(0, 1) for loop in reads.loops])
     n, total = rows.shape[:2]
-    kl = torch.zeros(n, n, total, dtype=torch.promote_types(rows.dtype, torch.float32))
+    kl = torch.zeros(n, n, total, dtype=wide_dtype(rows.dtype))
     same = torch.zeros(n, n, total, dtype=torch.bool)
     for piece in chunks(total, model.cfg.d_vocab * n):
         log_probs = log_probs_of(model.transformer.unembed(rows[:, piece]))

@@ -6,7 +6,6 @@ each token while text is generated (`model.generate(..., exit_rule=...)`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import first_met, length, ratio, wide
 from tl_looped.generation import LoopEnd
 from tl_looped.lens.measures import entropy, kl_divergence
 
@@ -50,9 +50,8 @@ def threshold_exit(distribution: Float[Tensor, "loop *dims"], threshold: int | f
         InputError: a threshold outside (0, 1].
     """
     GateRule(threshold)
-    reached = distribution.cumsum(0) >= threshold
-    reached[-1] = True  # the last loop takes what remains, also where rounding leaves the sum below 1
-    return reached.int().argmax(0)
+    found = first_met(distribution.cumsum(0) >= threshold)
+    return found.nan_to_num(len(distribution) - 1).long()  # the last takes what remains, though rounding leaves it out
 
 
 def weighted_logits(
@@ -89,11 +88,7 @@ class ThresholdRule:
     stops_above: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        value = self.threshold
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise InputError(
-                f"{self.name}: the threshold must be a finite number above 0 ({self.unit}), got {value!r}."
-            )
+        check_number(f"{self.name}: the threshold ({self.unit})", self.threshold)
 
     @classmethod
     def check(cls, model: LoopedModel) -> None:
@@ -128,9 +123,7 @@ class GateRule(ThresholdRule):
     stops_above: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threshold > 1:
-            raise InputError(f"gate: the threshold is a share in (0, 1], got {self.threshold!r}.")
+        check_number("gate: the threshold, a share,", self.threshold, 0.0, 1.0, high_too=True)
 
     @classmethod
     def check(cls, model: LoopedModel) -> None:
@@ -138,7 +131,7 @@ class GateRule(ThresholdRule):
         if not model.cfg.exit_gate:
             raise InputError(
                 f"{model.cfg.model_name} has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, "
-                "StableTopRule, EntropyRule or SecondDifferenceRule."
+                "StableTopRule, EntropyRule or AccelerationRule."
             )
         if model.hook_dict.shared("hook_exit_gate").fwd_hooks:
             raise InputError(
@@ -198,32 +191,33 @@ class LatentRule(ThresholdRule):
     @classmethod
     def meter(cls) -> Meter:
         """The relative step of the state."""
-        return lambda end: _step(end) / _norm(end.state)
+        return lambda end: ratio(length(_step(end)), length(wide(end.state)))
 
 
 @dataclass(frozen=True)
-class SecondDifferenceRule(ThresholdRule):
-    """Stop where the length of the step changes little: |s_t − s_{t−1}| / ‖x_{t+1}‖ with s_t = ‖x_{t+1} − x_t‖.
+class AccelerationRule(ThresholdRule):
+    """Stop where the step changes little: ‖Δ_t − Δ_{t−1}‖ / ‖x_{t+1}‖ with Δ_t = x_{t+1} − x_t, as in `accelerations`.
 
-    Not defined after the first loop. The paper takes the difference of step sizes as it is; dividing by the state's
-    norm, as `LatentRule` does, lets one threshold serve states of different size.
+    Not defined after the first loop. The paper calls it acceleration, and its rule second-order; it takes the length as
+    it is, and waits for two loops in a row. Dividing by the state's norm, as `LatentRule` does, lets one threshold
+    serve states of different size.
 
     Source:
         arXiv 2509.23314.
     """
 
-    name: ClassVar[str] = "second difference"
+    name: ClassVar[str] = "acceleration"
     unit: ClassVar[str] = "relative L2"
 
     @classmethod
     def meter(cls) -> Meter:
-        """The relative change of the step norm."""
+        """The relative length of the difference of two steps."""
         before: list[Tensor] = []
 
         def measure(end: LoopEnd) -> Tensor:
-            now = _step(end)
-            value = (now - before[0]).abs() / _norm(end.state) if before else torch.full_like(now, float("nan"))
-            before[:] = [now]
+            step, size = _step(end), length(wide(end.state))
+            value = ratio(length(step - before[0]), size) if before else torch.full_like(size, float("nan"))
+            before[:] = [step]
             return value
 
         return measure
@@ -271,9 +265,5 @@ class StableTopRule(ThresholdRule):
         return measure
 
 
-def _norm(x: Float[Tensor, "rows d_model"]) -> Float[Tensor, " rows"]:
-    return wide(x).norm(dim=-1)
-
-
-def _step(end: LoopEnd) -> Float[Tensor, " rows"]:
-    return _norm(wide(end.state) - wide(end.state_before))
+def _step(end: LoopEnd) -> Float[Tensor, "rows d_model"]:
+    return wide(end.state) - wide(end.state_before)

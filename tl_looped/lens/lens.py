@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.numbers import wide_dtype
 from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
 from tl_looped.lens.reads import (
     LensKind,
@@ -82,7 +84,8 @@ def loop_lens(
         Logit lens: nostalgebraist 2020; coda lens and rank trajectories over loops: arXiv 2507.02199; exact read-outs:
         arXiv 2502.05171, 2510.25741.
     """
-    run = check_looped(model).batch(input, n_loops, **options)
+    check_eval(check_looped(model))
+    run = model.batch(input, n_loops, **options)
     check_kind(model, kind, translator is not None)
     reads = choose_reads(model, run, site, loops, layers, positions)
     check_rows(run, reads)
@@ -130,9 +133,9 @@ def _measure(
     n_layers = 1 if reads.layers is None else len(reads.layers)
     batch, pos, n_targets = targets.shape
     shape = (len(reads.loops), n_layers, batch * pos)
-    floats = {name: final.new_full(shape, float("nan"), dtype=_wide(final)) for name in _SCALARS}
-    floats |= {"top_probs": final.new_zeros(*shape, top_k, dtype=_wide(final))}
-    floats |= {"target_probs": final.new_zeros(*shape, n_targets, dtype=_wide(final))}
+    floats = {name: final.new_full(shape, float("nan"), dtype=wide_dtype(final.dtype)) for name in _SCALARS}
+    floats |= {"top_probs": final.new_zeros(*shape, top_k, dtype=wide_dtype(final.dtype))}
+    floats |= {"target_probs": final.new_zeros(*shape, n_targets, dtype=wide_dtype(final.dtype))}
     ints = {name: targets.new_zeros(*shape, n) for name, n in (("top_ids", top_k), ("target_ranks", n_targets))}
     rows, ids = final.flatten(0, 1), targets.flatten(0, 1)
     flat = {place: state.flatten(0, 1) for place, state in states.items()}
@@ -170,13 +173,7 @@ def _check_numbers(log_probs: Tensor, reads: Reads, loop: int, index: int) -> No
         )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return x.dtype if x.element_size() >= 4 else torch.float32
-
-
 def _texts(model: LoopedModel, *ids: Tensor) -> dict[str, str]:
     """The text of every token id that occurs, by the id as text; a model without tokenizer shows ids."""
     seen = sorted({one for tensor in ids for one in tensor.unique().tolist() if one >= 0})
-    if model.tokenizer is None:
-        return {str(one): str(one) for one in seen}
-    return dict(zip(map(str, seen), model.to_str_tokens(torch.tensor(seen)), strict=True))
+    return dict(zip(map(str, seen), model.token_texts(torch.tensor(seen)), strict=True))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.numbers import first_met, met_from
 from tl_looped.engine.results import Result
 from tl_looped.lens.targets import target_name
 from tl_looped.viz.readout import PLACES, lens_heatmap, readout_heatmap
@@ -108,12 +109,9 @@ class LoopLensResult(Result):
         """
         right = (self.rank_trajectory(target) == 0) & self.real
         order = torch.tensor(self.loops).argsort()
-        right = right[order]
-        if stays:
-            right = right.flip(0).long().cumprod(0).bool().flip(0)
+        first = (met_from if stays else first_met)(right[order])
         loops = torch.tensor(self.loops, dtype=self.entropy.dtype)[order]
-        first = loops[right.long().argmax(0)]
-        return first.masked_fill(~right.any(0), float("nan"))
+        return loops[first.nan_to_num(0).long()].masked_fill(first.isnan(), float("nan"))
 
     def answer_flips(self) -> pd.DataFrame:
         """Every change of the top token between loops that follow one another among those read.

@@ -12,18 +12,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.numbers import first_met
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
 from tl_looped.generation import LoopEnd
 from tl_looped.lens.exits import (
+    AccelerationRule,
     EntropyRule,
     GateRule,
     KLRule,
     LatentRule,
     Meter,
-    SecondDifferenceRule,
     StableTopRule,
     ThresholdRule,
 )
@@ -33,7 +35,7 @@ from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.exits import exit_curves
 
 RULES: dict[str, type[ThresholdRule]] = {
-    rule.name: rule for rule in (GateRule, KLRule, LatentRule, SecondDifferenceRule, EntropyRule, StableTopRule)
+    rule.name: rule for rule in (GateRule, KLRule, LatentRule, AccelerationRule, EntropyRule, StableTopRule)
 }
 _THRESHOLDS = 24  # how many a curve has
 _LEAST = 1e-30  # as a threshold: one is above 0, a statistic may be 0
@@ -71,8 +73,7 @@ class ExitTrace(Result):
             InputError: the rule was not traced.
         """
         met = rule.met(self.statistics[self._index(rule.name)])
-        met[-1] = True
-        return met.int().argmax(0)
+        return first_met(met).nan_to_num(self.n_loops - 1).long()
 
     def cost(self, rule: ThresholdRule) -> dict[str, float]:
         """Means over tokens: "saved" (loops not run), "kl" (to the full run, nats), "agreement" (same top token)."""
@@ -179,8 +180,7 @@ class ExitCurves(Result):
         Raises:
             InputError: a share outside (0, 1].
         """
-        if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 < agreement <= 1:
-            raise InputError(f"agreement must be a share in (0, 1], got {agreement!r}.")
+        check_number("agreement", agreement, 0.0, 1.0, high_too=True)
         points = self.to_dataframe()
         points = points.loc[(points["agreement"] >= agreement) & (points["saved"] > 0)]
         points = points.sort_values(["saved", "kl"], ascending=[False, True], kind="stable")
@@ -217,7 +217,8 @@ def trace_exits(
     Raises:
         InputError: fewer than two loops, no rule, a rule that the model can't have, or a position that there is not.
     """
-    run = check_looped(model).batch(input, n_loops, **options)
+    check_eval(check_looped(model))
+    run = model.batch(input, n_loops, **options)
     if run.n_loops < 2 or run.start or not run.reads_out:
         raise InputError(f"exits need a whole run of at least two loops, got n_loops={run.n_loops}.")
     reads = choose_reads(model, run, "state", None, None, positions)

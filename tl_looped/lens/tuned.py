@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import fingerprint
+from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
 from tl_looped.lens.measures import kl_divergence, log_probs_of
 from tl_looped.lens.reads import LensSite, Reads, choose_reads, chunks, direct_input, read_states
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.tuned import lens_losses
 
 
@@ -139,12 +140,12 @@ def fit_tuned_lens(
     Source:
         Belrose et al. 2023, arXiv 2303.08112.
     """
+    check_eval(check_looped(model))
     train, rest = _split(texts, held_out)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         check_count(name, value)
     check_count("seed", seed, minimum=0)
-    if not 0 < learning_rate < math.inf:
-        raise InputError(f"learning_rate must be a finite number above 0, got {learning_rate!r}.")
+    check_number("learning_rate", learning_rate)
     fitter = _Fitter(model, n_loops, site, layers, per_loop, options)
     for part in (train, rest):
         fitter.prepare(part, slice(None))  # all input is checked before the first step
@@ -220,7 +221,7 @@ class _Fitter:
         probe = model.batch(torch.zeros(1, 1, dtype=torch.long), self.n_loops)
         self.layers = choose_reads(model, probe, site, None, self.asked, None).layers or (0,)
         shape = (self.n_loops if per_loop else 1, len(self.layers))
-        dtype = torch.promote_types(model.dtype, torch.float32)
+        dtype = wide_dtype(model.dtype)
         self.weight = torch.zeros(*shape, d, d, dtype=dtype, device=device, requires_grad=True)
         self.bias = torch.zeros(*shape, d, dtype=dtype, device=device, requires_grad=True)
 

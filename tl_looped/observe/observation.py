@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_protocol import TransformerLensModel
 from typing_extensions import Unpack
 
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import digest, weights_digest
@@ -80,8 +81,8 @@ def observe(
     check_count("batch_size", batch_size)
     kept = (per_token,) if isinstance(per_token, str) else tuple(per_token)
     chosen = check_measures(measures, kept)
-    if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
-        raise InputError("the model is in training mode, in which runs differ: call model.eval() first.")
+    if isinstance(model, torch.nn.Module):
+        check_eval(model)
     if isinstance(model, Engine):
         runner: Runner = LoopedRunner(model, model.prepare(prompts, n_loops, **options))
     else:

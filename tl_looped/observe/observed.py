@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, nearest
 from tl_looped.engine.files import check_output
+from tl_looped.engine.numbers import quantile
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, LoopSchedule
 from tl_looped.viz.curves import Group, grouped_curves
@@ -86,9 +88,7 @@ class Observed(Result):
         Raises:
             InputError: no such measure, or q out of range.
         """
-        if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 <= q <= 1:
-            raise InputError(f"q must be a number from 0 to 1, got {q!r}.")
-        return _quantile(self[name], q)
+        return quantile(self[name], check_number("q", q, 0.0, 1.0, low_too=True, high_too=True), dim=0)
 
     def by_loop(self, name: str) -> Float[Tensor, "loop *axes"]:
         """Mean over prompts by loop: [loop, *axes], or for what layers have [loop, layer, *axes] of the core.
@@ -198,7 +198,7 @@ class Observed(Result):
         prompts = int(self.done.sum())
         what = f"mean over {prompts} prompts" if prompts > 1 else "one prompt"
         what += "".join(f", {axis}s" for axis in rest)
-        quartiles = (_quantile(values, 0.25), _quantile(values, 0.75)) if prompts > 1 else None
+        quartiles = (quantile(values, 0.25, dim=0), quantile(values, 0.75, dim=0)) if prompts > 1 else None
         return grouped_curves(
             values.nanmean(0),
             LoopSchedule.looped(0, 1, 0, self.schedule.n_loops()) if over_loops else self.schedule,
@@ -210,11 +210,6 @@ class Observed(Result):
             band_name="quartiles over prompts",
             log=log,
         )
-
-
-def _quantile(values: Float[Tensor, "prompt place *axes"], q: float) -> Float[Tensor, "place *axes"]:
-    columns = values.unbind(1)  # torch's own takes no more than 16 million numbers at once
-    return torch.stack([column.nanquantile(q, dim=0) for column in columns])
 
 
 class Store:

@@ -129,9 +129,7 @@ class FeedforwardRunner:
         }
         for name, value in refused.items():
             if value is not None:
-                raise InputError(
-                    f"this model has no loops, so leave out {name}."
-                )
+                raise InputError(f"this model has no loops, so leave out {name}.")
         if isinstance(prompts, Runs):
             raise InputError("these runs were prepared by a looped model: pass the prompts themselves.")
         n_layers = check_count("the model's cfg.n_layers", getattr(model.cfg, "n_layers", None))

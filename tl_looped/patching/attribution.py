@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.numbers import wide
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
@@ -92,8 +93,7 @@ def attribution_sweep(
     grads: dict[str, Tensor] = {}
     for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
         for name, grad in _gradients(model, run, sites, metrics, source, fraction).items():
-            wide = torch.promote_types(grad.dtype, torch.float32)  # a sum of many steps
-            grads[name] = grads.get(name, 0) + grad.to(wide) / len(fractions)
+            grads[name] = grads.get(name, 0) + wide(grad) / len(fractions)  # a sum of many steps
     products = {
         one.name: _product(source.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites
     }

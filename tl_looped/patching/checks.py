@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.runs import Run
@@ -25,8 +26,7 @@ _SHARE = 0.5  # of the free memory that one batch may take
 
 def check_model(model: LoopedModel) -> None:
     """Raise for a model in training mode, or with hooks of its own."""
-    if any(module.training for module in model.modules()):
-        raise InputError("the model is in training mode: call model.eval() before patching.")
+    check_eval(model)
     hooked = [point.name for point in model.hook_dict.points() if point.handles()]
     if hooked:
         raise InputError(f"the model has hooks already, at {hooked[0]!r}: call model.reset_hooks() before patching.")

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import wide
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import HookSite
@@ -55,14 +57,29 @@ class Source:
         if self.cache is None:
             return
         missing = [name for name in names if name not in self.cache.cache_dict]
+        if missing and self.spreads and "query" in HookSite.parse(missing[0]).axes:
+            raise InputError(
+                f"this mean has no {missing[0]!r}: over all queries it would show early ones what comes after them. "
+                "Pass mean(..., per_position=True), with a names_filter that keeps it."
+            )
         if missing:
             raise InputError(
                 f"the source's cache has no {missing[0]!r} (and {len(missing) - 1} more that this call reads): "
                 "run it with a names_filter and loops that keep them."
             )
-        if run is not None:
-            for name in dict.fromkeys(names):
-                self._check_shape(name, *run.tokens.shape)
+        for name in dict.fromkeys(names) if run is not None else ():
+            self._check_shape(name, *run.tokens.shape)
+            if self.run is not None and "key" in HookSite.parse(name).axes:
+                self._check_sight(name, run)
+
+    def _check_sight(self, name: str, run: Run) -> None:
+        """Raise where a pattern would give queries of the patched run keys that they do not see, such as padding."""
+        theirs, ours = (one.visible.cpu() for one in (self.run or run, run))
+        if theirs.shape[-2:] != ours.shape[-2:] or not bool((theirs == ours).all()):
+            raise InputError(
+                f"in the source of {name!r} queries see other keys than in the patched prompts: take both without "
+                "padding, and with the same attention_mask."
+            )
 
     def _check_shape(self, name: str, batch: int, pos: int) -> None:
         wanted = {"batch": batch, "pos": pos, "query": pos, "key": pos}
@@ -76,7 +93,7 @@ class Source:
                 raise InputError(
                     f"the source's {name!r} has {size} along {axis!r}, the patched prompts {wanted[axis]}: take the "
                     f"source from {batch} prompts of {pos} tokens, without pos_slice or rows left out"
-                    f"{', or a mean with per_position=False' if self.spreads else ''}."
+                    f"{', or a mean with per_position=False' if self.spreads and 'query' not in axes else ''}."
                 )
 
 
@@ -128,23 +145,33 @@ def mean(
         reference: prompts of one length, as text or tokens [batch, pos].
         names_filter: which activations to keep, as in `run_with_cache`.
         n_loops, seed: of the reference runs; they must match the patched run's.
-        per_position: one mean for each position, for prompts as long as the patched one; else one over all positions.
+        per_position: one mean for each position, for prompts as long as the patched one; else one over all positions,
+            which patterns and scores do not have: a mean over queries would show early ones what comes after them.
 
     Raises:
-        InputError: the prompts differ in length, so positions do not correspond.
+        InputError: a model in training mode, prompts that differ in length, so positions do not correspond; where it is
+            used, a site that it does not have.
     """
+    check_eval(model)
     run = model.batch(reference, n_loops, seed=seed)
     if not bool(run.attention_mask.all()):
         raise InputError("the reference prompts differ in length, so their positions do not correspond.")
     with torch.no_grad():
-        _, cache = model.run_with_cache(run.tokens, n_loops, seed=seed, names_filter=names_filter)
+        _, cache = model.run_with_cache(
+            run.tokens, n_loops, seed=seed, names_filter=names_filter, attention_mask=run.attention_mask
+        )
     means = {}
     for name, tensor in cache.cache_dict.items():
-        average = tensor.mean(0, keepdim=True)
-        means[name] = average if per_position else average.mean(HookSite.parse(name).pos_axis, keepdim=True)
+        site = HookSite.parse(name)
+        if per_position:
+            means[name] = wide(tensor).mean(0, keepdim=True)
+        elif "query" not in site.axes:
+            means[name] = wide(tensor).mean((0, site.pos_axis), keepdim=True)
 
     def give(site: HookSite, x: Tensor) -> Tensor:
+        source.require([site.name])
         return means[site.name].to(x).expand_as(x)
 
     kept = LoopedCache(means, model, cache.run)
-    return Source("mean", give, cache.run, kept, spreads=True, constant=True)
+    source = Source("mean", give, cache.run, kept, spreads=True, constant=True)
+    return source

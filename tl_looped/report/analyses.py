@@ -19,6 +19,7 @@ from tl_looped.dynamics import (
     loop_cycle,
     trajectory,
 )
+from tl_looped.engine.numbers import median
 from tl_looped.model import LoopedModel
 from tl_looped.observe import collect
 from tl_looped.observe.observed import Observed
@@ -100,7 +101,7 @@ def _verdicts(verdict: Convergence) -> str:
     items = []
     for layer in range(verdict.converged.shape[0]):
         share = verdict.converged[layer].nanmean()
-        loop, rate = verdict.loop[layer].nanmedian(), verdict.rate[layer].nanmedian()
+        loop, rate = median(verdict.loop[layer]), median(verdict.rate[layer])
         speed = (
             f"; median first loop within {verdict.tolerance:g}: {float(loop):.0f}, median factor a loop: "
             f"{float(rate.exp()):.3f}"

@@ -11,9 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.numbers import cosine, length, ratio
 from tl_looped.engine.runs import DEFAULT_SEED, Run
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.lens import entropy, kl_divergence
@@ -125,6 +127,7 @@ def collect(
     Raises:
         InputError: a prompt that the model can't read, an answer that is not one token, or a bad loop count or seed.
     """
+    check_eval(model)
     if model.cfg.random_state and seed is None:
         seed = DEFAULT_SEED
     asked = [(prompt, *_prepare(model, prompt, n_loops, seed)) for prompt in prompts]
@@ -189,8 +192,8 @@ def _read(model: LoopedModel, prompt: Prompt, run: Run, answer: int | None, entr
     return Reading(
         prompt=prompt,
         token_ids=tuple(run.tokens[0].tolist()),
-        tokens=tuple(token_texts(model, run.tokens[0].tolist())),
-        answer=token_texts(model, [tracked])[0],
+        tokens=model.token_texts(run.tokens[0]),
+        answer=model.token_texts(torch.tensor([tracked]))[0],
         answer_id=tracked,
         answer_given=answer is not None,
         initial_state=str(run.describe()["initial_state"]),
@@ -231,8 +234,8 @@ class LoopMeter:
     def measure(self, state: Float[Tensor, "1 pos d_model"], hook: LoopHookPoint) -> None:
         """A hook on the state that leaves a loop."""
         x, before = state[0].float(), self.state
-        self._keep("step", (x - before).norm(dim=-1) / x.norm(dim=-1))
-        self._keep("cosine", (x * before).sum(-1) / (x.norm(dim=-1) * before.norm(dim=-1)))
+        self._keep("step", ratio(length(x - before), length(x)))
+        self._keep("cosine", cosine(x, before))
         self.state = x
         logits = self.model.readout(state, self.run.tokens)[0, -READ_POSITIONS:].float()
         log_probs = logits.log_softmax(-1)
@@ -244,7 +247,7 @@ class LoopMeter:
         top = probs.topk(min(TOP, probs.shape[-1]))
         self._keep("top_probs", top.values)
         self._keep("top_ids", top.indices)
-        self.top_tokens.append(tuple(tuple(token_texts(self.model, ids)) for ids in top.indices.tolist()))
+        self.top_tokens.append(tuple(token_texts(self.model, ids) for ids in top.indices))
         self.bar.update()
 
     def _keep(self, name: str, value: Tensor) -> None:
@@ -253,13 +256,6 @@ class LoopMeter:
     def result(self) -> dict[str, Any]:
         """The measures by name, stacked over loops."""
         return {name: torch.stack(rows) for name, rows in self.rows.items()} | {"top_tokens": tuple(self.top_tokens)}
-
-
-def token_texts(model: LoopedModel, ids: Sequence[int]) -> list[str]:
-    """The text of each token; for a model without tokenizer, its id."""
-    if model.tokenizer is None:
-        return [str(token) for token in ids]
-    return model.to_str_tokens(torch.tensor(ids))
 
 
 def choose_attention(cfg: LoopedConfig, n_loops: int, n_pos: int, entries: int) -> tuple[Sites, str]:

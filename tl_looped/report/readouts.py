@@ -150,7 +150,7 @@ def exits_section(model: LoopedModel, data: ReportData) -> Section:
         "When it could stop",
         "<p>A token need not run all loops. A rule looks at it after every loop, and stops it when a number passes a "
         "threshold: when the read-out (KL) or the state (latent difference) hardly changes any more, when the state’s "
-        "steps hardly change their length (second difference), when the read-out is sure (entropy), or when its top "
+        "steps hardly change any more (acceleration), when the read-out is sure (entropy), or when its top "
         "token has stayed the same for some loops. Where a model has an exit gate, that is a rule too. Every rule was "
         f"tried with many thresholds on {curves.n_tokens} tokens of all prompts; on others a threshold that was chosen "
         "here may cost more.</p>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.numbers import median
 from tl_looped.report.data import Reading, ReportData
 from tl_looped.viz import show_token
 
@@ -111,8 +112,7 @@ def answer_in_words(reading: Reading) -> str:
 def convergence_in_words(reading: Reading) -> str:
     """How much the last loop still moves the state at the last position, and at the median position."""
     steps = reading.step[:, -1].tolist()
-    here, median = steps[-1], float(reading.step[-1].nanmedian())
-    middle = f"the median position {percent(median)}"
+    here, middle = steps[-1], f"the median position {percent(float(median(reading.step[-1])))}"
     if here < 1e-3:
         moves = f"The state at the last position has all but stopped: the last loop moves it by {percent(here)} of its "
         moves += f"length, {middle}."

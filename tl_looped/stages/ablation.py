@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.attention.stability import one_prompt
+from tl_looped.engine.checks import check_eval, check_finite, check_number, check_one_prompt, check_whole_run
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import median, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
@@ -36,7 +36,7 @@ def activation_ratios(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor
     With TransformerLens: `activation_ratios(cache["resid_post", layer])`. NaN or infinite where the median is zero.
     """
     size = wide(resid).abs()
-    return size / size.flatten(-2).median(-1).values[..., None, None]
+    return size / median(size.flatten(-2))[..., None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,19 +129,20 @@ def massive_activations(
     Source:
         Sun et al. 2024, arXiv 2402.17762 (above 100, and about 1000 times the median); arXiv 2604.11791.
     """
-    run = one_prompt(model, prompt, n_loops, options, loops=1, tokens=1)
+    check_eval(check_looped(model))
+    run = model.prepare(prompt, n_loops, **options)
+    check_whole_run(run, loops=1)
+    check_one_prompt(run)
     check_count("top", top)
     for name, value in (("min_size", min_size), ("min_ratio", min_ratio)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise InputError(f"{name} must be a number of at least 0, got {value!r}.")
+        check_number(name, value, low_too=True)
     schedule = model.cfg.schedule(run.n_loops)
     largest = torch.full((schedule.depth,), math.nan, dtype=torch.float64)
     best: dict[tuple[int, int], tuple[float, int, float]] = {}  # (pos, dim): ratio, depth, size
     first: dict[tuple[int, int], int] = {}
 
     def look(x: Tensor, hook: LoopHookPoint) -> None:
-        if not bool(x.isfinite().all()):
-            raise InputError(f"{hook.name!r} holds NaN or infinity: the state is not finite from there on.")
+        check_finite(x[0], (f"{hook.name!r}, position",))
         ratios = activation_ratios(x)[0]
         depth = schedule.realised_depth(hook.site.stack or CORE, hook.layer(), hook.loop)
         found = ratios.flatten().topk(min(top, ratios.numel()))

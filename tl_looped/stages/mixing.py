@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.checks import check_floats, check_number
+from tl_looped.engine.errors import resolve_index
 
 
 def colsum_concentration(pattern: Float[Tensor, "*dims query key"]) -> Float[Tensor, "*dims"]:
@@ -86,10 +87,8 @@ def sink_rate(
     Source:
         arXiv 2604.11791, sink rate with threshold 0.3.
     """
-    if pattern.ndim < 3:
-        raise InputError(f"pattern must be [..., head, query, key], got shape {tuple(pattern.shape)}.")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise InputError(f"threshold must be a number from 0 to 1, got {threshold!r}.")
+    check_floats(pattern, "pattern", "[..., head, query, key]", 3)
+    check_number("threshold", threshold, 0.0, 1.0, low_too=True, high_too=True)
     score = sink_score(pattern, key)
     rate = (score >= threshold).to(score.dtype).mean(-1)
     return torch.where(score.isnan().any(-1), math.nan, rate)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
@@ -200,8 +201,7 @@ def neuron_shares(
         Gurnee et al. 2024, arXiv 2401.12181 (kurtosis above 10, by the sign of the skew); arXiv 2604.11791.
     """
     for name, value in (("min_kurtosis", min_kurtosis), ("min_skew", min_skew)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise InputError(f"{name} must be a number of at least 0, got {value!r}.")
+        check_number(name, value, low_too=True)
     most = largest_kurtosis(check_looped(model).cfg.d_vocab)
     if min_kurtosis >= most:
         raise InputError(
@@ -237,5 +237,4 @@ def _directions(block: Block, fold: bool) -> Float[Tensor, "d_mlp d_model"]:
 
 
 def _scaled(weight: Tensor, by: Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide) * by.to(wide)
+    return wide(weight) * wide(by)

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.engine.errors import InputError
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.checks import check_finite, check_floats
+from tl_looped.engine.numbers import length, wide
 
 
 def matrix_entropy(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor, "*dims"]:
@@ -58,17 +58,10 @@ def residual_magnitude(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tenso
     Source:
         arXiv 2604.11791, residual magnitude.
     """
-    x = _checked(resid)
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    if bool(norm.isfinite().all()):
-        return norm
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).to(x.dtype)  # squares overflow before norms do
+    return length(_checked(resid))
 
 
 def _checked(resid: Tensor) -> Tensor:
     """The stream in float32 at least."""
-    if not resid.is_floating_point() or resid.ndim < 2 or resid.numel() == 0:
-        raise InputError(f"resid must be floats [..., pos, d_model], got {resid.dtype} {tuple(resid.shape)}.")
-    if not bool(resid.isfinite().all()):
-        raise InputError("the residual stream holds NaN or infinity: look for the layer and loop where that begins.")
+    check_finite(check_floats(resid, "resid", "[..., pos, d_model]", 2))
     return wide(resid)

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import median, quantile
 from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.patching import EFFECT_SCALE
 from tl_looped.viz.style import (
@@ -88,9 +89,7 @@ def convergence_curves(
         InputError: no distance above zero.
     """
     n_loops, n_layers, n_tokens = distances.shape
-    quantiles = distances.new_tensor([0.1, 0.5, 0.9])
-    # Loop by loop, as torch takes no more than 16 million numbers at once.
-    low, median, high = torch.stack([one.nanquantile(quantiles, dim=1) for one in distances], dim=1)
+    low, middle, high = (quantile(distances, q) for q in (0.1, 0.5, 0.9))
     shown = _positive(low, high, what="distances")
     colors, loops, fig = layer_colors(n_layers) if layered else [BLUE], list(range(n_loops)), go.Figure()
     for layer in range(n_layers):
@@ -105,7 +104,7 @@ def convergence_curves(
         fig.add_trace(
             go.Scatter(
                 x=loops,
-                y=_gaps(median[:, layer]),
+                y=_gaps(middle[:, layer]),
                 name=f"{name}: {verdict}",
                 mode="lines+markers",
                 line={"color": colors[layer], "width": 2},
@@ -347,7 +346,7 @@ def path_curves(
     main = [("last position", distances[:, -1], {"color": BLUE, "width": 2.5})]
     if n_positions > 1:
         dashed = {"color": ORANGE, "width": 2.5, "dash": "dash"}
-        main.append(("median over positions", distances.nanmedian(1).values, dashed))
+        main.append(("median over positions", median(distances, 1), dashed))
     for name, curve, line in main:
         hover = f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>"
         fig.add_trace(go.Scatter(x=loops, y=_gaps(curve), name=name, mode="lines", line=line, hovertemplate=hover))

@@ -13,7 +13,7 @@ _LOOKS = {
     "gate": (DARK_BLUE, "x"),
     "KL": (BLUE, "circle"),
     "latent difference": (ORANGE, "diamond"),
-    "second difference": (GREEN, "square"),
+    "acceleration": (GREEN, "square"),
     "entropy": (PINK, "triangle-up"),
     "stable top token": (INK, "cross"),
 }

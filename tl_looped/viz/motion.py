@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import median
 from tl_looped.viz.style import BLUE, ORANGE, base_layout, curve_axes, loop_axis, numbers, plotly_text
 
 
@@ -34,7 +35,7 @@ def motion_curves(step: Float[Tensor, "loop pos"], angle: Float[Tensor, "loop po
     for column, (values, unit) in enumerate(((shown, "relative L2"), (angle, "radians")), start=1):
         curves = (("last position", values[:, -1], BLUE, "solid"),)
         if values.shape[1] > 1:
-            curves += (("median over positions", values.nanmedian(1).values, ORANGE, "dash"),)
+            curves += (("median over positions", median(values, 1), ORANGE, "dash"),)
         for name, curve, color, dash in curves:
             fig.add_trace(
                 go.Scatter(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from tl_looped.engine.numbers import median
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -70,7 +71,7 @@ def state_convergence(
                 "median over positions",
                 {"color": ORANGE, "dash": "dash"},
                 "diamond",
-                numbers(values.nanmedian(1).values),
+                numbers(median(values, 1)),
             ),
             ("last position", {"color": BLUE}, "circle", by_position[-1]),
         ):

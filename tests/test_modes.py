@@ -1,0 +1,78 @@
+"""In training mode a drawn state is another one in every run: every analysis that runs a model refuses first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import TINY, make, tokens_for
+from torch import Tensor
+
+from tl_looped import InputError, LoopedModel
+from tl_looped.attention import attention_bound, attention_stability
+from tl_looped.dynamics import (
+    STEP,
+    limit_behaviour,
+    loop_convergence,
+    loop_cycle,
+    loop_jacobian_spectrum,
+    loop_motion,
+    loop_similarity,
+    path_independence,
+    trajectory,
+)
+from tl_looped.lens import fit_tuned_lens, loop_agreement, loop_lens, trace_exits, view_prompt
+from tl_looped.observe import observe
+from tl_looped.patching import Receiver, Sender, attribution_sweep, mean, patch_sweep, path_patch, zero
+from tl_looped.report.data import observe as read_prompts
+from tl_looped.report.prompts import Prompt
+from tl_looped.stages import ablation_effect, massive_activations
+
+Call = Callable[[LoopedModel, Tensor], Any]
+
+
+def total(logits: Tensor) -> Tensor:
+    return logits.sum()
+
+
+def path(model: LoopedModel, tokens: Tensor) -> Any:
+    _, cache = model.run_with_cache(tokens)
+    return path_patch(model, tokens, cache, total, Sender(0, 0, "mlp"), [Receiver("readout")])
+
+
+ANALYSES: list[Call] = [
+    attention_bound,
+    attention_stability,
+    limit_behaviour,
+    loop_convergence,
+    loop_cycle,
+    loop_jacobian_spectrum,
+    loop_motion,
+    loop_similarity,
+    lambda model, tokens: path_independence(model, tokens, seeds=[0, 1]),
+    trajectory,
+    lambda model, tokens: fit_tuned_lens(model, tokens.expand(5, -1), steps=1),
+    loop_agreement,
+    loop_lens,
+    trace_exits,
+    view_prompt,
+    lambda model, tokens: observe(model, tokens, measures=[STEP]),
+    lambda model, tokens: attribution_sweep(model, tokens, zero(), total),
+    mean,
+    lambda model, tokens: patch_sweep(model, tokens, zero(), total),
+    path,
+    lambda model, tokens: read_prompts(model, [Prompt(text=None, token_ids=tuple(tokens[0].tolist()))]),
+    lambda model, tokens: ablation_effect(model, tokens, 0),
+    massive_activations,
+]
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize("part", ["", "transformer.blocks.0"])
+def test_training_mode_is_refused(analysis: Call, part: str) -> None:
+    model = make(**TINY["huginn"])
+    torch.nn.Module.get_submodule(model, part).train()
+    with pytest.raises(InputError, match=r"the model is in training mode: call model.eval\(\) first"):
+        analysis(model, tokens_for(model, batch=1))
