@@ -215,7 +215,7 @@ def test_a_study_is_kept_in_a_file(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"n_loops": 15}, "n_loops must be at least 16, got 15"),
         ({"initialisations": ["zeros"]}, "initialisations must be of .*, got 'zeros'"),
-        ({"tolerance": 0}, "tolerance must be a number above 0"),
+        ({"tolerance": 0}, "tolerance must be a finite number above 0"),
         ({"share": 1.5}, "share must be a number above 0 and at most 1"),
     ],
 )
