@@ -343,7 +343,7 @@ def run(**options: Any) -> AttentionStability:
         ({"stop_at_loop": 2}, "leave out start_at_loop and stop_at_loop"),
         ({"position": 5}, "position 5 is out of range"),
         ({"tolerance": -0.1}, "tolerance must be a finite number of at least 0, got -0.1"),
-        ({"tolerance": NAN}, "tolerance must be a number"),
+        ({"tolerance": NAN}, "tolerance must be a finite number"),
     ],
 )
 def test_what_stability_refuses_before_it_runs(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
