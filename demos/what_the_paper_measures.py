@@ -59,16 +59,16 @@ def rest(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
     ends = observe(model, prompts, LOOPS, measures=measures, per_token=kept)
     verdict, limits = convergence_of(ends), limits_of(ends)
     for layer in range(model.cfg.n_core):
-        share, loop = verdict.converged[layer].nanmean(), verdict.loop[layer].nanmedian()
+        share, loop = verdict.converged[layer].nanmean(), verdict.loop[layer].nanquantile(0.5)
         line = f"  core layer {layer}: {share:.1%} of tokens come to rest"
         if share > 0:
-            factor = verdict.rate[layer].nanmedian().exp()
+            factor = verdict.rate[layer].nanquantile(0.5).exp()
             line += f", at loop {loop:.0f} (median), by a factor of {factor:.3f} a loop (median)"
         shares = ", ".join(f"{name} {value:.1%}" for name, value in limits.shares(layer).items() if value)
         print(f"{line}; limit of directions: {shares}")
     cycle = loop_cycle(model, prompts, LOOPS, progress=False)
     smallest = cycle.smallest[~cycle.smallest.isnan()]
-    cosine = f" (smallest cosine, median over tokens: {smallest.median():.3f})" if len(smallest) else ""
+    cosine = f" (smallest cosine, median over tokens: {smallest.quantile(0.5):.3f})" if len(smallest) else ""
     print(f"  fixed points of the layers: {cycle.verdict()}{cosine}")
     spectrum = loop_jacobian_spectrum(model, prompts[0], k=4)
     print(f"  spectral radius of the loop at the end of the first prompt: {spectrum.radius:.3f}")

@@ -1,5 +1,6 @@
 """Attention stability: each distance against a closed form and against loops over single numbers."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,23 @@ def test_distances_against_loops_over_single_numbers():
                 assert float(variation[i, j, row]) == pytest.approx(slow_variation(a[i, j], b[i, j], row), abs=1e-12)
     torch.testing.assert_close(mean_total_variation(a, b), variation.mean(-1))
     torch.testing.assert_close(pattern_distance(a, b, "relative") * torch.linalg.matrix_norm(b), distance)
+
+
+def test_some_queries_are_normalised_by_their_number():
+    a, b = (torch.eye(5)[keys] for keys in ([0, 1], [2, 3]))  # 2 queries, 5 keys, and no key in common
+    assert pattern_distance(a, b, "normalised").item() == pytest.approx(1.0)
+    assert pattern_distance(a[:1], b[:1], "normalised").item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("function", [pattern_distance, mean_total_variation])
+@pytest.mark.parametrize("batch", [(2,), (2, 3), (2, 3, 4)])
+def test_axes_in_front_are_patterns_of_their_own(function: Any, batch: tuple[int, ...]):
+    a, b = patterns(*batch, 5, 6), patterns(*batch, 5, 6, seed=1)
+    found = function(a, b)
+    assert found.shape == batch
+    for place in itertools.product(*map(range, batch)):
+        assert found[place].item() == pytest.approx(function(a[place], b[place]).item())
+    assert torch.allclose(stability_score(a), 1 - mean_total_variation(a[1:], a[:-1]).mean(0))
 
 
 def test_a_single_key_is_no_number():
@@ -325,7 +343,7 @@ def run(**options: Any) -> AttentionStability:
         ({"stop_at_loop": 2}, "leave out start_at_loop and stop_at_loop"),
         ({"position": 5}, "position 5 is out of range"),
         ({"tolerance": -0.1}, "tolerance must be a finite number of at least 0, got -0.1"),
-        ({"tolerance": NAN}, "tolerance must be a number"),
+        ({"tolerance": NAN}, "tolerance must be a finite number"),
     ],
 )
 def test_what_stability_refuses_before_it_runs(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Verdict, loop and rate of convergence: linear maps with known rates, rotations, drifts, models."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,81 @@ def test_rounding_noise_and_a_transient_do_not_bend_the_rate():
     assert int(found.fit_stop) < 40
 
 
+# The rate's error.
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.7, 0.8, 0.9, 0.94])
+@pytest.mark.parametrize("loops", [32, 64, 128])
+def test_the_error_covers_that_the_end_is_not_the_fixed_point(rate: float, loops: int):
+    """x_t = r^t v, so the distance to x_T is r^t − r^T, and the line's bias is known."""
+    t = torch.arange(loops, dtype=torch.float64)
+    distances = rate**t - rate ** (loops - 1)
+    found = convergence(distances)
+    if found.rate.isnan():
+        assert rate ** (0.75 * loops) > 1e-3  # too slow for so few loops
+        return
+    start, stop = int(found.fit_start), int(found.fit_stop)
+    weights = t[start:stop] - t[start:stop].mean()
+    weights /= weights.square().sum()
+    left = rate ** (loops - 1 - t[start:stop])
+    bias = float(weights @ torch.log1p(-left))
+    assert found.rate.item() == pytest.approx(math.log(rate) + bias, abs=1e-12)
+    assert abs(bias) <= found.rate_error.item() < 0.5 * -math.log(rate)
+    turned = float(weights.abs() @ -torch.log1p(-(found.rate * (loops - 1 - t[start:stop])).exp()))
+    assert turned <= (1 + 1e-9) * found.rate_error.item()
+    offset = distances.clone()
+    offset[-1] = 1e-300  # as of a fixed point that is known: then nothing is left over at the end
+    assert convergence(offset).rate_error.item() ** 2 == pytest.approx(found.rate_error.item() ** 2 - turned**2)
+
+
+def contraction(kind: str, rate: float, dim: int) -> torch.Tensor:
+    """A random matrix with spectral radius `rate`."""
+    if kind == "normal":
+        matrix = torch.randn(dim, dim, dtype=torch.float64)
+        return matrix * rate / torch.linalg.eigvals(matrix).abs().max()
+    basis, _ = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+    if kind == "rotation":
+        return rate * basis
+    low = {"shrinking": 0.0, "swinging": -rate, "alone": -rate / 2}[kind]
+    values = low + (rate / 2 - low if kind == "alone" else rate - low) * torch.rand(dim, dtype=torch.float64)
+    values[0] = rate
+    return basis @ torch.diag(values) @ basis.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["rotation", "alone", "shrinking", "swinging", "normal"])
+def test_two_errors_cover_the_rate(kind: str, dtype: torch.dtype):
+    within, asked = [], 0
+    cases = itertools.product((0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99), (32, 64, 128), (1, 2, 8, 64), range(4))
+    for rate, loops, dim, _ in cases:
+        matrix, offset = contraction(kind, rate, dim), torch.randn(dim, dtype=torch.float64)
+        found = convergence(to_end(iterate(matrix, offset, loops).to(dtype)))
+        asked += 1
+        if not found.rate.isnan():
+            within.append(abs(found.rate.item() - math.log(rate)) <= 2 * found.rate_error.item())
+    assert len(within) > 0.6 * asked and sum(within) >= 0.9 * len(within)
+
+
+def test_the_error_of_scatter_is_the_slopes():
+    """Not the intercept's, which is many times as large where the fitted loops are far from loop 0."""
+    t = torch.arange(256, dtype=torch.float64)
+    distances = torch.exp(-0.1 * t + 0.2 * torch.randn(256, dtype=torch.float64))
+    found = convergence(distances)
+    start, stop = int(found.fit_start), int(found.fit_stop)
+    x, y = t[start:stop] - t[start:stop].mean(), distances[start:stop].log()
+    rest = y - y.mean() - (x @ y) / x.square().sum() * x
+    error = float((rest.square().sum() / (len(x) - 2) / x.square().sum()).sqrt())
+    assert found.rate_error.item() == pytest.approx(error, rel=1e-6)
+    assert abs(found.rate.item() + 0.1) < 3 * error
+
+
+def test_a_rate_that_is_all_error_is_none():
+    t = torch.arange(64, dtype=torch.float64)
+    distances = torch.exp(-0.001 * t) + 0.5 * (-1.0) ** t
+    distances[40:] = 0
+    assert convergence(distances).rate.isnan() and convergence(distances).rate_error.isnan()
+
+
 @pytest.mark.parametrize(("held", "verdict"), [(3, 0.0), (4, 1.0)])
 def test_the_tolerance_must_hold_for_a_share_of_the_loops(held: int, verdict: float):
     distances = torch.tensor([1.0] * (16 - held) + [1e-3] * held)
@@ -143,7 +219,7 @@ def test_series_are_judged_one_by_one():
         (lambda d: d / 0, {}, r"distances is infinite at loop 0, series \(0,\)"),
         (lambda d: torch.where(torch.arange(8)[:, None] == 3, float("nan"), d), {}, r"NaN at loop 3, series \(0,\)"),
         (lambda d: d, {"tolerance": 0}, "tolerance must be a finite number above 0, got 0"),
-        (lambda d: d, {"tolerance": math.nan}, "tolerance must be a number above 0"),
+        (lambda d: d, {"tolerance": math.nan}, "tolerance must be a finite number above 0"),
         (lambda d: d, {"hold": 1.5}, "hold must be a number above 0 and at most 1, got 1.5"),
         (lambda d: d, {"axes": ("token", "token")}, "axes must name the 1 axes behind the loop"),
     ],
@@ -204,7 +280,7 @@ def test_a_model_must_have_loops_to_compare(as_a_user: None):
     model: Any = helpers.tiny("llama")
     with pytest.raises(InputError, match="n_loops must be at least 2, got 1"):
         loop_convergence(model, PROMPTS, 1)
-    with pytest.raises(InputError, match="tolerance must be a number above 0"):
+    with pytest.raises(InputError, match="tolerance must be a finite number above 0"):
         loop_convergence(model, PROMPTS, tolerance=-1)
     with pytest.raises(InputError, match="a str has no loops to compare: pass a LoopedModel"):
         loop_convergence("model", PROMPTS)  # pyright: ignore[reportArgumentType]
@@ -229,7 +305,7 @@ def test_the_figure_shows_every_layer_and_the_tolerance(family: str):
     found = loop_convergence(helpers.tiny(family), PROMPTS, 8, tolerance=0.05, progress=False)
     fig = found.plot()
     lines = [trace for trace in fig.data if trace.mode == "lines+markers"]
-    median = found.distances.nanmedian(2).values
+    median = found.distances.nanquantile(0.5, dim=2)
     for layer, trace in enumerate(lines):
         assert trace.name == f"layer {layer}: {int(found.converged[layer].sum())} of 11 converged"
         assert trace.y[-1] is None  # zero has no place on a logarithmic axis

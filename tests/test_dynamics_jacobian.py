@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.dynamics import JacobianSpectrum, loop_convergence, loop_jacobian_spectrum
+from tl_looped.dynamics import JacobianSpectrum, jacobian, loop_convergence, loop_jacobian_spectrum
 
 
 def settling(state: float = 0.2) -> LoopedModel:
@@ -131,6 +131,20 @@ def test_repeats_and_works_whatever_the_gradient_mode():
         state = model(tokens, 4, stop_at_loop=3)
         assert torch.allclose(one.real, loop_jacobian_spectrum(model, tokens, 4, state=state).real)
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+def test_the_residual_is_relative_to_the_eigenvalue(factor: float, monkeypatch: pytest.MonkeyPatch):
+    """Of a value and a vector that are no eigenpair, by hand."""
+    model = settling()
+    tokens = helpers.tokens_for(model, batch=1, pos=2)
+    vector = np.random.default_rng(0).standard_normal(32) + 1j
+    value = factor * (0.3 + 0.4j)
+    monkeypatch.setattr(jacobian, "_arnoldi", lambda *_: (np.array([value]), vector[:, None]))
+    found = loop_jacobian_spectrum(model, tokens, 3, k=1)
+    matrix = dense(model, tokens, model(tokens, 3, stop_at_loop=2).detach(), 2)
+    missed = np.linalg.norm(matrix.T @ vector - value * vector)
+    assert found.residual.item() == pytest.approx(missed / (0.5 * factor * np.linalg.norm(vector)), rel=1e-9)
 
 
 def test_float32_is_good_to_its_rounding():

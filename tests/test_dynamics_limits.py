@@ -103,6 +103,16 @@ def test_steady_drifts_are_sliders(loops: int):
     assert judge(rotation(4.5 * loops, loops, 5.0))[0] == SLIDER  # of which the window shows a sixth
 
 
+def test_a_slider_goes_on_over_the_last_quarter():
+    """One that stops there has moved over the last half, but no longer does."""
+    loops = 32
+    for stops, label in ((6, UNKNOWN), (3, SLIDER)):  # of the window's 23 steps, the last quarter is 6
+        speed = torch.full((loops - 1,), 0.1, dtype=torch.float64)
+        speed[-stops:] = 0.002
+        left = torch.cat((speed.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)))
+        assert classify_limits(left.cos())[0].item() == label
+
+
 @LOOPS
 def test_a_direction_that_comes_to_rest_is_a_fixed_point_though_the_state_grows(loops: int):
     assert judge(line(1.0, loops))[0] == FIXED

@@ -344,8 +344,16 @@ def test_a_rule_of_ones_own_can_be_traced() -> None:
 @pytest.mark.parametrize(
     ("rule", "threshold", "message"),
     [
-        (GateRule, 1.5, r"gate: the threshold .* must be a number above 0 and at most 1, got 1.5"),
-        (GateRule, 0.0, "gate: the threshold .cumulative exit probability. must be a finite number above 0, got 0.0"),
+        (
+            GateRule,
+            1.5,
+            r"gate: the threshold .cumulative .* must be a number above 0 and at most 1, got 1.5",
+        ),
+        (
+            GateRule,
+            0.0,
+            "gate: the threshold .cumulative .* must be a number above 0 and at most 1, got 0.0",
+        ),
         (KLRule, -0.1, "KL: the threshold .nats. must be a finite number above 0, got -0.1"),
         (KLRule, float("inf"), "KL: the threshold .nats. must be a finite number above 0, got inf"),
         (LatentRule, NAN, "latent difference: the threshold .relative L2. must be a finite number above 0, got nan"),

@@ -68,6 +68,16 @@ def test_the_same_function_made_twice(make_one: Callable[[float], Any]) -> None:
     assert identity(make_one(0.1)) == identity(make_one(0.1)) != identity(make_one(0.2))
 
 
+def test_a_keyword_only_default_counts() -> None:
+    def made(value: float) -> Callable[..., Tensor]:
+        def measure(x: Tensor, *, by: float = value) -> Tensor:
+            return x * by
+
+        return measure
+
+    assert identity(made(0.1)) == identity(made(0.1)) != identity(made(0.2))
+
+
 def test_what_can_not_be_looked_into_has_its_class() -> None:
     assert identity(closed(object())) == identity(closed(object()))
     assert identity(torch.nn.Linear(2, 2)) == "torch.nn.modules.linear.Linear"

@@ -80,6 +80,12 @@ def test_quantiles_of_more_numbers_than_torch_takes() -> None:
     assert quantile(x, 0.25).item() == (2**24 + 1) / 4 and median(x).item() == (2**24 + 1) / 2
 
 
+def test_numbers_that_share_memory_have_a_median() -> None:
+    x = torch.randn(2, 1, 4).expand(2, 3, 4)
+    for found in (median(x, 1), quantile(x, 0.5, 1), quantile(x, 0.2, 1)):
+        assert torch.equal(found, x[:, 0])
+
+
 CONDITIONS = {  # -> loops held to the end, from which on, first
     (True, True, True): (3, 0.0, 0.0),
     (False, True, True): (2, 1.0, 1.0),

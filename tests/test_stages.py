@@ -1,5 +1,6 @@
 """Stages of inference: each measure against a closed form, against loops over single numbers, and on models."""
 
+import itertools
 import math
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_against_loops_over_single_numbers():
             for ours, theirs in zip(found, slow(patterns[i, head], 2), strict=True):
                 assert ours.shape == (2, 3)
                 assert float(ours[i, head]) == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("function", PATTERN_FUNCTIONS)
+@pytest.mark.parametrize("batch", [(2,), (2, 3), (2, 3, 4)])
+def test_axes_in_front_are_patterns_of_their_own(function: Any, batch: tuple[int, ...]):
+    pattern = torch.rand(*batch, 5, 6, dtype=torch.float64)
+    pattern /= pattern.sum(-1, keepdim=True)
+    found = function(pattern)
+    assert found.shape == batch
+    for place in itertools.product(*map(range, batch)):
+        assert found[place].item() == pytest.approx(function(pattern[place]).item())
 
 
 def test_some_queries_of_a_pattern():

@@ -157,8 +157,8 @@ def test_tables_figure_and_file(tmp_path: Path):
     ("options", "message"),
     [
         ({"min_kurtosis": -1.0}, "min_kurtosis must be a finite number of at least 0, got -1.0"),
-        ({"min_skew": float("nan")}, "min_skew must be a number"),
-        ({"min_kurtosis": True}, "min_kurtosis must be a number"),
+        ({"min_skew": float("nan")}, "min_skew must be a finite number"),
+        ({"min_kurtosis": True}, "min_kurtosis must be a finite number"),
         ({"min_kurtosis": 40.0}, "with 24 tokens no neuron's kurtosis exceeds 22.*pass a smaller min_kurtosis"),
     ],
 )

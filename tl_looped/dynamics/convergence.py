@@ -31,8 +31,11 @@ CLEAR = 20.0
 """A distance enters the fit where it is so many times what remains in the end: the end then stands for the fixed point
 to within 5 %, and rounding noise is as small beside it."""
 
-_FEWEST = 3  # points for a line and its error
+_FEWEST = 4  # points for a line, its error and its bend
+_SCATTER = 12  # points that tell scatter from a bend
 _TAIL = 0.25  # share of the loops, at the end, that says what remains
+_DRIFT = 5.0  # where the spectrum is dense, the slope goes on for some more drifts like that over the fitted loops
+_NO_FIT = (math.nan, math.nan, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +52,8 @@ class Convergence(Result):
         converged: 1.0 where it converged, 0.0 where it did not.
         loop: the first loop from which on the tolerance is met until the end; NaN where it did not converge.
         rate: the fitted exponent per loop, d_t ≈ C exp(rate · t), so below zero where distances shrink; NaN where
-            fewer than three loops can be fitted.
-        rate_error: its standard error, the loops' deviations from the line taken as independent.
+            fewer than four loops can be fitted, or where the error would be as large as the rate.
+        rate_error: its error, in the same unit: the scatter about the line and what biases it, see `convergence`.
         fit_start, fit_stop: the first fitted loop and the one behind the last; both 0 where there is no fit.
     """
 
@@ -104,9 +107,16 @@ def convergence(
     The rate is the slope of a least-squares line through log d_t over t. With m the largest distance in the last
     quarter of the loops, what remains there, and ε the spacing of numbers at 1 in the distances' dtype, a loop is
     clear if d_t > 20 max(m, ε max(1, largest d)). Fitted are the loops from 0 up to the first that is not clear; if
-    those are six or more, the later half of them, as early loops may still be on their way to the geometric regime.
+    those are eight or more, the later half of them, as early loops may still be on their way to the geometric regime.
     So neither rounding noise nor the tail, where d_t falls because x_T is not quite the fixed point, bends the line,
     and a series that has not come to rest in three quarters of its loops has no rate.
+
+    The rate's error is the root of the sum of four squares: the line's standard error; rounding, ε max(1, largest d) in
+    every distance; the end, where the last distance is zero, so that distances are to x_T: with fixed point x*, d_t is
+    ‖x_t − x*‖ give or take ‖x_T − x*‖, and this is the most by which that can turn the line; and the transient, in
+    which faster components of the state still count, five times the drift of the slope over the fitted loops. On
+    constructed contractions (rates 0.5 to 0.99, 32 to 128 loops, up to 64 dimensions) the true rate lies within two
+    errors in nine of ten cases or more. The rest are components so alike that the fitted loops can't tell them apart.
 
     Args:
         distances: ‖x_t − x_T‖, relative or not, such as `distance_to` gives; or to a fixed point that is known.
@@ -223,12 +233,33 @@ def _fits(distances: Float[Tensor, "loop *dims"]) -> dict[str, Tensor]:
 
 
 def _fit(d: np.ndarray, eps: float) -> tuple[float, float, int, int]:
-    """(slope, its standard error, first loop, loop behind the last) of log d over loops; see `convergence`."""
+    """(slope, its error, first loop, loop behind the last) of log d over loops; see `convergence`."""
+    noise = eps * max(1.0, d.max())
     remains = d[-max(2, math.ceil(_TAIL * len(d))) :].max()
-    clear = d > CLEAR * max(remains, eps * max(1.0, d.max()))
+    clear = d > CLEAR * max(remains, noise)
     stop = int(clear.argmin())  # the last loops are never clear, so there is one; NaN is not clear either
     start = stop // 2 if stop >= 2 * _FEWEST else 0
     if stop - start < _FEWEST:
-        return math.nan, math.nan, 0, 0
-    line: Any = linregress(np.arange(start, stop), np.log(d[start:stop]))
-    return float(line.slope), float(line.stderr), start, stop
+        return _NO_FIT
+    loops, logs = np.arange(start, stop), np.log(d[start:stop])
+    line: Any = linregress(loops, logs)
+    slope = float(line.slope)
+    x = loops - loops.mean()
+    weights = x / (x @ x)  # the slope is weights @ logs
+    parts = [float(line.stderr), _DRIFT * _drift(x, logs), float(np.linalg.norm(weights * noise / d[start:stop]))]
+    if d[-1] == 0 and slope < 0:
+        left = np.exp(slope * (len(d) - 1 - loops))  # how large the end's own distance is beside each fitted one
+        parts.append(float(np.abs(weights) @ -np.log1p(-left)))
+    error = math.hypot(*parts)
+    return (slope, error, start, stop) if error < abs(slope) else _NO_FIT
+
+
+def _drift(x: np.ndarray, logs: np.ndarray) -> float:
+    """How far the slope drifts over the fitted loops, from a parabola, less what scatter alone makes of it.
+
+    Scatter is told by third differences, of which a smooth curve has little, where there are loops enough for them.
+    """
+    square = np.square(x) - np.square(x).mean()
+    bend = abs(square @ logs) / (square @ square)
+    scatter = math.sqrt(np.square(np.diff(logs, 3)).mean() / 20) / np.linalg.norm(square)
+    return len(x) * max(0.0, float(bend - 2 * scatter if len(x) >= _SCATTER else bend))

@@ -50,7 +50,7 @@ def cosine(x: Float[Tensor, "*dims d_model"], y: Float[Tensor, "*dims d_model"])
 
 def median(x: Float[Tensor, "*dims"], dim: int = -1) -> Float[Tensor, "*rest"]:
     """The median: of an even count the mean of the middle two, where torch's own takes the lower one."""
-    x = wide(x)
+    x = wide(x).contiguous()  # of an expanded tensor torch gives a number that is not in it
     lower, upper = x.nanmedian(dim).values, -(-x).nanmedian(dim).values
     return torch.where(lower == upper, lower, lower / 2 + upper / 2)
 

@@ -6,6 +6,7 @@ each token while text is generated (`model.generate(..., exit_rule=...)`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -86,9 +87,10 @@ class ThresholdRule:
     name: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     stops_above: ClassVar[bool] = False
+    most: ClassVar[float] = math.inf
 
     def __post_init__(self) -> None:
-        check_number(f"{self.name}: the threshold ({self.unit})", self.threshold)
+        check_number(f"{self.name}: the threshold ({self.unit})", self.threshold, high=self.most, high_too=True)
 
     @classmethod
     def check(cls, model: LoopedModel) -> None:
@@ -121,9 +123,7 @@ class GateRule(ThresholdRule):
     name: ClassVar[str] = "gate"
     unit: ClassVar[str] = "cumulative exit probability"
     stops_above: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("gate: the threshold, a share,", self.threshold, 0.0, 1.0, high_too=True)
+    most: ClassVar[float] = 1.0
 
     @classmethod
     def check(cls, model: LoopedModel) -> None:

@@ -67,9 +67,11 @@ class Source:
                 f"the source's cache has no {missing[0]!r} (and {len(missing) - 1} more that this call reads): "
                 "run it with a names_filter and loops that keep them."
             )
-        for name in dict.fromkeys(names) if run is not None else ():
+        if run is None:
+            return
+        for name in dict.fromkeys(names):
             self._check_shape(name, *run.tokens.shape)
-            if self.run is not None and "key" in HookSite.parse(name).axes:
+            if "key" in HookSite.parse(name).axes:
                 self._check_sight(name, run)
 
     def _check_sight(self, name: str, run: Run) -> None:
