@@ -134,7 +134,7 @@ def test_what_can_not_be_stacked(cache: LoopedCache, arguments, message: str):
 def test_layers_with_different_loops_do_not_stack(huginn: LoopedModel):
     names = ["blocks.0.loop.0.hook_resid_post", "blocks.1.loop.1.hook_resid_post"]
     _, cache = huginn.run_with_cache(tokens_for(huginn), names_filter=names)
-    with pytest.raises(HookNameError, match="the layers of 'resid_post' have different loops cached: name a layer"):
+    with pytest.raises(HookNameError, match="'blocks.0.hook_resid_post' is cached at the loops 0, not at 1"):
         cache.stack("resid_post")
     assert cache.loops("resid_post", 1) == [1]
 
@@ -337,7 +337,7 @@ def test_activations_of_other_loops_are_not_held(huginn: LoopedModel):
         _, cache = huginn.run_with_cache(tokens_for(huginn), n_loops=8, names_filter="hook_state_post", loops=[2])
     gc.collect()
     assert list(cache) == ["loop.2.hook_state_post"]
-    assert [t for t, storage in enumerate(seen) if storage() is not None] == [2]
+    assert [t for t, storage in enumerate(seen) if storage() is not None] == []  # what is kept is a copy
 
 
 def test_patterns_are_formed_where_they_are_asked_for(huginn: LoopedModel, monkeypatch: pytest.MonkeyPatch):
