@@ -89,8 +89,8 @@ def test_ways_to_read(cache: LoopedCache, key, name: str):
         ("prelude.pattern", r"'prelude.pattern' belongs to a layer: read it as cache\['prelude.pattern', layer\]"),
         (("prelude.pattern", 0, 1), r"the prelude runs once: leave the loop out"),
         (("embed", 0), r"'hook_embed' fires once in a run: read it as cache\['embed'\]"),
-        (("nonsense", 0, 0), r"there is no activation 'nonsense'"),
-        (("resid_pst", 0, 0), r"there is no activation 'resid_pst'. Nearest: 'resid_post'"),
+        (("nonsense", 0, 0), r"there is no site 'nonsense'"),
+        (("resid_pst", 0, 0), r"there is no site 'resid_pst'. Nearest: 'resid_post'"),
         ("blocks.1.loop.7.hook_resid_post", r"is not cached; this site has the loops 0, 1, 2, 3"),
         ("blocks.7.loop.1.hook_resid_post", r"'blocks.7.loop.1.hook_resid_post' is not cached. Nearest: 'blocks"),
         ("loop.0.hook_exit_gate", r"'loop.0.hook_exit_gate' is not cached"),
@@ -123,7 +123,7 @@ def test_stacks_have_the_loop_first(cache: LoopedCache, huginn: LoopedModel):
         (("exit_gate",), r"'hook_exit_gate' is not cached at any loop"),
         (("embed",), r"'hook_embed' is not cached at any loop|'hook_embed' fires once"),
         (("pattern", 5), r"layer 5 is out of range"),
-        (("nonsense",), r"there is no activation 'nonsense'"),
+        (("nonsense",), r"there is no site 'nonsense'"),
     ],
 )
 def test_what_can_not_be_stacked(cache: LoopedCache, arguments, message: str):

@@ -115,7 +115,7 @@ def test_what_is_not_a_number_is_no_edit(model: LoopedModel):
 @pytest.mark.parametrize("reads_only", [True, False])
 def test_hooks_wait_for_nothing(model: LoopedModel, monkeypatch: pytest.MonkeyPatch, reads_only: bool):
     """No number is looked at by the host while the layers run: on a GPU each look would stop it."""
-    run = model.prepare(tokens_for(model), n_loops=2)
+    run = model.batch(tokens_for(model), n_loops=2)
     frame, seen = model.frame(run), []
 
     def waits(*args, **kwargs):

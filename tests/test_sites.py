@@ -36,7 +36,7 @@ def test_a_line_in_the_table_is_a_site(monkeypatch: pytest.MonkeyPatch):
     assert last["mlp.act", 1, 0].shape == (2, 1, model.cfg.d_mlp)
     edit = [("blocks.0.loop.1.mlp.hook_act", lambda x, hook: 0 * x)]
     assert not torch.equal(model.run_with_hooks(tokens, 3, return_type="loss", fwd_hooks=edit), loss)
-    with pytest.raises(HookNameError, match=r"there is no activation 'acts'. Nearest: 'act'"):
+    with pytest.raises(HookNameError, match=r"there is no site 'acts'. Nearest: 'act'"):
         cache["acts", 0, 0]
 
 
@@ -102,10 +102,10 @@ def test_every_site_has_a_short_name(component: str):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resid_pst", r"there is no activation 'resid_pst'. Nearest: 'resid_post'"),
-        ("blocks.1.hook_resid_pst", r"there is no activation 'blocks.1.hook_resid_pst'. Nearest: 'hook_resid_post'"),
+        ("resid_pst", r"there is no site 'resid_pst'. Nearest: 'resid_post'"),
+        ("blocks.1.hook_resid_pst", r"there is no site 'blocks.1.hook_resid_pst'. Nearest: 'hook_resid_post'"),
         ("scale", r"'scale' is at several places: say which of 'ln1.hook_scale', "),
-        ("k0", r"there is no activation 'k0'"),
+        ("k0", r"there is no site 'k0'"),
         ("prelude.state_post", r"'hook_state_post' belongs to no layer: leave 'prelude' out of 'prelude.state_post'"),
         ("blocks.x.hook_z", r"does not have the form of a hook name"),
     ],

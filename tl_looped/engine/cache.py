@@ -278,6 +278,8 @@ class LoopedCache(ActivationCache):
             return self._stack_loops(self._site(key).at(None), chosen)
         layers = range(self._n_layers(site)) if layer is None else layer
         sites = [self._site((name, one, None, layer_type)) for one in layers]
+        if not any(map(self._loops, sites)):
+            raise HookNameError(f"{name!r} is not cached at any loop.{nearest(site.component, self.cache_dict)}")
         return torch.stack([self._stack_loops(one, chosen) for one in sites], dim=1)
 
     def _stack_loops(self, site: HookSite, loops: Sequence[int]) -> Tensor:

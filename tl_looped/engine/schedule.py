@@ -193,14 +193,25 @@ def find_site(name: str, layer_type: str | None = None) -> HookSite:
     component = site.component.removesuffix(GRAD)
     if component not in _table():
         spelled = [one for known in _table() for one in (known, *_spellings(known))]
-        raise HookNameError(
-            f"there is no activation {name!r}.{nearest(component if 'hook_' in name else base, spelled)}"
-        )
+        raise HookNameError(f"there is no site {name!r}.{nearest(component if 'hook_' in name else base, spelled)}")
     if site.in_layer:
         return site if site.stack is not None else replace(site, stack=CORE)
     if site.stack in (PRELUDE, CORE, CODA):
         raise HookNameError(f"{component!r} belongs to no layer: leave {site.stack!r} out of {name!r}.")
     return site
+
+
+def find_component(name: str) -> str:
+    """The component of a short name, for who goes over its layers and loops by himself.
+
+    Raises:
+        HookNameError: as `find_site`; or the name says a stack, a layer or a loop.
+    """
+    site = find_site(name)
+    if site != HookSite(site.component, CORE if site.in_layer else None) or site.component.endswith(GRAD):
+        known = site.component.removesuffix(GRAD)
+        raise HookNameError(f"{name!r} names one place, and here a site of all places is needed: pass {known!r}.")
+    return site.component
 
 
 def _table() -> dict[str, tuple[str, ...]]:
