@@ -36,6 +36,7 @@ from tl_looped.engine.runs import (
 from tl_looped.engine.schedule import HookSite, LoopSchedule
 from tl_looped.engine.tokens import PaddingSide, single_token
 from tl_looped.nn import Frame, LoopedTransformer
+from tl_looped.nn.weights import matrix
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -86,12 +87,12 @@ class Engine(HookedRootModule):
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The embedding."""
-        return self.transformer.embed.weight
+        return matrix(self.transformer.embed, "embed")
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding, a view."""
-        return self.transformer.unembed.weight.T
+        return matrix(self.transformer.unembed, "unembed").T
 
     # Text.
 
