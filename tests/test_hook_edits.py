@@ -106,14 +106,14 @@ def test_what_is_not_a_number_is_no_edit(model: LoopedModel):
     hooks = [("loop.0.hook_state_pre", break_first_row)]
     with torch.no_grad(), model.hooks(hooks):
         clean = model(tokens, n_loops=2)
-        watched = model.run_with_hooks(tokens, n_loops=2, fwd_hooks=[(lambda _: True, lambda x, hook: None)])
+        watched = model.run_with_hooks(tokens, n_loops=2, fwd_hooks=[(lambda _: True, lambda x, hook: x.clone())])
     assert clean[0].isnan().all()
     assert clean[1].isfinite().all()
     assert torch.equal(clean.nan_to_num(), watched.nan_to_num())
 
 
-@pytest.mark.parametrize("reads_only", [True, False])
-def test_hooks_wait_for_nothing(model: LoopedModel, monkeypatch: pytest.MonkeyPatch, reads_only: bool):
+@pytest.mark.parametrize(("reads_only", "edits"), [(True, False), (False, False), (False, True)])
+def test_hooks_wait_for_nothing(model: LoopedModel, monkeypatch: pytest.MonkeyPatch, reads_only: bool, edits: bool):
     """No number is looked at by the host while the layers run: on a GPU each look would stop it."""
     run = model.batch(tokens_for(model), n_loops=2)
     frame, seen = model.frame(run), []
@@ -123,6 +123,7 @@ def test_hooks_wait_for_nothing(model: LoopedModel, monkeypatch: pytest.MonkeyPa
 
     def look(x, hook):
         seen.append(hook.name)
+        return x.clone() if edits else None
 
     with model.hooks(), torch.no_grad():
         for point in model.hook_dict.points():
