@@ -18,6 +18,7 @@ from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import Engine, ReturnType
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, HookName
+from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
 from tl_looped.engine.view import UnrolledModel
@@ -57,21 +58,24 @@ class LoopedModel(Engine):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> Self:
         """A model with random weights from a seed; see `LoopedTransformer.reset_parameters`."""
+        place, kind = check_device(device), check_dtype(dtype)
         transformer = LoopedTransformer(cfg)
         transformer.reset_parameters(seed)
-        return cls(transformer.to(device=device, dtype=dtype), tokenizer).eval()
+        return cls(transformer.to(device=place, dtype=kind), tokenizer).eval()
 
     @classmethod
     def from_pretrained(
         cls: type[Self],
         name: str | Path,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
+        ignore_config_keys: Iterable[str] = (),
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
 
@@ -79,18 +83,25 @@ class LoopedModel(Engine):
             name: a hub id ("ByteDance/Ouro-1.4B"), a folder, or an embedded model ("looped-hops",
                 "looped-hops-settling").
             device: where to put it; None: a GPU where there is one.
-            dtype: of the weights; None: as stored.
+            dtype: of the weights, as torch.bfloat16 or "bfloat16"; None or "auto": as stored. A forward pass needs
+                one format, so a checkpoint of mixed formats is refused unless this says which.
             tokenizer: instead of the checkpoint's own.
             revision: branch, tag or commit on the hub.
+            subfolder: the folder in it that holds the model.
+            ignore_config_keys: keys of config.json that you know to change nothing, to be read as if they were not
+                there; a dot leads to a key in an object.
 
         Raises:
-            LoadError: an unknown family, a config value that is not implemented, a missing, extra or misshapen weight,
-                a pickled checkpoint, or a name that is neither.
+            InputError: a dtype, device, revision or subfolder that can't be.
+            LoadError: an unknown family, a config key or value that is not implemented, a missing, extra or misshapen
+                weight, one with NaN or infinite values or of integers, weights of mixed formats, a pickled checkpoint,
+                a tokenizer that can't be read, or a name that is neither.
         """
-        folder = loading.find(name, revision)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        transformer = loading.load(folder, str(name), place, dtype)
-        return cls(transformer, tokenizer or loading.load_tokenizer(folder)).eval()
+        place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
+        folder = loading.find(name, revision, subfolder)
+        full_name = f"{name}/{subfolder}" if subfolder else str(name)
+        tokenizer = loading.load_tokenizer(folder) if tokenizer is None else tokenizer
+        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys), tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, weights and tokenizer in tl_looped's own format; `from_pretrained(folder)` reads it back."""

@@ -34,7 +34,7 @@ from tl_looped.engine.runs import (
     with_run_options,
 )
 from tl_looped.engine.schedule import HookSite, LoopSchedule
-from tl_looped.engine.tokens import PaddingSide, single_token
+from tl_looped.engine.tokens import Ids, PaddingSide, single_token, to_str_tokens, to_string
 from tl_looped.nn import Frame, LoopedTransformer
 from tl_looped.nn.weights import matrix
 
@@ -135,18 +135,17 @@ class Engine(HookedRootModule):
         """
         return self.to_tokens_with_mask(text, prepend_bos, padding_side)[0]
 
-    def to_string(self, tokens: Tensor) -> str | list[str]:
-        """Text of token ids: a string for [pos], a list for [batch, pos]."""
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
-        return self.tokenizer.batch_decode(tokens) if tokens.ndim == 2 else self.tokenizer.decode(tokens)
+    def to_string(self, tokens: Ids) -> str | list[str]:
+        """Text of token ids: a string for one id or [pos], a list of them for [batch, pos] or several lists."""
+        return to_string(self.tokenizer, tokens)
 
-    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
-        """The text of each token of one prompt."""
-        tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text.flatten()
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
-        return [str(self.tokenizer.decode([token])) for token in tokens.tolist()]
+    def to_str_tokens(self, text: str | list[str] | Ids, prepend_bos: bool | None = None) -> list[Any]:
+        """The text of each token of one prompt, given as text or token ids; of several in a list, a list for each."""
+        if isinstance(text, str):
+            return to_str_tokens(self.tokenizer, self.to_tokens(text, prepend_bos))
+        if isinstance(text, list) and not all(isinstance(one, int) for one in text):
+            return [self.to_str_tokens(one, prepend_bos) for one in text]
+        return to_str_tokens(self.tokenizer, text)
 
     def token_texts(self, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
         """The text of each token; its id where there is no tokenizer."""

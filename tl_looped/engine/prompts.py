@@ -127,7 +127,7 @@ def read_rows(
     if encode is None:
 
         def encode(text: str) -> Int[Tensor, " pos"]:
-            return tokenize(tokenizer, text, prepend_bos)[0][0]
+            return torch.tensor(tokenize(tokenizer, text, prepend_bos))
 
     told = attention_mask is not None and attention_mask.ndim == 2
     found = list(islice(_Reader(tokenizer, field, encode, told).rows(prompts), limit))

@@ -154,8 +154,9 @@ def generate_stream(
         temperature: logits are divided by it.
         top_k: draw from the k most probable tokens.
         top_p: draw from the fewest most probable tokens whose probabilities reach this sum; after `top_k`.
-        stop_at_eos: a row ends with the tokenizer's end-of-text token, if it has one, or with `eos_token_id`.
-        eos_token_id: the token, or tokens, that end a row.
+        stop_at_eos: a row ends with `eos_token_id`.
+        eos_token_id: the token, or tokens, that end a row; None: the checkpoint's own (`cfg.eos_token_ids`) and the
+            tokenizer's end-of-text token, if they have any.
         stop_strings: texts that end a row: with the token that completes one in the row's generated text. Special
             tokens count as they are written.
         seed: of the draws, and of the initial states where the model draws them; None for 0. All rows draw from one
@@ -203,7 +204,7 @@ def generate_stream(
     )
     n_positions = _check_prompt(model, prompt, max_new_tokens, attention_mask)
     batch = len(prompt.tokens)
-    stopping = Stopping.checked(model.tokenizer, model.cfg.d_vocab, batch, stop_at_eos, eos_token_id, stop_strings)
+    stopping = Stopping.checked(model.tokenizer, model.cfg, batch, stop_at_eos, eos_token_id, stop_strings)
     states = NewStates(model, prompt, n_positions, initial_state)
     if exit_rule is not None:
         _check_rule(model, exit_rule, prompt.n_loops)
