@@ -15,7 +15,8 @@ import torch
 from helpers import FAMILIES, PARITY, TINY, config, expected, make, parity, run_options, tokens_for, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from tl_looped import LoadError, LoopedModel, loading
+from tl_looped import LoadError, LoopedModel
+from tl_looped.adapters import loading
 
 Weights = dict[str, torch.Tensor]
 
