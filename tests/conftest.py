@@ -20,8 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# The models here are tiny: a second thread costs more than it brings, and sums could come out in another order.
-torch.set_num_threads(1)
+# The models here are tiny: a second thread costs more than it brings. With several, sums come out in another order:
+# `make test-numbers` asks for them, as no test may depend on that.
+torch.set_num_threads(int(os.environ.get("TL_LOOPED_TEST_THREADS", "1")))
 
 # No deadline: the cores may be shared. In CI the examples are the same in every run.
 hypothesis.settings.register_profile("tl_looped", deadline=None, derandomize="CI" in os.environ)

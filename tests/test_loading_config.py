@@ -246,7 +246,7 @@ def test_forms_of_rotary_embedding(released, family: str, config):
             {"rope_scaling": LLAMA3 | {"type": "yarn"}},
             r"rope_scaling.rope_type='llama3' and .*'yarn'",
         ),
-        ("retrofit-llama", {"rope_scaling": LLAMA3 | {"factor": "8"}}, r"scaling.factor must be a finite number above 0"),
+        ("retrofit-llama", {"rope_scaling": LLAMA3 | {"factor": "8"}}, r"factor must be a finite number above 0"),
         ("retrofit-llama", {"rope_scaling": LLAMA3 | {"mscale": 0.7}}, r"has rope_scaling.mscale=0.7, which no retro"),
         (
             "retrofit-llama",

@@ -18,7 +18,7 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture(params=TINY)
 def model(request: pytest.FixtureRequest) -> LoopedModel:
-    return make(**TINY[request.param], tokenizer=word_tokenizer())
+    return make(torch.float64, **TINY[request.param], tokenizer=word_tokenizer())
 
 
 @pytest.fixture(scope="module")
