@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.numbers import wide
-from tl_looped.engine.runs import DEFAULT_SEED, Run
+from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run
 from tl_looped.engine.tokens import PaddingSide
 from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
 from tl_looped.generation.loop_end import ExitRule
@@ -118,7 +118,7 @@ class TokenStream(Iterator[GenerationStep]):
 
 def generate_stream(
     model: Engine,
-    input: str | list[str] | Tensor,
+    input: Prompts,
     max_new_tokens: int = 10,
     n_loops: int | None = None,
     *,
@@ -147,7 +147,7 @@ def generate_stream(
 
     Args:
         model: the model.
-        input: text, a list of texts, or token ids [batch, pos], padded at the left.
+        input: prompts in any form, padded at the left.
         max_new_tokens: the most tokens to add.
         n_loops: loops of every token; None for the count the model was trained with.
         do_sample: draw from the distribution; False takes the most probable token.

@@ -247,7 +247,7 @@ class LoopMeter:
         top = probs.topk(min(TOP, probs.shape[-1]))
         self._keep("top_probs", top.values)
         self._keep("top_ids", top.indices)
-        self.top_tokens.append(tuple(token_texts(self.model, ids) for ids in top.indices))
+        self.top_tokens.append(tuple(self.model.token_texts(ids) for ids in top.indices))
         self.bar.update()
 
     def _keep(self, name: str, value: Tensor) -> None:

@@ -130,7 +130,7 @@ def massive_activations(
         Sun et al. 2024, arXiv 2402.17762 (above 100, and about 1000 times the median); arXiv 2604.11791.
     """
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     check_count("top", top)
