@@ -113,12 +113,14 @@ def test_files_that_are_no_caches(tmp_path: Path, content, message: str):
         LoopedCache.load(path, tiny("llama"))
 
 
-def test_the_cache_of_another_model(tmp_path: Path):
+def test_the_cache_of_another_model(tmp_path: Path, as_a_user: None):
     model = tiny("llama")
     _, cache = model.run_with_cache(tokens_for(model))
     path = cache.save(tmp_path / "cache")
     message = "was cached from 'custom', which differs from this model in n_prelude, .*: pass the model that made it"
     with pytest.raises(InputError, match=message):
         LoopedCache.load(path, tiny("ouro"))
+    with pytest.raises(InputError, match="loaded for the LoopedModel that made it, got UnrolledModel"):
+        LoopedCache.load(path, model.unrolled())
     with pytest.raises(InputError, match="there is no folder"):
         cache.save(tmp_path / "none" / "cache")

@@ -56,13 +56,13 @@ class CacheWriter:
 
     def save(self, tensor: Tensor, hook: LoopHookPoint) -> None:
         """A forward hook."""
-        self._put(hook.name, tensor, hook.site)
+        self._put(tensor, hook.site)
 
     def save_grad(self, grad: Tensor, hook: LoopHookPoint) -> None:
         """A backward hook."""
-        self._put(hook.name + GRAD, grad, hook.site)
+        self._put(grad, hook.site, GRAD)
 
-    def _put(self, name: str, tensor: Tensor, site: HookSite) -> None:
+    def _put(self, tensor: Tensor, site: HookSite, suffix: str = "") -> None:
         kept = tensor.detach()
         if self.pos_slice.mode != "identity":
             kept = self.pos_slice.apply(kept, dim=site.pos_axis)
@@ -73,9 +73,9 @@ class CacheWriter:
         part = memory.nbytes() != kept.numel() * kept.element_size()  # of something larger, which it would hold
         if part or self._taken is None or memory.data_ptr() in self._taken:
             kept = kept.clone()
-        if self._taken is not None:
-            self._taken.add(kept.untyped_storage().data_ptr())
-        self.store[name] = kept
+        else:
+            self._taken.add(memory.data_ptr())
+        self.store[site.name + suffix] = kept
 
 
 class LoopedCache(ActivationCache):
@@ -158,8 +158,10 @@ class LoopedCache(ActivationCache):
             device: where to put the activations.
 
         Raises:
-            InputError: no such file, not a cache of tl_looped, or of a model of another config.
+            InputError: no such file, not a cache of tl_looped, or of a model of another kind or config.
         """
+        if not isinstance(model, Engine):
+            raise InputError(f"a cache is loaded for the LoopedModel that made it, got {type(model).__name__}.")
         header, tensors = read_safetensors(path, _FORMAT, "a cache", device)
         content = json.loads(header["content"])
         cfg = LoopedConfig.from_dict({**content["cfg"], "model_name": model.cfg.model_name})  # names may be folders

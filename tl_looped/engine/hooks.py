@@ -226,6 +226,8 @@ class SharedHookPoint(HookPoint):
         """Remove hooks, as in TransformerLens; those of another thread's runs stay."""
         if dir not in ("fwd", "bwd", "both"):
             raise InputError(f"a hook's direction must be 'fwd', 'bwd' or 'both', got {dir!r}.")
+        if not (self.fwd_hooks or self.bwd_hooks):
+            return
 
         def kept(handles: list[LensHandle]) -> list[LensHandle]:
             stay = []
@@ -261,6 +263,8 @@ class SharedHookPoint(HookPoint):
 
     def handles(self, dir: Direction | None = None) -> list[LoopHandle]:
         """The hooks of this thread's runs, forward and backward or of one direction."""
+        if not (self.fwd_hooks or self.bwd_hooks):
+            return []
         found = [*(self.fwd_hooks if dir != "bwd" else ()), *(self.bwd_hooks if dir != "fwd" else ())]
         return [handle for handle in found if isinstance(handle, LoopHandle) and handle.here]
 
