@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from tl_looped.adapters import loading
-from tl_looped.engine.cache import Keep, LoopedCache, caching_hooks, run_with_cache
+from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import Engine, ReturnType
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.hooks import HookFn, HookName
 from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
@@ -33,7 +32,7 @@ from tl_looped.nn import LoopedTransformer
 Self = TypeVar("Self", bound="LoopedModel")
 
 
-class LoopedModel(Engine):
+class LoopedModel(CachingHooks, Engine):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
@@ -191,35 +190,6 @@ class LoopedModel(Engine):
         run = self.batch(input, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
         keep = Keep(names_filter, loops, pos_slice, device, incl_bwd, remove_batch_dim)
         return run_with_cache(self, run, keep, return_type, loss_per_token)
-
-    def get_caching_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - names with loops
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
-    ) -> tuple[dict[str, Tensor], list[tuple[HookName, HookFn]], list[tuple[HookName, HookFn]]]:
-        """Hooks that keep activations of runs to come, as in TransformerLens; arguments as in `run_with_cache`.
-
-        Returns:
-            The dictionary that they fill, by names with the loop in them; the forward hooks; the backward hooks.
-        """
-        store = {} if cache is None else cache
-        return store, *caching_hooks(Keep(names_filter, None, pos_slice, device, incl_bwd, remove_batch_dim), store)
-
-    def add_caching_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - names with loops
-        self, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Register `get_caching_hooks` until `reset_hooks`; returns the dictionary that they fill."""
-        store, forward, backward = self.get_caching_hooks(*args, **kwargs)
-        for name, hook in forward:
-            self.add_hook(name, hook)
-        for name, hook in backward:
-            self.add_hook(name, hook, "bwd")
-        self.is_caching = True
-        return store
 
 
 def check_looped(model: object) -> LoopedModel:

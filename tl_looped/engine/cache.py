@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -404,18 +404,47 @@ def run_with_cache(
     return output, LoopedCache(store, engine, run, not keep.remove_batch_dim, loops)
 
 
-def caching_hooks(
-    keep: Keep, store: dict[str, Tensor]
-) -> tuple[list[tuple[HookName, HookFn]], list[tuple[HookName, HookFn]]]:
-    """(forward, backward) hooks that keep activations of runs to come in `store`, by names with the loop in them."""
-    writer = CacheWriter(store, keep.device, Slice.unwrap(keep.pos_slice), keep.remove_batch_dim)
-    wanted = keep.names_filter
-    if wanted is None:
-        names: list[HookName] = [lambda name: not name.endswith(HEAVY)]
-    else:
-        names = [wanted] if isinstance(wanted, str) or callable(wanted) else [*wanted]
-    backward = [(name, writer.save_grad) for name in names] if keep.incl_bwd else []
-    return [(name, writer.save) for name in names], backward
+class CachingHooks:
+    """TransformerLens's calls that keep activations of runs to come, under names that say the loop or the depth.
+
+    For a model that has `add_hook`. Those of TransformerLens register for names without loops, and store under them.
+    """
+
+    is_caching: bool
+    add_hook: Callable[..., None]
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[tuple[HookName, HookFn]], list[tuple[HookName, HookFn]]]:
+        """Hooks for `hooks` or `run_with_hooks`; arguments as in `run_with_cache`.
+
+        Returns:
+            The dictionary that they fill; the forward hooks; the backward hooks.
+        """
+        store = {} if cache is None else cache
+        writer = CacheWriter(store, device, Slice.unwrap(pos_slice), remove_batch_dim)
+        if names_filter is None:
+            names: list[HookName] = [lambda name: not name.endswith(HEAVY)]
+        else:
+            names = [names_filter] if isinstance(names_filter, str) or callable(names_filter) else [*names_filter]
+        backward = [(name, writer.save_grad) for name in names] if incl_bwd else []
+        return store, [(name, writer.save) for name in names], backward
+
+    def add_caching_hooks(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Register `get_caching_hooks` until `reset_hooks`; returns the dictionary that they fill."""
+        store, forward, backward = self.get_caching_hooks(*args, **kwargs)
+        for name, hook in forward:
+            self.add_hook(name, hook)
+        for name, hook in backward:
+            self.add_hook(name, hook, "bwd")
+        self.is_caching = True
+        return store
 
 
 def _spell(loops: list[int]) -> str:

@@ -267,6 +267,9 @@ class Engine(HookedRootModule):
         TransformerLens): `logits[:, -1]` then reads padding in the short rows. `last_logits` gives each row's last
         real position; `padding_side="left"` puts it at -1.
 
+        In float16 numbers above 65504 become infinite. A run does not look for that, as a GPU would have to wait;
+        analyses do, and name the site where it began.
+
         Args:
             input: text, token ids, or any other form of prompts; see `prepare`.
             n_loops: number of loops; None for the count it was trained with.

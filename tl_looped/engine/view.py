@@ -19,7 +19,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import LensHandle
 from typing_extensions import Unpack
 
-from tl_looped.engine.cache import Keep, LoopedCache, run_with_cache
+from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import Engine, ReturnType
 from tl_looped.engine.errors import HookNameError, InputError, nearest
@@ -77,29 +77,19 @@ class DepthNames:
         return name
 
 
-class DepthHookPoint:
-    """What a hook on the view receives: a looped model's hook point, under the view's name."""
+class DepthHookPoint(LoopHookPoint):
+    """What a hook on the view receives: a looped model's hook point, under the view's name and with its depth."""
 
-    def __init__(self, name: str, point: LoopHookPoint):
-        self.name = name
-        self.point = point
+    __slots__ = ("_site",)
 
-    @property
-    def ctx(self) -> dict[Any, Any]:
-        """TransformerLens's scratch dictionary."""
-        return self.point.ctx
+    def __init__(self, name: str, here: LoopHookPoint):
+        super().__init__(here.point, here.loop)
+        self._site = HookSite.parse(name)
 
     @property
-    def loop(self) -> int | None:
-        """The loop in which the layer runs; None outside the loop."""
-        return self.point.loop
-
-    def layer(self) -> int:
-        """The realised depth."""
-        layer = HookSite.parse(self.name).layer
-        if layer is None:
-            raise HookNameError(f"{self.name!r} belongs to no layer.")
-        return layer
+    def site(self) -> HookSite:
+        """Where it is, in the view's count: the layer is the realised depth."""
+        return self._site
 
 
 def broken_sum(cfg: LoopedConfig, n_loops: int) -> str | None:
@@ -189,7 +179,7 @@ class UnrolledCache(ActivationCache):
         return super().stack_neuron_results(*args, **kwargs)
 
 
-class UnrolledModel(HookedRootModule):
+class UnrolledModel(CachingHooks, HookedRootModule):
     """A looped model as a feedforward one of depth p + k·T + c; get it from `LoopedModel.unrolled`.
 
     It meets TransformerLens's `TransformerLensModel` and `TransformerLensModelWithWeights`: its `patching` module, its
