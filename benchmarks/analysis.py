@@ -22,7 +22,7 @@ from common import COLUMNS, SHAPES, Side, machine, make, parser, print_table, ra
 
 from tl_looped.attention.measures import PATTERN_DISTANCE, PATTERN_STEP, TOTAL_VARIATION
 from tl_looped.dynamics.measures import COSINE, COSINE_TO_END, DISTANCE, STEP
-from tl_looped.observe import Measure, collect
+from tl_looped.observe import Measure, observe
 from tl_looped.stages.measures import STAGE_MEASURES
 
 SETS: dict[str, tuple[Measure, ...]] = {
@@ -55,7 +55,7 @@ def peak(side: str, n_loops: int) -> None:
             sites = [f"{layer}.{site}" for layer in layers for site in ("hook_resid_post", "attn.hook_pattern")]
             model.run_with_cache(tokens, n_loops, names_filter=sites)
         else:
-            collect(model, tokens, SETS[side], n_loops, progress=False)
+            observe(model, tokens, n_loops, measures=SETS[side], progress=False)
     print(json.dumps(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
@@ -96,7 +96,7 @@ def main() -> None:
                 model(tokens, n)
 
         sides: dict[str, Side] = {
-            side: partial(collect, model, tokens, measures, n_loops, batch_size=len(tokens), progress=False)
+            side: partial(observe, model, tokens, n_loops, measures=measures, batch_size=len(tokens), progress=False)
             for side, measures in SETS.items()
         }
         sides |= {f"{times} forwards": partial(forwards, times) for times in (1, 2)}

@@ -23,7 +23,7 @@ LLAMA = Shape(
 def against_plain(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int | None) -> Race:
     """Our forward, and the plain one with the same weights and the same initial state."""
     model, tokens = make(shape, device, dtype)
-    plain, state, n_loops = Plain.of(model, shape.pos), model.prepare(tokens).state, shape.cfg.n_loops
+    plain, state, n_loops = Plain.of(model, shape.pos), model.batch(tokens).state, shape.cfg.n_loops
     given = state if shape.cfg.random_state else None
     with torch.no_grad():
         same(model(tokens, initial_state=given), plain(tokens, n_loops, state))

@@ -27,7 +27,7 @@ from tl_looped.dynamics import (
     loop_jacobian_spectrum,
     trajectory,
 )
-from tl_looped.observe import collect
+from tl_looped.observe import observe
 from tl_looped.stages import STAGE_MEASURES, align_curves
 from tl_looped.training import RECIPES
 from tl_looped.training.corpus import documentation
@@ -56,7 +56,7 @@ def write(figure: go.Figure, path: Path) -> None:
 def rest(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
     """Print whether states and attention come to rest."""
     measures, kept = [DISTANCE, COSINE_TO_END, PATTERN_DISTANCE], [DISTANCE.name, COSINE_TO_END.name]
-    ends = collect(model, prompts, measures, LOOPS, per_token=kept)
+    ends = observe(model, prompts, LOOPS, measures=measures, per_token=kept)
     verdict, limits = convergence_of(ends), limits_of(ends)
     for layer in range(model.cfg.n_core):
         share, loop = verdict.converged[layer].nanmean(), verdict.loop[layer].nanquantile(0.5)
@@ -86,7 +86,7 @@ def rest(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
 
 def stages(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
     """Print how alike loops are in their stages."""
-    found = collect(model, prompts, STAGE_MEASURES)
+    found = observe(model, prompts, measures=STAGE_MEASURES)
     for measure in STAGE_MEASURES:
         curve = found.mean(measure.name).double()
         flat = curve.flatten(1).nanmean(1) if curve.ndim > 1 else curve

@@ -303,7 +303,7 @@ def test_gradients_of_every_loop():
     tokens, tape = tokens_for(model), Tape()
     _, cache = model.run_with_cache(tokens, n_loops=3, return_type="loss", incl_bwd=True, pos_slice=(0, 2))
     weights = {name: weight.requires_grad_() for name, weight in weights_of(model).items()}
-    logits = Plain(model.cfg, weights, tape).run(tokens, 3, model.prepare(tokens).state)
+    logits = Plain(model.cfg, weights, tape).run(tokens, 3, model.batch(tokens).state)
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for t in range(3):
         wanted = tape.grad(f"blocks.1.loop.{t}.hook_resid_post")[:, :2]

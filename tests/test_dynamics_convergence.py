@@ -20,7 +20,7 @@ from tl_looped.dynamics import (
     distance_to,
     loop_convergence,
 )
-from tl_looped.observe import collect
+from tl_looped.observe import observe
 
 
 def iterate(matrix: torch.Tensor, offset: torch.Tensor, loops: int) -> torch.Tensor:
@@ -267,13 +267,13 @@ def test_a_model_that_settles_and_one_that_does_not():
 
 def test_a_collection_gives_the_same():
     model = helpers.tiny("olmo2")
-    collected = collect(model, PROMPTS, [DISTANCE, STEP], 8, per_token=["distance"], seed=3, progress=False)
-    one, two = convergence_of(collected), loop_convergence(model, PROMPTS, 8, seed=3, progress=False)
+    observed = observe(model, PROMPTS, 8, measures=[DISTANCE, STEP], per_token=["distance"], seed=3, progress=False)
+    one, two = convergence_of(observed), loop_convergence(model, PROMPTS, 8, seed=3, progress=False)
     assert torch.equal(one.distances, two.distances) and torch.equal(one.converged, two.converged)
     assert two.made_by["n_loops"] == 8 and two.made_by["initial_state"] == "seed 3"
     with pytest.raises(InputError, match=r"'step' was not kept for every token, but \['distance'\]: pass per_token"):
-        convergence_of(collected, name="step")
-    assert convergence_of(collected, tolerance=1e9).loop.eq(0).all()
+        convergence_of(observed, name="step")
+    assert convergence_of(observed, tolerance=1e9).loop.eq(0).all()
 
 
 def test_a_model_must_have_loops_to_compare(as_a_user: None):

@@ -24,7 +24,7 @@ from tl_looped.dynamics import (
     limits_of,
     prompt_shares,
 )
-from tl_looped.observe import collect
+from tl_looped.observe import observe
 
 FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
 
@@ -317,14 +317,14 @@ def test_a_model_whose_states_turn():
 def test_a_collection_gives_the_same_and_is_kept(tmp_path: Path):
     model = helpers.tiny("olmo2")
     rule = LimitRule(threshold=0.01)
-    collected = collect(model, PROMPTS, [COSINE_TO_END], 16, per_token=["cosine_to_end"], progress=False)
-    one, two = limits_of(collected, rule), limit_behaviour(model, PROMPTS, 16, rule=rule, progress=False)
+    observed = observe(model, PROMPTS, 16, measures=[COSINE_TO_END], per_token=["cosine_to_end"], progress=False)
+    one, two = limits_of(observed, rule), limit_behaviour(model, PROMPTS, 16, rule=rule, progress=False)
     assert torch.equal(one.labels, two.labels) and torch.equal(one.cosines, two.cosines)
     assert one.made_by["rule"]["threshold"] == 0.01
     again = LimitBehaviour.load(one.save(tmp_path / "limits"))
     assert again.to_dataframe().equals(one.to_dataframe())
     with pytest.raises(InputError, match=r"'cosine' was not kept for every token, but \['cosine_to_end'\]"):
-        limits_of(collected, name="cosine")
+        limits_of(observed, name="cosine")
     with pytest.raises(InputError, match="n_loops must be at least 16, got 8"):
         limit_behaviour(model, PROMPTS, 8)
     with pytest.raises(InputError, match="layer 2 is out of range"):

@@ -23,7 +23,7 @@ from tl_looped.dynamics import (
     step_norm,
     step_norms,
 )
-from tl_looped.observe import Measure, collect
+from tl_looped.observe import Measure, observe
 
 MEASURES = (STEP, STEP_NORM, COSINE, DISTANCE, COSINE_TO_END)
 
@@ -160,7 +160,9 @@ def test_shapes_must_be_the_same(function: Any, as_a_user: None):
 def test_measures_equal_those_of_a_full_cache(family: str):
     model = helpers.tiny(family)
     tokens = helpers.tokens_for(model, 2, 4)
-    found = collect(model, tokens, MEASURES, 4, per_token=[measure.name for measure in MEASURES], progress=False)
+    found = observe(
+        model, tokens, 4, measures=MEASURES, per_token=[measure.name for measure in MEASURES], progress=False
+    )
     _, cache = model.run_with_cache(tokens, 4)
     states = cache.stack("resid_post").double()
     schedule = model.cfg.schedule(4)

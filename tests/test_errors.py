@@ -238,8 +238,8 @@ def test_states_to_read_out(model, state, message):
         (torch.zeros(1, 33).long(), r"the prompt has 33 tokens, more than the model's context of 32: shorten it"),
         ("text", r"this model has no tokenizer, so it can't read text: pass token ids, or set model.tokenizer"),
         (["text"], r"this model has no tokenizer"),
-        (None, r"text must be a string|no tokenizer"),
-        ([[1, 2]], r"text must be a string|no tokenizer"),
+        (None, r"prompts must be text, token ids, messages, a list of these"),
+        ([[1, 2], 3], r"prompt 1 must be text, a list of token ids or messages, got 3"),
     ],
 )
 def test_tokens(model, tokens, message):
@@ -253,7 +253,7 @@ def test_tokens(model, tokens, message):
     [
         (
             {"attention_mask": torch.ones(2, 4)},
-            r"attention_mask must have shape \(2, 5\), or \(2, 5, 5\) .* got \(2, 4\)",
+            r"attention_mask must have the shape of the tokens, \(2, 5\) = \[batch, pos\], got \(2, 4\)",
         ),
         ({"attention_mask": torch.ones(5)}, r"attention_mask must have shape \(2, 5\).*got \(5,\)"),
         ({"attention_mask": torch.ones(2, 1, 5, 5)}, r"attention_mask must have shape .* got \(2, 1, 5, 5\)"),

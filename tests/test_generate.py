@@ -181,7 +181,7 @@ def test_policies_of_initial_states(family, policy, cache):
     tokens = tokens_for(model)
     found = generated(model, tokens, 4, do_sample=False, initial_state=policy, seed=2, use_past_kv_cache=cache)
     assert found.made_by["new_states"] == policy
-    states = model.prepare(tokens, seed=2).state
+    states = model.batch(tokens, seed=2).state
     for i in range(4):
         with torch.no_grad():
             logits, seen = model.run_with_cache(tokens, initial_state=states, names_filter="hook_state_post")

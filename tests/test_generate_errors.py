@@ -55,7 +55,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"use_past_kv_cache": False, "exit_rule": object()}, "exit_rule needs the key-value cache"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 1, 0]])}, r"rows \[0\] end in padding, and a new token must follow"),
     ({"attention_mask": torch.ones(1, 5, 5)}, r"attention_mask must be \[batch, pos\] here, got shape \(1, 5, 5\)"),
-    ({"attention_mask": torch.ones(1, 4)}, r"attention_mask must have shape \(1, 5\)"),
+    ({"attention_mask": torch.ones(1, 4)}, r"attention_mask must have the shape of the tokens, \(1, 5\)"),
 ]
 
 
@@ -73,7 +73,7 @@ def test_a_prompt_that_fills_the_context():
     model = tiny("ouro")
     with pytest.raises(InputError, match="context of 32: shorten the prompt"):
         model.generate(tokens_for(model, pos=32), 1, stop_at_eos=False)
-    with pytest.raises(InputError, match="the prompt has 33 tokens, more than the model's context of 32"):
+    with pytest.raises(InputError, match="33 tokens, more than the model's context of 32"):
         model.generate(tokens_for(model, pos=33), 1, stop_at_eos=False)
 
 

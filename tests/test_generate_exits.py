@@ -108,7 +108,7 @@ def slow_text(
     """The most probable tokens and their log probabilities, where the i-th stops after the i-th of these loops."""
     slow, tokens, found = OneByOne(model), list(prompt), []
     blank = torch.zeros(1, len(prompt) + len(last_loops), dtype=torch.long)
-    drawn = model.prepare(blank, N_LOOPS, attention_mask=torch.ones_like(blank)).state
+    drawn = model.batch(blank, N_LOOPS, attention_mask=torch.ones_like(blank)).state
     for position in range(len(prompt) + len(last_loops) - 1):
         new = position - len(prompt) + 1
         state = None if drawn is None else drawn[0, position]
@@ -231,7 +231,7 @@ def test_a_loop_end_says_what_the_model_would_say(model):
     for t in range(N_LOOPS):
         for row in range(2):
             slow = OneByOne(model)
-            drawn = model.prepare(tokens, N_LOOPS).state
+            drawn = model.batch(tokens, N_LOOPS).state
             for position in range(3):
                 last = N_LOOPS - 1 if position < 2 else t
                 state = None if drawn is None else drawn[row, position]

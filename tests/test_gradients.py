@@ -46,7 +46,7 @@ def gradients(model: LoopedModel, tokens: torch.Tensor, names: list[str], n_loop
 def plain_tape(model: LoopedModel, tokens: torch.Tensor, n_loops: int = 3) -> Tape:
     tape = Tape()
     weights = {name: weight.requires_grad_() for name, weight in weights_of(model).items()}
-    logits = Plain(model.cfg, weights, tape).run(tokens, n_loops, model.prepare(tokens).state)
+    logits = Plain(model.cfg, weights, tape).run(tokens, n_loops, model.batch(tokens).state)
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     return tape
 

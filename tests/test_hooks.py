@@ -271,7 +271,7 @@ def test_uniform_attention_at_one_loop_is_the_plain_computation(family):
     hooks = [(name, lambda x, hook: uniform(x))]
     found = model.run_with_hooks(tokens, n_loops=3, fwd_hooks=hooks)
     plain = Plain(model.cfg, weights_of(model), lambda at, x: uniform(x) if at == name else x)
-    wanted = plain.run(tokens, 3, model.prepare(tokens).state)
+    wanted = plain.run(tokens, 3, model.batch(tokens).state)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
     assert not torch.allclose(found, model(tokens, n_loops=3), atol=1e-2)
 

@@ -52,7 +52,7 @@ class Frozen:
 def plain(model: LoopedModel, see: Any = lambda name, value: value) -> Tensor:
     """The logits of the slow transformer of tests/plain.py."""
     tokens = tokens_of(model)
-    state = model.prepare(tokens, LOOPS).state
+    state = model.batch(tokens, LOOPS).state
     return Plain(model.cfg, weights_of(model), see).run(tokens, LOOPS, state)
 
 
@@ -150,7 +150,7 @@ def test_injecting_another_prompt_is_swapping_e_by_hand(name: str, loops: list[i
     transformer = model.transformer
     tokens, other = prompts(model, pos=LENGTH)
     chosen = range(LOOPS) if loops is None else [loop % LOOPS for loop in loops]
-    prepared = model.prepare(tokens, LOOPS)
+    prepared = model.batch(tokens, LOOPS)
     frame = model.frame(prepared)
     with torch.no_grad():
         mine, theirs = (transformer.read(one, frame) for one in (tokens, other))

@@ -106,9 +106,9 @@ def test_training_draws_afresh(family: str):
 def test_a_run_says_what_made_it(model, tokens):
     for options, wanted in [({"seed": 3}, "seed 3"), ({}, "seed 0")]:
         drawn = model.cfg.random_state
-        assert model.prepare(tokens, **options).describe()["initial_state"] == (wanted if drawn else "model")
+        assert model.batch(tokens, **options).describe()["initial_state"] == (wanted if drawn else "model")
     state = model(tokens, stop_at_loop=1)
-    run = model.prepare(tokens, n_loops=4, initial_state=state, start_at_loop=1, stop_at_loop=-1)
+    run = model.batch(tokens, n_loops=4, initial_state=state, start_at_loop=1, stop_at_loop=-1)
     assert run.describe() == {"n_loops": 4, "start_at_loop": 1, "stop_at_loop": 3, "initial_state": "given"}
 
 

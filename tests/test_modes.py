@@ -24,7 +24,7 @@ from tl_looped.dynamics import (
     trajectory,
 )
 from tl_looped.lens import fit_tuned_lens, loop_agreement, loop_lens, trace_exits, view_prompt
-from tl_looped.observe import collect
+from tl_looped.observe import observe
 from tl_looped.patching import Receiver, Sender, attribution_sweep, mean, patch_sweep, path_patch, zero
 from tl_looped.report.data import collect as read_prompts
 from tl_looped.report.prompts import Prompt
@@ -58,7 +58,7 @@ ANALYSES: list[Call] = [
     loop_lens,
     trace_exits,
     view_prompt,
-    lambda model, tokens: collect(model, tokens, [STEP]),
+    lambda model, tokens: observe(model, tokens, measures=[STEP]),
     lambda model, tokens: attribution_sweep(model, tokens, zero(), total),
     mean,
     lambda model, tokens: patch_sweep(model, tokens, zero(), total),

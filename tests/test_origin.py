@@ -14,7 +14,7 @@ from tl_looped import InputError
 from tl_looped.attention import attention_bound, attention_stability
 from tl_looped.dynamics import loop_jacobian_spectrum, loop_similarity, path_independence, trajectory
 from tl_looped.lens import loop_agreement, loop_lens, trace_exits
-from tl_looped.observe.origin import first_not_finite
+from tl_looped.observe.watching import first_not_finite
 from tl_looped.stages import neuron_shares
 
 LOOPS = 3
@@ -30,7 +30,7 @@ def poison(x: Tensor, hook: object) -> Tensor:
 def test_the_error_names_where_it_began(family: str, analysis: Callable[..., Any]) -> None:
     model = tiny(family)
     tokens = tokens_for(model, batch=1)
-    message = f"activations are not finite, from '{PLACE}' on. Look at the weights"
+    message = f"activations are not finite, from '{PLACE}' .layer 1, loop 1. on. Look at the weights"
     with model.hooks(fwd_hooks=[(PLACE, poison)]), pytest.raises(InputError, match=message):
         analysis(model, tokens, LOOPS)
     assert hook_count(model) == 0
@@ -43,10 +43,10 @@ def test_other_errors_stay_as_they_are() -> None:
 
 def test_a_finite_run_has_no_origin() -> None:
     model = tiny("huginn")
-    run = model.prepare(tokens_for(model), LOOPS)
+    run = model.batch(tokens_for(model), LOOPS)
     assert first_not_finite(model, run) is None
     with model.hooks(fwd_hooks=[("loop.2.hook_state_post", poison)]):
-        assert first_not_finite(model, run) == "loop.2.hook_state_post"
+        assert first_not_finite(model, run) == ("loop.2.hook_state_post", 0)
 
 
 def test_a_lens_refuses_what_is_not_a_number() -> None:

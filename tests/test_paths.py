@@ -47,7 +47,7 @@ class Slow:
         def see(name: str, value: Tensor) -> Tensor:
             return tape(name, edits.get(name, value))
 
-        state = self.model.prepare(tokens, LOOPS).state
+        state = self.model.batch(tokens, LOOPS).state
         return Plain(self.model.cfg, weights_of(self.model), see).run(tokens, LOOPS, state)
 
     def record(self, tokens: Tensor, edits: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def assert_same(model: LoopedModel, tokens: torch.Tensor, tolerance: float = 1e-11, **options: Any) -> None:
     """Logits, every activation and every gradient of a float64 model are those of plain.py, under the same names."""
-    run = model.prepare(tokens, **options)
+    run = model.batch(tokens, **options)
     tape = Tape()
     weights = {name: weight.requires_grad_() for name, weight in weights_of(model).items()}
     wanted = Plain(model.cfg, weights, tape).run(tokens, run.n_loops, run.state)

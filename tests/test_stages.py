@@ -11,7 +11,7 @@ from test_unrolled import bridge, looped
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
-from tl_looped.observe import collect
+from tl_looped.observe import observe
 from tl_looped.stages import (
     STAGE_MEASURES,
     colsum_concentration,
@@ -204,42 +204,42 @@ def test_options_that_are_refused(call: Any, message: str):
 def test_the_measures_on_a_model_are_those_of_its_cache(family: str):
     model = tiny(family, torch.float64)
     tokens = tokens_for(model)
-    collected = collect(model, tokens, STAGE_MEASURES, 3, progress=False)
+    observed = observe(model, tokens, 3, measures=STAGE_MEASURES, progress=False)
     _, cache = model.run_with_cache(tokens, 3)
-    for depth, (stack, layer, loop) in enumerate(collected.schedule.layer_calls()):
+    for depth, (stack, layer, loop) in enumerate(observed.schedule.layer_calls()):
         at = f"{stack}.{layer}." + ("" if loop is None else f"loop.{loop}.")
         for row in range(2):
             pattern, resid = cache[at + "attn.hook_pattern"][row], cache[at + "hook_resid_post"][row]
             by_hand = [slow(pattern[head], 0) for head in range(4)]
             for index, name in enumerate(("colsum", "sink", "mixing")):
                 expected = [numbers[index] for numbers in by_hand]
-                assert collected[name][row, depth].tolist() == pytest.approx(expected, abs=1e-9)
+                assert observed[name][row, depth].tolist() == pytest.approx(expected, abs=1e-9)
             sinks = sum(numbers[1] >= 0.3 for numbers in by_hand) / 4
-            assert float(collected["sink_rate"][row, depth]) == sinks
+            assert float(observed["sink_rate"][row, depth]) == sinks
             norms = [math.sqrt(sum(float(value) ** 2 for value in token)) for token in resid]
-            assert float(collected["magnitude"][row, depth]) == pytest.approx(sum(norms) / len(norms))
+            assert float(observed["magnitude"][row, depth]) == pytest.approx(sum(norms) / len(norms))
             expected = float(matrix_entropy(resid))
-            assert float(collected["residual_entropy"][row, depth]) == pytest.approx(expected)
+            assert float(observed["residual_entropy"][row, depth]) == pytest.approx(expected)
 
 
 def test_the_same_functions_on_a_feedforward_model():
     control = bridge()  # transformers' Llama, six layers
     tokens = tokens_for(looped())
     _, cache = control.run_with_cache(tokens)
-    collected = collect(control, tokens, STAGE_MEASURES, progress=False)
+    observed = observe(control, tokens, measures=STAGE_MEASURES, progress=False)
     for layer in range(6):
         pattern = cache["pattern", layer]
-        torch.testing.assert_close(collected["mixing"][:, layer], mixing_score(pattern))
-        torch.testing.assert_close(collected["sink_rate"][:, layer], sink_rate(pattern))
+        torch.testing.assert_close(observed["mixing"][:, layer], mixing_score(pattern))
+        torch.testing.assert_close(observed["sink_rate"][:, layer], sink_rate(pattern))
         entropy = matrix_entropy(cache["resid_post", layer])
-        torch.testing.assert_close(collected["residual_entropy"][:, layer], entropy, check_dtype=False)
+        torch.testing.assert_close(observed["residual_entropy"][:, layer], entropy, check_dtype=False)
 
 
 def test_every_stage_measure_draws_itself():
     model = tiny("llama")
-    collected = collect(model, tokens_for(model, 3), STAGE_MEASURES, 3, progress=False)
+    observed = observe(model, tokens_for(model, 3), 3, measures=STAGE_MEASURES, progress=False)
     for measure in STAGE_MEASURES:
         for group in ("depth", "loop", "layer"):
-            fig = collected.plot(measure.name, group)
+            fig = observed.plot(measure.name, group)
             assert fig.layout.yaxis.title.text.startswith(measure.label)
             assert any(y is not None for trace in fig.data for y in trace.y)

@@ -12,7 +12,7 @@ from helpers import TINY, hook_count, make, tiny, tokens_for
 from tl_looped import LoopedModel
 from tl_looped.attention import TOTAL_VARIATION
 from tl_looped.engine.errors import InputError
-from tl_looped.observe import collect
+from tl_looped.observe import observe
 from tl_looped.stages import (
     MIXING,
     RESIDUAL_ENTROPY,
@@ -125,9 +125,9 @@ def test_a_silent_mlp_adds_nothing_at_its_loops(family: str, loops: Any, chosen:
 def test_the_effect_of_an_ablation_is_that_of_two_runs():
     model, prompts = massive(), [[1, 2, 3, 4], [5, 6, 7], [8, 9, 1, 2]]
     result = ablation_effect(model, prompts, 1, [0, 2], n_loops=3, progress=False)
-    clean = collect(model, prompts, [MIXING, RESIDUAL_ENTROPY], 3, progress=False)
+    clean = observe(model, prompts, 3, measures=[MIXING, RESIDUAL_ENTROPY], progress=False)
     with model.hooks(fwd_hooks=silence_mlp(model, 1, [0, 2], n_loops=3)):
-        silent = collect(model, prompts, [MIXING, RESIDUAL_ENTROPY], 3, progress=False)
+        silent = observe(model, prompts, 3, measures=[MIXING, RESIDUAL_ENTROPY], progress=False)
     torch.testing.assert_close(result.clean["mixing"], clean["mixing"].mean((0, 2)))
     torch.testing.assert_close(result.ablated["mixing"], silent["mixing"].mean((0, 2)))
     torch.testing.assert_close(result.ablated["residual_entropy"], silent["residual_entropy"].mean(0))

@@ -38,7 +38,7 @@ from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block
-from tl_looped.observe.origin import naming_origin
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.stability import bound_scatter
 
 LIPSCHITZ = 0.5
@@ -210,7 +210,7 @@ def attention_bound(
         arXiv 2604.11791, Proposition 4.2; the bound for rotary embedding is this library's.
     """
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run, tokens=2)
     watch = _Watch(model, run.visible[0].cpu())

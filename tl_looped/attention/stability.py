@@ -26,7 +26,7 @@ from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.origin import naming_origin
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.stability import call_distances, head_changes
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def attention_stability(
         arXiv 2604.11791, section 4 (Frobenius distances); score and settling loop are this library's.
     """
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run, tokens=2)
     query = None if position is None else resolve_index("position", position, run.tokens.shape[1])

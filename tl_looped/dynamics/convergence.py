@@ -17,14 +17,14 @@ from torch import Tensor
 
 from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.dynamics.tokens import collect_tokens, place_table, token_series
+from tl_looped.dynamics.tokens import observe_tokens, place_table, token_series
 from tl_looped.engine.checks import check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import held_to_end, met_from, wide
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Prompts
 from tl_looped.model import LoopedModel
-from tl_looped.observe.collected import Collected
-from tl_looped.observe.texts import Prompts
+from tl_looped.observe.observed import Observed
 from tl_looped.viz.dynamics import convergence_curves
 
 CLEAR = 20.0
@@ -135,20 +135,20 @@ def convergence(
 
 
 def convergence_of(
-    collected: Collected, tolerance: float = 1e-2, *, hold: float = 0.25, name: str = DISTANCE.name
+    observed: Observed, tolerance: float = 1e-2, *, hold: float = 0.25, name: str = DISTANCE.name
 ) -> Convergence:
     """The verdict for every core layer and token of a collection.
 
     Args:
-        collected: from `collect(..., measures=[DISTANCE], per_token=["distance"])`.
+        observed: from `observe(..., measures=[DISTANCE], per_token=["distance"])`.
         tolerance, hold: as in `convergence`.
         name: of another measure of distance to the last loop.
 
     Raises:
         InputError: what `convergence` refuses; or the measure was not kept for every token.
     """
-    values, places = token_series(collected, name)
-    return _judge(values, tolerance, hold, ("layer", "token"), places, collected.made_by)
+    values, places = token_series(observed, name)
+    return _judge(values, tolerance, hold, ("layer", "token"), places, observed.made_by)
 
 
 def loop_convergence(
@@ -166,19 +166,19 @@ def loop_convergence(
 
     Args:
         model: in evaluation mode.
-        prompts: as in `collect`.
+        prompts: as in `observe`.
         n_loops: T, 128 in the paper.
         tolerance, hold: as in `convergence`.
-        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `collect`.
+        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `observe`.
 
     Raises:
-        InputError: what `convergence` and `collect` refuse; states that are not finite, with layer and loop.
+        InputError: what `convergence` and `observe` refuse; states that are not finite, with layer and loop.
 
     Source:
         arXiv 2604.11791, distance to the approximate fixed point.
     """
     _check(tolerance, hold)
-    return convergence_of(collect_tokens(model, prompts, DISTANCE, n_loops, 2, options), tolerance, hold=hold)
+    return convergence_of(observe_tokens(model, prompts, DISTANCE, n_loops, 2, options), tolerance, hold=hold)
 
 
 def _check(tolerance: float, hold: float) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tl_looped.dynamics.convergence import convergence_of
 from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.steps import N_LOOPS, cosine_to
-from tl_looped.dynamics.tokens import collect_tokens, place_table
+from tl_looped.dynamics.tokens import observe_tokens, place_table
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.checks import (
     check_axes,
@@ -34,9 +34,9 @@ from tl_looped.engine.checks import (
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import unit
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Prompts
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.texts import Prompts
 from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def loop_similarity(
         InputError: one loop, or what `forward` refuses, before the run; states that are not finite.
     """
     check_eval(check_looped(model))
-    run = model.prepare(input, n_loops, **options)
+    run = model.batch(input, n_loops, **options)
     check_whole_run(run)
     names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
     _, cache = model.run_with_cache(input, n_loops, names_filter=names, stop_at_loop=run.n_loops, **options)
@@ -243,15 +243,15 @@ def loop_cycle(
 
     Args:
         model: in evaluation mode, with two core layers or more.
-        prompts: as in `collect`.
+        prompts: as in `observe`.
         n_loops: 128 in the paper.
         threshold: as in `distinctness`.
         tolerance, hold: when a state has converged, as in `convergence`.
         seed: of a drawn initial state.
-        options: `field`, `limit`, `batch_size`, `save_to`, `progress`, as in `collect`.
+        options: `field`, `limit`, `batch_size`, `save_to`, `progress`, as in `observe`.
 
     Raises:
-        InputError: one core layer, or what `distinctness`, `convergence` and `collect` refuse.
+        InputError: one core layer, or what `distinctness`, `convergence` and `observe` refuse.
 
     Source:
         arXiv 2604.11791, Prop. 4.1.
@@ -261,9 +261,9 @@ def loop_cycle(
         raise InputError("loop_cycle takes no initial_state: fixed points are looked for from the model's own.")
     if isinstance(model, LoopedModel) and model.cfg.n_core < 2:
         raise InputError("this model has one core layer, so its cycle has one point: nothing to tell apart.")
-    collected = collect_tokens(model, prompts, DISTANCE, n_loops, 2, {"seed": seed, **options})
-    judged = convergence_of(collected, tolerance, hold=hold)
-    points = torch.cat([_end(model, tokens, n_loops, seed) for tokens in collected.tokens], dim=1)
+    observed = observe_tokens(model, prompts, DISTANCE, n_loops, 2, {"seed": seed, **options})
+    judged = convergence_of(observed, tolerance, hold=hold)
+    points = torch.cat([_end(model, tokens, n_loops, seed) for tokens in observed.tokens], dim=1)
     return _distinct(points, judged.converged, threshold, ("token",), judged.places, judged.made_by)
 
 

@@ -23,7 +23,7 @@ from tl_looped.engine.numbers import length, ratio
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.origin import naming_origin
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.dynamics import spectrum_plane
 
 Reals = npt.NDArray[np.float64]
@@ -141,7 +141,7 @@ def loop_jacobian_spectrum(
         if "initial_state" in options:
             raise InputError("state is given, so leave out initial_state.")
         options = {**options, "initial_state": state[None] if state.ndim == 2 else state}
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_one_prompt(run)
     if run.start or run.stop != run.n_loops:
         raise InputError("say with loop= at which loop: leave out start_at_loop and stop_at_loop.")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tl_looped.dynamics.measures import COSINE_TO_END
 from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.dynamics.tokens import collect_tokens, place_table, token_series
+from tl_looped.dynamics.tokens import observe_tokens, place_table, token_series
 from tl_looped.engine.checks import check_loop_axis, check_number, check_same_shape, undefined_series
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Prompts
 from tl_looped.model import LoopedModel
-from tl_looped.observe.collected import Collected
-from tl_looped.observe.texts import Prompts
+from tl_looped.observe.observed import Observed
 from tl_looped.viz.dynamics import limit_curves
 
 BEHAVIOURS = ("fixed point", "orbit", "slider", "unknown")
@@ -301,11 +301,11 @@ class LimitBehaviour(Result):
         return limit_curves(self.cosines[:, index], self.labels[index], BEHAVIOURS, threshold, names, title)
 
 
-def limits_of(collected: Collected, rule: LimitRule | None = None, *, name: str = COSINE_TO_END.name) -> LimitBehaviour:
+def limits_of(observed: Observed, rule: LimitRule | None = None, *, name: str = COSINE_TO_END.name) -> LimitBehaviour:
     """The limit behaviour of every token of a collection, in every core layer.
 
     Args:
-        collected: from `collect(..., measures=[COSINE_TO_END], per_token=["cosine_to_end"])`.
+        observed: from `observe(..., measures=[COSINE_TO_END], per_token=["cosine_to_end"])`.
         rule: the thresholds.
         name: of another measure of the cosine to the last loop.
 
@@ -313,10 +313,10 @@ def limits_of(collected: Collected, rule: LimitRule | None = None, *, name: str 
         InputError: what `classify_limits` refuses; or the measure was not kept for every token.
     """
     rule = LimitRule() if rule is None else rule
-    cosines, places = token_series(collected, name)
+    cosines, places = token_series(observed, name)
     labels, period, amplitude = classify_limits(cosines, rule)
     return LimitBehaviour(
-        made_by={**collected.made_by, "rule": dataclasses.asdict(rule)},
+        made_by={**observed.made_by, "rule": dataclasses.asdict(rule)},
         cosines=cosines,
         places=places,
         labels=labels,
@@ -334,16 +334,16 @@ def limit_behaviour(
 
     Args:
         model: in evaluation mode.
-        prompts: as in `collect`.
+        prompts: as in `observe`.
         n_loops: 128 in the paper; at least 16.
         rule: the thresholds of the algorithm, which `LimitRule` describes.
-        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `collect`.
+        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `observe`.
 
     Raises:
-        InputError: what `collect` refuses; too few loops; states that are not finite, with layer and loop.
+        InputError: what `observe` refuses; too few loops; states that are not finite, with layer and loop.
 
     Source:
         arXiv 2604.11791.
     """
     check_count("n_loops", n_loops, minimum=FEWEST_LOOPS)
-    return limits_of(collect_tokens(model, prompts, COSINE_TO_END, n_loops, FEWEST_LOOPS, options), rule)
+    return limits_of(observe_tokens(model, prompts, COSINE_TO_END, n_loops, FEWEST_LOOPS, options), rule)

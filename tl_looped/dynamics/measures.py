@@ -1,4 +1,4 @@
-"""The dynamics of the residual stream as measures for `tl_looped.observe.collect`, one number for each token."""
+"""The dynamics of the residual stream as measures for `tl_looped.observe.observe`, one number for each token."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
-from tl_looped.model import LoopedModel, check_looped, token_texts
-from tl_looped.observe.origin import naming_origin
+from tl_looped.model import LoopedModel, check_looped
+from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.motion import motion_curves
 
 _NAMES = ("step", "angle", "acceleration", "step_change")
@@ -82,7 +82,7 @@ def loop_motion(
         arXiv 2509.23314: step norms, angles between steps, acceleration.
     """
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
     index = resolve_index("layer", layer, model.cfg.n_core)
@@ -109,6 +109,6 @@ def loop_motion(
     return LoopMotion(
         made_by={"model": model.cfg.model_name, **run.describe()},
         layer=index,
-        str_tokens=token_texts(model, run.tokens[0]),
+        str_tokens=model.token_texts(run.tokens[0]),
         **{name: torch.stack(row) for name, row in rows.items()},
     )

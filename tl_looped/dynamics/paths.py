@@ -22,7 +22,7 @@ from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import length, met_from, ratio, unit, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run
-from tl_looped.model import LoopedModel, check_looped, token_texts
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.dynamics import path_curves
 
 
@@ -168,7 +168,7 @@ def path_independence(
     """
     check_number("tolerance", tolerance)
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     starts = _starts(model, prompt, run, seeds, noise, initial_states, options)
@@ -192,7 +192,7 @@ def path_independence(
     return PathIndependence(
         made_by={"model": model.cfg.model_name, **run.describe(), "initial_state": "several", "noise": noise},
         starts=tuple(starts),
-        str_tokens=token_texts(model, run.tokens[0]),
+        str_tokens=model.token_texts(run.tokens[0]),
         tolerance=float(tolerance),
         distances=torch.stack(kept),
     )
@@ -214,7 +214,7 @@ def _starts(
         if seeds is not None or noise is not None:
             raise InputError("initial_states are given, so leave out seeds and noise.")
         states = [one[None] if isinstance(one, Tensor) and one.ndim == 2 else one for one in given]
-        found = {f"given {i}": model.prepare(prompt, run.n_loops, initial_state=one) for i, one in enumerate(states)}
+        found = {f"given {i}": model.batch(prompt, run.n_loops, initial_state=one) for i, one in enumerate(states)}
         starts = {name: one.state for name, one in found.items() if one.state is not None}
     else:
         chosen = list(range(4)) if seeds is None else [check_count("a seed", seed, minimum=0) for seed in seeds]
@@ -226,7 +226,7 @@ def _starts(
             size = torch.where(size == 0, length(wide(after)), size)
             starts = {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
         elif model.cfg.random_state:
-            states = [model.prepare(prompt, run.n_loops, **{**options, "seed": seed}).state for seed in chosen]
+            states = [model.batch(prompt, run.n_loops, **{**options, "seed": seed}).state for seed in chosen]
             starts = {f"seed {seed}": one for seed, one in zip(chosen, states, strict=True) if one is not None}
         else:
             own_state = "zero" if model.cfg.initial_state == "zeros" else "the prelude's output"

@@ -18,7 +18,7 @@ from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import ratio, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
-from tl_looped.model import LoopedModel, check_looped, token_texts
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.dynamics import trajectory_figure
 
 
@@ -147,7 +147,7 @@ def trajectory(
         arXiv 2604.11791, PCA over all latent states of one token.
     """
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run)
     wanted = list(position) if isinstance(position, Sequence) else [position]
@@ -167,7 +167,7 @@ def trajectory(
     return Trajectory(
         made_by={"model": model.cfg.model_name, **run.describe()},
         positions=places,
-        str_tokens=token_texts(model, run.tokens[0, list(places)]),
+        str_tokens=model.token_texts(run.tokens[0, list(places)]),
         scores=found.scores,
         explained=found.explained,
         mean=found.mean,

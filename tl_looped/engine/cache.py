@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -11,13 +12,12 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from tl_looped.engine.engine import Engine, ReturnType, check_return
 from tl_looped.engine.errors import HookNameError, InputError, nearest, resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
+from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE, HookSite
-
-if TYPE_CHECKING:
-    from tl_looped.model import LoopedModel
 
 _GRAD = "_grad"
 _SHORT_NAMES = [name.rpartition("hook_")[2] for name in (*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES)]
@@ -84,8 +84,8 @@ class LoopedCache(ActivationCache):
         run: what made it: tokens, mask, loop count, seed and initial state.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, run: Run, has_batch_dim: bool = True):
-        super().__init__(cache_dict, model, has_batch_dim)
+    def __init__(self, cache_dict: dict[str, Tensor], model: Engine, run: Run, has_batch_dim: bool = True):
+        super().__init__(cache_dict, cast(Any, model), has_batch_dim)  # TransformerLens asks for its own config
         self.run = run
 
     def __repr__(self) -> str:
@@ -156,7 +156,7 @@ class LoopedCache(ActivationCache):
         return HookSite(component, CORE, layer, loop)
 
     def _n_layers(self, stack: str) -> int:
-        return cast("LoopedModel", self.model).schedule.n_layers(stack)
+        return cast(Engine, self.model).schedule.n_layers(stack)
 
     @staticmethod
     def _index(name: str, value: object, size: int) -> int:
@@ -269,6 +269,41 @@ class LoopedCache(ActivationCache):
     def logit_lens(self, **kwargs: Any) -> NoReturn:
         """Refused: it reads layers without their loops."""
         self._refuse("logit_lens")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a run keeps; `LoopedModel.run_with_cache` says what each is."""
+
+    names_filter: NamesFilter = None
+    loops: Iterable[int] | None = None
+    pos_slice: Any = None
+    device: torch.device | str | None = None
+    incl_bwd: bool = False
+    remove_batch_dim: bool = False
+
+
+def run_with_cache(
+    engine: Engine, run: Run, keep: Keep, return_type: ReturnType = "logits", loss_per_token: bool = False
+) -> tuple[Any, LoopedCache]:
+    """Execute a run and keep activations; see `LoopedModel.run_with_cache`."""
+    if keep.incl_bwd and (return_type != "loss" or loss_per_token or not run.reads_out):
+        raise InputError("incl_bwd runs backward from the mean loss: pass return_type='loss' and no stop_at_loop.")
+    check_return(run, return_type, loss_per_token)
+    if keep.remove_batch_dim and run.tokens.shape[0] != 1:
+        raise InputError(f"remove_batch_dim needs a batch of one, got {run.tokens.shape[0]} prompts.")
+    chosen = engine.reach(run).select(keep.names_filter, keep.loops)
+    store: dict[str, Tensor] = {}
+    writer = CacheWriter(store, keep.device, Slice.unwrap(keep.pos_slice), keep.remove_batch_dim)
+    with engine.hooks():
+        for point, where in chosen:
+            point.add_hook(writer.save, level=engine.context_level, where=where, reads_only=True)
+            if keep.incl_bwd:
+                point.add_hook(writer.save_grad, "bwd", level=engine.context_level, where=where)
+        output = engine.execute(run, return_type, loss_per_token)
+        if keep.incl_bwd:
+            output.backward()
+    return output, LoopedCache(store, engine, run, has_batch_dim=not keep.remove_batch_dim)
 
 
 def _component(short: str, layer_type: str | None) -> str:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, Union, cast, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
+from tl_looped.engine.prompts import Rows
 from tl_looped.engine.state import random_state
+from tl_looped.engine.tokens import PaddingSide
 
 DEFAULT_SEED = 0
 """Seed of the initial state where a model draws one at random and the caller says nothing."""
+
+Prompts = Union[str, "os.PathLike[str]", Tensor, Mapping[str, Any], Iterable[Any], "Runs"]
+"""What is run: text, token ids, a BatchEncoding, chat messages, a list of these, a Path to a file, a dataset, or what
+`model.prepare` made of them. `engine.prompts.read_rows` says how each is read."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,12 @@ class Run:
     seed: int | None
     state_given: bool
 
+    @property
+    def last_positions(self) -> Int[Tensor, " batch"]:
+        """Where each row's last real token is."""
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return places.expand_as(self.tokens).masked_fill(~self.attention_mask, -1).amax(-1)
+
     def describe(self) -> dict[str, object]:
         """Plain values that say what made a result."""
         source = "given" if self.state_given else "model" if self.seed is None else f"seed {self.seed}"
@@ -61,48 +76,111 @@ class Run:
         }
 
 
-def check_tokens(tokens: Tensor, cfg: LoopedConfig) -> Int[Tensor, "batch pos"]:
-    """Token ids as [batch, pos], int64; an error for anything that is not."""
-    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise InputError(f"tokens must be integers, got dtype {tokens.dtype}: pass token ids, or text.")
-    if tokens.ndim == 1:
-        tokens = tokens[None]
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise InputError(f"tokens must be [batch, pos] with at least one token, got shape {tuple(tokens.shape)}.")
-    if tokens.shape[1] > cfg.n_ctx:
-        raise InputError(
-            f"the prompt has {tokens.shape[1]} tokens, more than the model's context of {cfg.n_ctx}: shorten it."
-        )
-    low, high = (int(end) for end in torch.aminmax(tokens))
-    if low < 0 or high >= cfg.d_vocab:
-        raise InputError(f"token id {low if low < 0 else high} is out of the vocabulary [0, {cfg.d_vocab}).")
-    return tokens.long()
+class RunOptions(TypedDict, total=False):
+    """What every call that runs a model takes besides prompts and `n_loops`, by name.
 
-
-def padding_mask(
-    tokens: Int[Tensor, "batch pos"], tokenizer: PreTrainedTokenizerBase | None
-) -> Bool[Tensor, "batch pos"]:
-    """True for real tokens, judged by the padding tokens at either end.
-
-    Where padding shares its id with the beginning (or the end) of text, and every row has it there, one of each row's
-    run is that and counts as real. A row without one shows that no row has one: then the whole run is padding.
+    Attributes:
+        initial_state: the state that enters the first loop, in the model's dtype: [batch, pos, d_model], or
+            [pos, d_model] for the same in all rows, counted over their real tokens.
+        seed: seed of the drawn initial state, where the model draws one; None for 0. Every position has its own draw,
+            the same in all rows, so a prompt's numbers do not depend on its batch.
+        attention_mask: which tokens are real, [batch, pos]; or who may attend to whom in full, [batch, query, key].
+        position_ids: positions for rotary, [batch, pos]; None: counted over real tokens.
+        prepend_bos: whether text begins with a beginning-of-text token; None: as the tokenizer does it.
+        padding_side: where prompts of different length are filled up; None: as the tokenizer says, else at the right.
+        field: which field of a dataset's or a JSONL file's rows holds the prompt.
+        limit: take the first so many prompts; None for all.
     """
-    if tokenizer is None or tokenizer.pad_token_id is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    pad = cast(int, tokenizer.pad_token_id)
-    padding = tokens.eq(pad)
-    whole = padding.all(-1, keepdim=True)
-    leading = _padding_run(padding, pad == tokenizer.bos_token_id)
-    trailing = _padding_run((padding & ~whole).flip(-1), pad == tokenizer.eos_token_id).flip(-1)
-    return ~(leading | trailing)
+
+    initial_state: Tensor | None
+    seed: int | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    prepend_bos: bool | None
+    padding_side: PaddingSide | None
+    field: str | None
+    limit: int | None
 
 
-def _padding_run(padding: Bool[Tensor, "batch pos"], shared: bool) -> Bool[Tensor, "batch pos"]:
-    """The run at the beginning of each row, without its last token where that has a meaning of its own in every row."""
-    run = padding.long().cumprod(-1).bool()
-    if shared and bool(run[:, 0].all()):
-        return torch.cat((run[:, 1:], torch.zeros_like(run[:, :1])), dim=-1)
-    return run
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def with_run_options(function: Call) -> Call:
+    """Write out `**options: Unpack[RunOptions]` in a function's signature, and refuse other names in its own words.
+
+    Type checkers read the names from `Unpack`; help() and notebooks read them from here.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    kinds = get_type_hints(RunOptions)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kinds[name])
+        for name in kinds
+        if name not in signature.parameters
+    ]
+    known = [p.name for p in (*own, *more)]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            raise InputError(f"{function.__name__} has no argument {unknown[0]!r}.{nearest(unknown[0], known)}")
+        return function(*args, **kwargs)
+
+    call.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
+    return cast(Call, call)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Prompts and how to run them, checked: what `model.prepare` makes, and every call takes in place of prompts.
+
+    Attributes:
+        rows: the prompts as tokens.
+        n_loops: loop count of the whole run.
+        start: the first loop that runs.
+        stop: the loop after the last one that runs.
+        reads_out: whether runs go on to logits.
+        initial_state: as given, [batch, pos, d_model] in the layout of the padded rows, or [pos, d_model]; else None.
+        seed: as given.
+        position_ids: as given, in the layout of the padded rows.
+        visible: who may attend to whom, as given, [batch, query, key].
+    """
+
+    rows: Rows
+    n_loops: int
+    start: int
+    stop: int
+    reads_out: bool
+    initial_state: Tensor | None = None
+    seed: int | None = None
+    position_ids: Tensor | None = None
+    visible: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        loops = f"loops {self.start} to {self.stop - 1} of {self.n_loops}" if self.stop > self.start else "no loop"
+        return f"Runs({len(self)} prompts, up to {self.rows.longest} tokens, {loops})"
+
+    @property
+    def whole(self) -> bool:
+        """Whether they go from the first loop to the logits."""
+        return self.start == 0 and self.reads_out
+
+    def equal_lengths(self, most: int) -> list[list[int]]:
+        """The rows in batches of one length each, shortest first: batches that need no padding."""
+        if self.visible is not None:
+            raise InputError(
+                "attention_mask of shape [batch, query, key] belongs to one batch, but this runs prompts in several: "
+                "pass [batch, pos]."
+            )
+        lengths = [int(real.sum()) for real in self.rows.real]
+        by_length: dict[int, list[int]] = {}
+        for index in sorted(range(len(self)), key=lengths.__getitem__):
+            by_length.setdefault(lengths[index], []).append(index)
+        return [rows[i : i + most] for rows in by_length.values() for i in range(0, len(rows), most)]
 
 
 def visibility(
@@ -161,32 +239,45 @@ def resolve_loops(
     return total, start, stop
 
 
+def check_state(cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtype: torch.dtype) -> None:
+    """Raise for an initial state or a seed that can't be that of these rows."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        bound = " and below 2**63" if type(seed) is int and seed > 0 else ""
+        raise InputError(f"seed must be an integer of at least 0{bound}, got {seed!r}.")
+    if state is None:
+        return
+    if seed is not None and cfg.random_state:
+        raise InputError("initial_state and seed both given: the state is either given or drawn, so leave one out.")
+    shape = (len(rows), rows.longest, cfg.d_model)
+    if not isinstance(state, Tensor):
+        raise InputError(
+            f"initial_state must be a tensor of shape {shape} = [batch, pos, d_model], got {type(state).__name__}."
+        )
+    by_position = state.ndim == 2 and state.shape[0] >= rows.longest and state.shape[1] == cfg.d_model
+    if tuple(state.shape) != shape and not by_position:
+        raise InputError(
+            f"initial_state must be a tensor of shape {shape} = [batch, pos, d_model], got {tuple(state.shape)}; or "
+            f"[pos, d_model] for all rows alike, with at least {rows.longest} positions."
+        )
+    if state.dtype != dtype:
+        raise InputError(f"initial_state is {state.dtype}, the model {dtype}: pass state.to({dtype}).")
+
+
 def resolve_state(
     cfg: LoopedConfig,
     positions: Int[Tensor, "batch pos"],
-    initial_state: Tensor | None,
+    given: Float[Tensor, "batch pos d_model"] | None,
     seed: int | None,
     dtype: torch.dtype,
     training: bool,
 ) -> tuple[Tensor | None, int | None]:
     """(the state to start from or None for the prelude's output, the seed that drew it)."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
-        bound = " and below 2**63" if type(seed) is int and seed > 0 else ""
-        raise InputError(f"seed must be an integer of at least 0{bound}, got {seed!r}.")
-    shape = (*positions.shape, cfg.d_model)
-    if initial_state is not None:
-        if seed is not None and cfg.random_state:
-            raise InputError("initial_state and seed both given: the state is either given or drawn, so leave one out.")
-        if not isinstance(initial_state, Tensor) or tuple(initial_state.shape) != shape:
-            seen = tuple(initial_state.shape) if isinstance(initial_state, Tensor) else type(initial_state).__name__
-            raise InputError(f"initial_state must be a tensor of shape {shape} = [batch, pos, d_model], got {seen}.")
-        if initial_state.dtype != dtype:
-            raise InputError(f"initial_state is {initial_state.dtype}, the model {dtype}: pass state.to({dtype}).")
-        return initial_state.to(positions.device), None
+    if given is not None:
+        return given.to(positions.device), None
     if cfg.initial_state == "prelude":
         return None, None
     if cfg.initial_state == "zeros":
-        return torch.zeros(shape, dtype=dtype, device=positions.device), None
+        return torch.zeros(*positions.shape, cfg.d_model, dtype=dtype, device=positions.device), None
     if seed is None and not training:
         seed = DEFAULT_SEED
     return random_state(cfg, positions, seed, dtype), seed

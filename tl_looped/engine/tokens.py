@@ -78,3 +78,7 @@ def single_token(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
     if len(tokens) != 1 and tokenizer is not None:
         raise InputError(f"{text!r} is {len(tokens)} tokens, not one: {tokenizer.convert_ids_to_tokens(tokens)}.")
     return tokens[0]
+
+
+def apply_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Any) -> list[int]:
+    raise InputError("chat")

@@ -9,27 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import LensHandle
+from typing_extensions import Unpack
 
-from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.cache import Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.engine import Engine, ReturnType
 from tl_looped.engine.errors import HookNameError, InputError, nearest
 from tl_looped.engine.hooks import Direction, HookFn, HookName, LoopHookPoint
 from tl_looped.engine.reach import NamesFilter
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.nn.block import Block
-
-if TYPE_CHECKING:
-    from tl_looped.model import LoopedModel
-else:  # a name for annotations only: the model makes its views, so imports go the other way
-    LoopedModel = Any
 
 _FINAL_NORM = "ln_final."
 
@@ -203,12 +201,12 @@ class UnrolledModel(HookedRootModule):
         seed: seed of a drawn state.
     """
 
-    def __init__(self, looped: LoopedModel, n_loops: int, initial_state: Tensor | None = None, seed: int | None = None):
+    def __init__(self, looped: Engine, n_loops: int, initial_state: Tensor | None = None, seed: int | None = None):
         super().__init__()
         self.looped = looped
         self.n_loops = n_loops
         self.names = DepthNames(looped.cfg, looped.cfg.schedule(n_loops))
-        self._state = {"initial_state": initial_state, "seed": seed}
+        self._state: RunOptions = {"initial_state": initial_state, "seed": seed}
         self.tokenizer = looped.tokenizer
         self.train(looped.training)
 
@@ -390,9 +388,18 @@ class UnrolledModel(HookedRootModule):
 
     # Running.
 
-    def forward(self, input: str | list[str] | Tensor, **options: Any) -> Any:
+    @with_run_options
+    def forward(
+        self,
+        input: Prompts,
+        *,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> Any:
         """As `LoopedModel.forward`, with this view's loops and initial state."""
-        return self.looped(input, self.n_loops, **self._options(options))
+        run = self.looped.batch(input, self.n_loops, **self._options(options))
+        return self.looped.execute(run, return_type, loss_per_token)
 
     def run_with_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - immutable defaults
         self,
@@ -407,13 +414,24 @@ class UnrolledModel(HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **model_kwargs)
 
+    @with_run_options
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: str | list[str] | Tensor, *, names_filter: NamesFilter = None, **options: Any
+        self,
+        input: Prompts,
+        *,
+        names_filter: NamesFilter = None,
+        pos_slice: Any = None,
+        device: torch.device | str | None = None,
+        incl_bwd: bool = False,
+        remove_batch_dim: bool = False,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        **options: Unpack[RunOptions],
     ) -> tuple[Any, UnrolledCache]:
         """Run, and keep activations under the view's names; the rest as `LoopedModel.run_with_cache`."""
-        output, cache = self.looped.run_with_cache(
-            input, self.n_loops, names_filter=self._looped_filter(names_filter), **self._options(options)
-        )
+        run = self.looped.batch(input, self.n_loops, **self._options(options))
+        keep = Keep(self._looped_filter(names_filter), None, pos_slice, device, incl_bwd, remove_batch_dim)
+        output, cache = run_with_cache(self.looped, run, keep, return_type, loss_per_token)
         return output, self.view(cache)
 
     def view(self, cache: LoopedCache) -> UnrolledCache:
@@ -433,6 +451,5 @@ class UnrolledModel(HookedRootModule):
             return lambda name: accepts(self.names.to_depth(name))
         return [self.names.to_looped(name) for name in names_filter]
 
-    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        given = {key: value for key, value in self._state.items() if value is not None}
-        return {**given, **options}
+    def _options(self, options: RunOptions) -> RunOptions:
+        return {**self._state, **options}

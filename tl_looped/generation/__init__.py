@@ -1,6 +1,9 @@
 """Text from a looped model, token by token."""
 
+from tl_looped.generation.decoding import StatePolicy as StatePolicy
+from tl_looped.generation.decoding import Watch as Watch
 from tl_looped.generation.generated import Generated as Generated
+from tl_looped.generation.generated import GenerateReturn as GenerateReturn
 from tl_looped.generation.generated import generate as generate
 from tl_looped.generation.loop_end import ExitRule as ExitRule
 from tl_looped.generation.loop_end import LoopEnd as LoopEnd

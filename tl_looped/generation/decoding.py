@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.kv import KVCache
 from tl_looped.engine.runs import Run, visibility
@@ -16,11 +17,6 @@ from tl_looped.engine.schedule import CORE
 from tl_looped.engine.state import draw_noise
 from tl_looped.generation.loop_end import ExitRule, LoopEnd
 from tl_looped.nn import Frame
-
-if TYPE_CHECKING:
-    from tl_looped.model import LoopedModel
-else:  # a name for annotations only: the model imports this
-    LoopedModel = Any
 
 StatePolicy = Literal["fresh", "zeros", "carry"]
 Watch = Callable[[LoopEnd, int], object]
@@ -39,7 +35,7 @@ class NewStates:
         policy: "fresh", "zeros" or "carry".
     """
 
-    def __init__(self, model: LoopedModel, run: Run, n_positions: int, policy: StatePolicy):
+    def __init__(self, model: Engine, run: Run, n_positions: int, policy: StatePolicy):
         if policy not in ("fresh", "zeros", "carry"):
             raise InputError(f"initial_state must be 'fresh', 'zeros' or 'carry', got {policy!r}.")
         if policy != "fresh" and run.state is None:
@@ -62,7 +58,7 @@ class NewStates:
 class Decoder:
     """The rows so far, and the logits that follow them. Without a cache: every token runs the whole rows again."""
 
-    def __init__(self, model: LoopedModel, run: Run, new_states: NewStates):
+    def __init__(self, model: Engine, run: Run, new_states: NewStates):
         self.transformer = model.transformer
         self.new_states = new_states
         self.n_loops = run.n_loops
@@ -115,7 +111,7 @@ class CachedDecoder(Decoder):
 
     def __init__(
         self,
-        model: LoopedModel,
+        model: Engine,
         run: Run,
         new_states: NewStates,
         n_positions: int,

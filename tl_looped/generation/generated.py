@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -11,14 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.results import Result
 from tl_looped.generation.stream import GenerationStep, TokenStream, generate_stream
-
-if TYPE_CHECKING:
-    from tl_looped.model import LoopedModel
-else:  # a name for annotations only: the model imports this
-    LoopedModel = Any
 
 GenerateReturn = Literal["input", "str", "tokens", "result"]
 
@@ -67,7 +63,7 @@ class Generated(Result):
 
 
 def generate(
-    model: LoopedModel,
+    model: Engine,
     input: str | list[str] | Tensor,
     max_new_tokens: int = 10,
     n_loops: int | None = None,
@@ -114,7 +110,7 @@ def generate(
     return texts[0] if len(texts) == 1 and not isinstance(input, (list, tuple)) else texts
 
 
-def _collect(model: LoopedModel, stream: TokenStream, steps: list[GenerationStep]) -> Generated:
+def _collect(model: Engine, stream: TokenStream, steps: list[GenerationStep]) -> Generated:
     """The steps as one result."""
     loops = torch.stack([step.loops for step in steps], dim=1)
     tokens = torch.cat((stream.prompt.tokens, torch.stack([step.tokens for step in steps], dim=1)), dim=1)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
-
-if TYPE_CHECKING:
-    from tl_looped.model import LoopedModel
 
 
 @dataclass
@@ -56,7 +54,7 @@ class LoopEnd:
 class ExitRule(Protocol):
     """When a token has been looped enough: `tl_looped.lens.exits` has the published ones."""
 
-    def begin(self, model: LoopedModel, n_loops: int) -> Callable[[LoopEnd], Bool[Tensor, " rows"]]:
+    def begin(self, model: Engine, n_loops: int) -> Callable[[LoopEnd], Bool[Tensor, " rows"]]:
         """A fresh judge for some tokens: called after every loop, in order, it says which of them stop there.
 
         Raises:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.runs import DEFAULT_SEED, Run
@@ -18,11 +19,6 @@ from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, Sta
 from tl_looped.generation.loop_end import ExitRule
 from tl_looped.generation.sampling import Sampling
 from tl_looped.generation.stopping import RowText, Stopping
-
-if TYPE_CHECKING:
-    from tl_looped.model import LoopedModel
-else:  # a name for annotations only: the model imports this
-    LoopedModel = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +58,7 @@ class TokenStream(Iterator[GenerationStep]):
 
     def __init__(
         self,
-        model: LoopedModel,
+        model: Engine,
         prompt: Run,
         decoder: Decoder,
         sampling: Sampling,
@@ -121,7 +117,7 @@ class TokenStream(Iterator[GenerationStep]):
 
 
 def generate_stream(
-    model: LoopedModel,
+    model: Engine,
     input: str | list[str] | Tensor,
     max_new_tokens: int = 10,
     n_loops: int | None = None,
@@ -202,7 +198,7 @@ def generate_stream(
             f"padding_side={padding_side!r}, but new tokens must follow real ones: leave it out, or pass 'left'."
         )
     seed = DEFAULT_SEED if seed is None else seed
-    prompt = model.prepare(
+    prompt = model.batch(
         input, n_loops, seed=seed, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side="left"
     )
     n_positions = _check_prompt(model, prompt, max_new_tokens, attention_mask)
@@ -224,7 +220,7 @@ def generate_stream(
     return TokenStream(model, prompt, decoder, sampling, stopping, max_new_tokens, seed, made_by)
 
 
-def _check_hooks(model: LoopedModel, prompt: Run) -> None:
+def _check_hooks(model: Engine, prompt: Run) -> None:
     """An error for a registered hook that could not act."""
     if any(point.bwd_hooks for point in model.hook_dict.points()):
         raise InputError(
@@ -234,7 +230,7 @@ def _check_hooks(model: LoopedModel, prompt: Run) -> None:
     model.reach(prompt).check_hooks()
 
 
-def _check_prompt(model: LoopedModel, prompt: Run, max_new_tokens: int, attention_mask: Tensor | None) -> int:
+def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int, attention_mask: Tensor | None) -> int:
     """How many positions there may be in the end; an error where new tokens can't follow."""
     length, n_ctx = prompt.tokens.shape[1], model.cfg.n_ctx
     if length + max_new_tokens > n_ctx:
@@ -257,7 +253,7 @@ def _check_prompt(model: LoopedModel, prompt: Run, max_new_tokens: int, attentio
     return length + max_new_tokens
 
 
-def _check_rule(model: LoopedModel, rule: object, n_loops: int) -> None:
+def _check_rule(model: Engine, rule: object, n_loops: int) -> None:
     begin = None if isinstance(rule, type) else getattr(rule, "begin", None)
     judge = begin(model, n_loops) if callable(begin) else None
     if not callable(judge):

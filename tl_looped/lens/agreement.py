@@ -100,7 +100,7 @@ def loop_agreement(
         InputError: fewer than two loops, or what `loop_lens` refuses.
     """
     check_eval(check_looped(model))
-    run = model.prepare(input, n_loops, **options)
+    run = model.batch(input, n_loops, **options)
     if kind == "tuned":
         raise InputError("agreement compares what the model itself says: pass kind='exact', 'direct' or 'coda'.")
     check_kind(model, kind, False)

@@ -30,7 +30,7 @@ from tl_looped.lens.reads import (
 from tl_looped.lens.result import LoopLensResult
 from tl_looped.lens.targets import Targets, resolve_targets, top_tokens
 from tl_looped.lens.tuned import TunedLens
-from tl_looped.model import LoopedModel, check_looped, token_texts
+from tl_looped.model import LoopedModel, check_looped
 
 
 def loop_lens(
@@ -85,7 +85,7 @@ def loop_lens(
         arXiv 2502.05171, 2510.25741.
     """
     check_eval(check_looped(model))
-    run = model.prepare(input, n_loops, **options)
+    run = model.batch(input, n_loops, **options)
     check_kind(model, kind, translator is not None)
     reads = choose_reads(model, run, site, loops, layers, positions)
     check_rows(run, reads)
@@ -176,4 +176,4 @@ def _check_numbers(log_probs: Tensor, reads: Reads, loop: int, index: int) -> No
 def _texts(model: LoopedModel, *ids: Tensor) -> dict[str, str]:
     """The text of every token id that occurs, by the id as text; a model without tokenizer shows ids."""
     seen = sorted({one for tensor in ids for one in tensor.unique().tolist() if one >= 0})
-    return dict(zip(map(str, seen), token_texts(model, torch.tensor(seen)), strict=True))
+    return dict(zip(map(str, seen), model.token_texts(torch.tensor(seen)), strict=True))

@@ -218,7 +218,7 @@ def trace_exits(
         InputError: fewer than two loops, no rule, a rule that the model can't have, or a position that there is not.
     """
     check_eval(check_looped(model))
-    run = model.prepare(input, n_loops, **options)
+    run = model.batch(input, n_loops, **options)
     if run.n_loops < 2 or run.start or not run.reads_out:
         raise InputError(f"exits need a whole run of at least two loops, got n_loops={run.n_loops}.")
     reads = choose_reads(model, run, "state", None, None, positions)

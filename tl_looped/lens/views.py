@@ -39,7 +39,7 @@ def view_prompt(
     Raises:
         InputError: several prompts, one that is too short or padded, or what `loop_lens` refuses.
     """
-    run = model.prepare(input, n_loops, **options)
+    run = model.batch(input, n_loops, **options)
     batch, pos = run.tokens.shape
     if batch != 1 or pos < 2 or not bool(run.attention_mask.all()):
         padded = "" if bool(run.attention_mask.all()) else ", some of them padding"

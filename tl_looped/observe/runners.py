@@ -1,150 +1,155 @@
-"""How an analysis that sees one layer call at a time runs a model, looped or feedforward, on prompts of any length."""
+"""How an observation runs a model, looped or feedforward, some prompts at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
-from tl_looped.engine.checks import check_eval
-from tl_looped.engine.errors import HookNameError, InputError, check_count, nearest
-from tl_looped.engine.hooks import LoopHookPoint, SharedHookPoint
+from tl_looped.engine.engine import Engine
+from tl_looped.engine.errors import InputError, check_count, nearest
 from tl_looped.engine.identity import digest, identity
-from tl_looped.engine.runs import Run
+from tl_looped.engine.prompts import Rows, read_rows
+from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule, Pass
-from tl_looped.model import LoopedModel
-from tl_looped.observe.origin import first_not_finite
-
-See = Callable[[str, int, Tensor], None]
-"""What is called for a layer call: with the component, the realised depth and the activation, to be read only."""
+from tl_looped.observe.measure import READOUT
+from tl_looped.observe.places import Places, component_of
+from tl_looped.observe.watching import See, first_not_finite, watch
 
 
 @runtime_checkable
 class Runner(Protocol):
-    """Runs a model on some of its prompts, and shows what its layers do.
+    """Runs a model on some of its prompts, and shows what happens at some sites.
 
     Attributes:
         schedule: which layer runs when.
-        tokens: of all prompts.
+        runs: the prompts.
         n_loops: how often the core runs; 1 for a model without loops.
         one_loop: what to say, with one loop, to who wants to compare loops.
+        vocabulary: how many log probabilities a read-out has; 0 where there are no read-outs.
     """
 
     schedule: LoopSchedule
-    tokens: Sequence[Tensor]
+    runs: Runs
     n_loops: int
     one_loop: str
+    vocabulary: int
 
     def describe(self) -> dict[str, Any]:
         """What runs, in plain values."""
         ...
 
-    def check_component(self, component: str) -> None:
-        """Raise for a component that some layer does not have."""
+    def places(self, site: str) -> Places:
+        """Where a site fires; an InputError where it does not, in every layer if it is a layer's."""
         ...
 
-    def run(self, rows: Sequence[int], components: Sequence[str], see: See, only_end: bool = False) -> None:
-        """Run some prompts, all of one length; with `only_end` show the core layers of the last loop alone."""
+    def run(self, rows: Sequence[int], components: Collection[str], see: See, only_end: bool = False) -> None:
+        """Run some prompts of one length; with `only_end` show what loops in its last loop alone, and nothing else."""
         ...
 
-    def origin(self, row: int) -> str | None:
-        """The name of the site where a prompt's activations are first not finite; None where that can't be told."""
+    def log_probs(self, out: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """The read-out, of what the unembedding reads; float32 at least."""
+        ...
+
+    def origin(self, rows: Sequence[int]) -> tuple[str, int] | None:
+        """Where activations are first not finite, and in which of the rows; None where that can't be told."""
         ...
 
 
 class LoopedRunner:
     """Runs a looped model."""
 
-    def __init__(
-        self,
-        model: LoopedModel,
-        tokens: Sequence[Tensor],
-        n_loops: int | None,
-        seed: int | None,
-        initial_state: Tensor | None,
-    ):
-        check_eval(model)
-        self.model, self.tokens, self.seed = model, tokens, seed
-        self.states = _states(initial_state, tokens, model.cfg.d_model)
-        self.schedule = model.cfg.schedule(n_loops)
-        self.n_loops = self.schedule.n_loops()
+    def __init__(self, engine: Engine, runs: Runs):
+        self.engine, self.runs = engine, runs
+        if not runs.whole:
+            raise InputError("an observation looks at whole runs: leave out start_at_loop and stop_at_loop.")
+        self.schedule = engine.cfg.schedule(runs.n_loops)
+        self.n_loops = runs.n_loops
         self.one_loop = "this run has one: pass n_loops of at least 2"
-        self.first = self._prepare([0])  # whatever is wrong with seed or state is an error now
-
-    def _prepare(self, rows: Sequence[int]) -> Run:
-        tokens = torch.stack([self.tokens[row] for row in rows])
-        state = None
-        if self.states is not None:
-            state = torch.stack([self.states[row, : tokens.shape[1]] for row in rows])
-        everything = torch.ones_like(tokens)  # a token like the padding's is a token here
-        return self.model.prepare(tokens, self.n_loops, seed=self.seed, initial_state=state, attention_mask=everything)
+        self.vocabulary = engine.cfg.d_vocab
 
     def describe(self) -> dict[str, Any]:
         """See `Runner`."""
         hooks = [
             f"{point.name}, {identity(handle.where)}: {identity(handle.fn)}"
-            for point in self.model.hook_dict.points()
+            for point in self.engine.hook_dict.points()
             for handle in point.handles()
         ]
-        given = {} if self.states is None else {"initial_state": f"given, {digest(self.states)}"}
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"model": self.model.cfg.model_name, "dtype": dtype, **self.first.describe(), **given, "hooks": hooks}
+        made_by = self.engine.batch_of(self.runs, [0]).describe()
+        if self.runs.initial_state is not None:
+            made_by["initial_state"] = f"given, {digest(self.runs.initial_state)}"
+        dtype = str(self.engine.dtype).removeprefix("torch.")
+        return {"model": self.engine.cfg.model_name, "dtype": dtype, **made_by, "hooks": hooks}
 
-    def _points(self, component: str, stacks: Sequence[str]) -> list[SharedHookPoint]:
-        sites = (HookSite(component, s, layer) for s in stacks for layer in range(self.schedule.n_layers(s)))
-        return [self.model.hook_dict.shared(site.name) for site in sites]
-
-    def check_component(self, component: str) -> None:
+    def places(self, site: str) -> Places:
         """See `Runner`."""
-        try:
-            self._points(component, self.schedule.stacks())
-        except HookNameError as error:
-            raise InputError(f"not every layer has {component!r}: {error}") from error
+        if site == READOUT:
+            return Places.of_loops(READOUT, self.schedule)
+        places = Places.of(component_of(site), self.schedule)
+        for name in places.names:
+            self.engine.hook_dict.shared(name)
+        return places
 
-    def run(self, rows: Sequence[int], components: Sequence[str], see: See, only_end: bool = False) -> None:
+    def run(self, rows: Sequence[int], components: Collection[str], see: See, only_end: bool = False) -> None:
         """See `Runner`."""
+        names: list[str] = []
+        for component in components:
+            if component == READOUT:
+                names.append(READOUT)
+            else:
+                places = Places.of(component, self.schedule)
+                names += [name for name in places.names if places.kind != "depth" or not only_end or CORE in name]
+        loops = frozenset({self.n_loops - 1}) if only_end else None
+        watch(self.engine, self._batch(rows), names, see, loops=loops, only_loops=only_end)
 
-        def look(x: Tensor, hook: LoopHookPoint) -> None:
-            site = hook.site
-            see(site.component, self.schedule.realised_depth(site.stack or "", site.layer or 0, site.loop), x)
+    def _batch(self, rows: Sequence[int]) -> Run:
+        return self.engine.batch_of(self.runs, rows)
 
-        run = self._prepare(rows)
-        stacks, where = ([CORE], run.n_loops - 1) if only_end else (self.schedule.stacks(), None)
-        points = [point for component in components for point in self._points(component, stacks)]
-        self._run(run, points, look, where, to_coda=not only_end)
-
-    def _run(self, run: Run, points: Sequence[SharedHookPoint], look: Any, where: int | None, to_coda: bool) -> None:
-        model = self.model
-        with model.hooks():
-            for point in points:
-                point.add_hook(look, level=model.context_level, where=where, reads_only=True)
-            model.reach(run).check_hooks()
-            frame = model.frame(run)
-            state = model.transformer(run.tokens, frame, run.state, run.start, run.stop)
-            if to_coda:
-                model.transformer.finish(state, frame)
-
-    def origin(self, row: int) -> str | None:
+    def log_probs(self, out: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """See `Runner`."""
-        return first_not_finite(self.model, self._prepare([row]))
+        logits = self.engine.transformer.unembed(out)
+        return (logits if logits.element_size() >= 4 else logits.float()).log_softmax(-1)
+
+    def origin(self, rows: Sequence[int]) -> tuple[str, int] | None:
+        """See `Runner`."""
+        return first_not_finite(self.engine, self._batch(rows))
 
 
 class FeedforwardRunner:
     """Runs a model of TransformerLens whose layers run once."""
 
-    def __init__(self, model: TransformerLensModel, tokens: Sequence[Tensor], given: Mapping[str, object]):
-        for name, value in given.items():
+    def __init__(self, model: TransformerLensModel, prompts: Prompts, n_loops: int | None, options: RunOptions):
+        self.model = model
+        refused = {"n_loops": n_loops} | {
+            name: options.get(name) for name in ("seed", "initial_state", "position_ids", "attention_mask")
+        }
+        for name, value in refused.items():
             if value is not None:
                 raise InputError(f"this model has no loops, so leave out {name}.")
-        if isinstance(model, nn.Module):
-            check_eval(model)
-        n_layers = getattr(model.cfg, "n_layers", None)
-        self.schedule = LoopSchedule((Pass(CORE, check_count("the model's cfg.n_layers", n_layers), None),))
-        self.model, self.tokens, self.n_loops = model, tokens, 1
+        if isinstance(prompts, Runs):
+            raise InputError("these runs were prepared by a looped model: pass the prompts themselves.")
+        n_layers = check_count("the model's cfg.n_layers", getattr(model.cfg, "n_layers", None))
+        self.schedule = LoopSchedule((Pass(CORE, n_layers, None),))
+        self.runs = Runs(self._rows(prompts, options), 1, 0, 1, True)
+        self.n_loops = 1
         self.one_loop = "this model has none: leave it out"
+        self.vocabulary = 0
+
+    def _rows(self, prompts: Prompts, options: RunOptions) -> Rows:
+        prepend = options.get("prepend_bos")
+
+        def encode(text: str) -> Int[Tensor, " pos"]:
+            return self.model.to_tokens(text, prepend_bos=prepend)[0].long().cpu()
+
+        tokenizer = getattr(self.model, "tokenizer", None)
+        rows = read_rows(prompts, tokenizer, field=options.get("field"), limit=options.get("limit"), encode=encode)
+        n_ctx, d_vocab = (getattr(self.model.cfg, name, None) for name in ("n_ctx", "d_vocab"))
+        rows.check(n_ctx, d_vocab)
+        return rows
 
     def describe(self) -> dict[str, Any]:
         """See `Runner`."""
@@ -153,51 +158,40 @@ class FeedforwardRunner:
         dtype = str(cfg.dtype).removeprefix("torch.")
         return {"model": str(getattr(cfg, "model_name", "custom")), "dtype": dtype, "hooks": hooks}
 
-    def check_component(self, component: str) -> None:
+    def places(self, site: str) -> Places:
         """See `Runner`."""
+        if site == READOUT:
+            raise InputError("read-outs by loop are those of a looped model, and this one has no loops")
+        places = Places.of(component_of(site), self.schedule)
         known: Mapping[str, object] = getattr(self.model, "hook_dict", {})
-        for depth in range(self.schedule.depth):
-            name = HookSite(component, CORE, depth).name
+        for name in places.names:
             if name not in known:
-                raise InputError(
-                    f"not every layer has {component!r}: there is no hook point {name!r}.{nearest(name, known)}"
-                )
+                raise InputError(f"there is no hook point {name!r}.{nearest(name, known)}")
+        return places
 
-    def run(self, rows: Sequence[int], components: Sequence[str], see: See, only_end: bool = False) -> None:
+    def run(self, rows: Sequence[int], components: Collection[str], see: See, only_end: bool = False) -> None:
         """See `Runner`."""
         latest: list[Tensor] = []
 
-        def look_at(component: str, depth: int) -> Callable[..., None]:
+        def look_at(site: HookSite) -> Callable[..., None]:
             def look(x: Tensor, hook: object) -> None:
                 if not (latest and latest[0] is x):  # a bridge calls a hook once for each name that a site has
                     latest[:] = [x]
-                    see(component, depth, x.clone())  # what foreign code does to x later is not known
+                    see(site, x.clone())  # what foreign code does to x later is not known
 
             return look
 
-        sites = [(component, depth) for component in components for depth in range(self.schedule.depth)]
-        hooks = [(HookSite(component, CORE, depth).name, look_at(component, depth)) for component, depth in sites]
-        tokens = torch.stack([self.tokens[row] for row in rows])
+        names = [name for component in components for name in Places.of(component, self.schedule).names]
+        hooks = [(name, look_at(HookSite.parse(name))) for name in names]
+        tokens = torch.stack([self.runs.rows.unpadded(row) for row in rows])
         if isinstance(self.model, nn.Module):
             tokens = tokens.to(next(self.model.parameters()).device)
         self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
 
-    def origin(self, row: int) -> str | None:
+    def log_probs(self, out: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """See `Runner`: there are none."""
+        raise InputError("read-outs by loop are those of a looped model, and this one has no loops.")
+
+    def origin(self, rows: Sequence[int]) -> tuple[str, int] | None:
         """See `Runner`: not told."""
         return None
-
-
-def _states(initial_state: Tensor | None, tokens: Sequence[Tensor], d_model: int) -> Tensor | None:
-    """The given initial state of each prompt, [prompt, pos, d_model]."""
-    if initial_state is None:
-        return None
-    longest = max(map(len, tokens))
-    shape = tuple(initial_state.shape) if isinstance(initial_state, Tensor) else None
-    if shape is None or len(shape) not in (2, 3) or shape[-1] != d_model or shape[-2] < longest:
-        raise InputError(
-            f"initial_state must be [pos, d_model] or [prompt, pos, d_model] with at least {longest} positions and "
-            f"d_model {d_model}, got {type(initial_state).__name__ if shape is None else shape}."
-        )
-    if len(shape) == 3 and shape[0] != len(tokens):
-        raise InputError(f"initial_state is for {shape[0]} prompts, but there are {len(tokens)}.")
-    return initial_state.expand(len(tokens), *shape[-2:])

@@ -75,7 +75,7 @@ def attribution_sweep(
     source = as_source(clean_cache)
     metrics = Metrics(metric, reduce)
     metrics.single("attribution_sweep")
-    run = model.prepare(corrupted, n_loops, initial_state=initial_state, seed=seed)
+    run = model.batch(corrupted, n_loops, initial_state=initial_state, seed=seed)
     check_source(source, run)
     if "source_loop" in axes:
         raise InputError("attribution pairs each loop with itself: leave 'source_loop' out, or use patch_sweep.")

@@ -92,7 +92,7 @@ def path_patch(
         injection between loops do not pass a difference on as it is.
     """
     check_model(model)
-    run = model.prepare(corrupted, n_loops, initial_state=initial_state, seed=seed)
+    run = model.batch(corrupted, n_loops, initial_state=initial_state, seed=seed)
     source = as_source(clean_cache)
     check_source(source, run)
     origin = _sender_site(model, run, sender)

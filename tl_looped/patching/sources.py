@@ -155,7 +155,7 @@ def mean(
             used, a site that it does not have.
     """
     check_eval(model)
-    run = model.prepare(reference, n_loops, seed=seed)
+    run = model.batch(reference, n_loops, seed=seed)
     if not bool(run.attention_mask.all()):
         raise InputError("the reference prompts differ in length, so their positions do not correspond.")
     with torch.no_grad():

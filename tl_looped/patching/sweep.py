@@ -114,7 +114,7 @@ def patch_sweep(
     check_model(model)
     given = as_source(source)
     metrics = Metrics(metric, reduce)
-    run = model.prepare(corrupted, n_loops, initial_state=initial_state, seed=seed)
+    run = model.batch(corrupted, n_loops, initial_state=initial_state, seed=seed)
     check_source(given, run)
     plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, when, source_loop)
     groups = plan.groups()

@@ -22,7 +22,7 @@ from tl_looped.dynamics import (
 from tl_looped.engine.numbers import median
 from tl_looped.model import LoopedModel
 from tl_looped.observe import collect
-from tl_looped.observe.collected import Collected
+from tl_looped.observe.observed import Observed
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.stages import STAGE_MEASURES, neuron_shares
 from tl_looped.viz.curves import Group
@@ -65,7 +65,7 @@ def loop_analyses(
 
 
 def _convergence(
-    model: LoopedModel, ends: Collected, prompts: list[list[int]], first: Tensor, long_run: int, seed: int | None
+    model: LoopedModel, ends: Observed, prompts: list[list[int]], first: Tensor, long_run: int, seed: int | None
 ) -> Section:
     verdict = convergence_of(ends)
     path = trajectory(model, first, n_loops=min(long_run, 32), seed=seed)
@@ -112,7 +112,7 @@ def _verdicts(verdict: Convergence) -> str:
     return "".join(items)
 
 
-def _attention(model: LoopedModel, ends: Collected, first: Tensor, long_run: int, seed: int | None) -> Section:
+def _attention(model: LoopedModel, ends: Observed, first: Tensor, long_run: int, seed: int | None) -> Section:
     title, loops = "Does attention come to rest?", min(long_run, 32)
     if first.shape[1] == 1:
         return Section(title, '<p class="note">A single token can only look at itself: nothing to come to rest.</p>')
@@ -156,7 +156,7 @@ def _limits(limits: LimitBehaviour, long_run: int) -> Section:
     )
 
 
-def _stages(model: LoopedModel, stages: Collected) -> Section:
+def _stages(model: LoopedModel, stages: Observed) -> Section:
     figures = "".join(_curves(stages, measure.name, "loop", escape(measure.label)) for measure in STAGE_MEASURES)
     return Section(
         "Stages of inference",
@@ -172,7 +172,7 @@ def _stages(model: LoopedModel, stages: Collected) -> Section:
     )
 
 
-def _curves(collected: Collected, name: str, group: Group, caption: str) -> str:
+def _curves(collected: Observed, name: str, group: Group, caption: str) -> str:
     """A measure's figure; a sentence where it is undefined, as entropies over one token are."""
     if not bool(collected[name].isfinite().any()):
         return f'<p class="note">{escape(collected.labels[name])}: not defined for these prompts.</p>'

@@ -19,7 +19,7 @@ from tl_looped.engine.numbers import cosine, length, ratio
 from tl_looped.engine.runs import DEFAULT_SEED, Run
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.lens import entropy, kl_divergence
-from tl_looped.model import LoopedModel, token_texts
+from tl_looped.model import LoopedModel
 from tl_looped.report.prompts import Prompt
 from tl_looped.viz import LayerAttention
 
@@ -154,7 +154,7 @@ def _prepare(model: LoopedModel, prompt: Prompt, n_loops: int | None, seed: int 
     if prompt.token_ids is None and model.tokenizer is None:
         raise InputError("this model has no tokenizer, so it can't read text: give token ids (--tokens 1,15,2).")
     input = torch.tensor([prompt.token_ids], dtype=torch.long) if prompt.text is None else prompt.text
-    run = model.prepare(input, n_loops, seed=seed)
+    run = model.batch(input, n_loops, seed=seed)
     if prompt.answer is None:
         return run, None
     if model.tokenizer is not None:
@@ -192,8 +192,8 @@ def _read(model: LoopedModel, prompt: Prompt, run: Run, answer: int | None, entr
     return Reading(
         prompt=prompt,
         token_ids=tuple(run.tokens[0].tolist()),
-        tokens=token_texts(model, run.tokens[0]),
-        answer=token_texts(model, torch.tensor([tracked]))[0],
+        tokens=model.token_texts(run.tokens[0]),
+        answer=model.token_texts(torch.tensor([tracked]))[0],
         answer_id=tracked,
         answer_given=answer is not None,
         initial_state=str(run.describe()["initial_state"]),
@@ -247,7 +247,7 @@ class LoopMeter:
         top = probs.topk(min(TOP, probs.shape[-1]))
         self._keep("top_probs", top.values)
         self._keep("top_ids", top.indices)
-        self.top_tokens.append(tuple(token_texts(self.model, ids) for ids in top.indices))
+        self.top_tokens.append(tuple(self.model.token_texts(ids) for ids in top.indices))
         self.bar.update()
 
     def _keep(self, name: str, value: Tensor) -> None:

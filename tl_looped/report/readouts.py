@@ -169,7 +169,7 @@ def _trace(model: LoopedModel, data: ReportData) -> ExitTrace:
     longest = max(len(reading.token_ids) for reading in data.readings)
     tokens, mask = torch.zeros(2, len(data.readings), longest, dtype=torch.long)
     for row, reading in enumerate(data.readings):
-        run = model.prepare(_input(reading), data.n_loops)
+        run = model.batch(_input(reading), data.n_loops)
         tokens[row, -run.tokens.shape[1] :] = run.tokens[0]
         mask[row, -run.tokens.shape[1] :] = run.attention_mask[0]
     return trace_exits(

@@ -18,10 +18,10 @@ from tl_looped.engine.errors import InputError, check_count, nearest, resolve_in
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import median, wide
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Prompts
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe import Measure, collect
-from tl_looped.observe.texts import Prompts
+from tl_looped.observe import Measure, observe
 from tl_looped.patching.interventions import Hooks
 from tl_looped.stages.measures import STAGE_MEASURES
 from tl_looped.viz.curves import Group, grouped_curves
@@ -130,7 +130,7 @@ def massive_activations(
         Sun et al. 2024, arXiv 2402.17762 (above 100, and about 1000 times the median); arXiv 2604.11791.
     """
     check_eval(check_looped(model))
-    run = model.prepare(prompt, n_loops, **options)
+    run = model.batch(prompt, n_loops, **options)
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     check_count("top", top)
@@ -306,13 +306,13 @@ def ablation_effect(
 
     Args:
         model: the model, in evaluation mode.
-        prompts, measures: as in `collect`.
+        prompts, measures: as in `observe`.
         layer, loops, stack: which MLP, and when, as in `silence_mlp`.
         n_loops: loops to run; None for the count the model was trained with.
-        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `progress`, as in `collect`.
+        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `progress`, as in `observe`.
 
     Raises:
-        InputError: what `silence_mlp` and `collect` refuse, before anything runs.
+        InputError: what `silence_mlp` and `observe` refuse, before anything runs.
 
     Source:
         arXiv 2604.11791, ablation of massive activations.
@@ -323,7 +323,7 @@ def ablation_effect(
     runs = []
     for hooked in ([], sites):
         with model.hooks(fwd_hooks=[(site.name, _silence) for site in hooked]):
-            runs.append(collect(model, prompts, measures, n_loops, **options))
+            runs.append(observe(model, prompts, n_loops, measures=measures, **options))
     means = [{name: run.mean(name).reshape(run.schedule.depth, -1).nanmean(1) for name in run.values} for run in runs]
     silent = f"MLP of {stack}.{sites[0].layer} silent"
     if loops is not None:

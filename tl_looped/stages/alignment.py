@@ -122,8 +122,8 @@ def align_curves(
     The p-values are one-sided: how often is an order of the layers at least as much like the reference.
 
     Args:
-        curve: one value for each layer of the loop, such as `collected.by_loop("mixing").mean(-1)[t]`.
-        reference: one value for each layer of the feedforward model, `collect` on it, `.mean("mixing").mean(-1)`.
+        curve: one value for each layer of the loop, such as `observed.by_loop("mixing").mean(-1)[t]`.
+        reference: one value for each layer of the feedforward model, `observe` on it, `.mean("mixing").mean(-1)`.
         n_points: at how many relative depths.
         n_permutations: draws; where the layers have fewer orders than that, all of them are taken.
         seed: of the draws.
@@ -225,8 +225,8 @@ def align_loops(
     """`align_curves` for every loop of a curve over layer calls.
 
     Args:
-        values: one for each layer call, such as `collected.mean("residual_entropy")`.
-        schedule: of the run, `collected.schedule`.
+        values: one for each layer call, such as `observed.mean("residual_entropy")`.
+        schedule: of the run, `observed.schedule`.
         reference, n_points, n_permutations, seed: as in `align_curves`.
         stack: whose loops.
 

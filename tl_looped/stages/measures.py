@@ -1,7 +1,7 @@
 """The stages of inference as measures for `tl_looped.observe`, on looped and on feedforward models.
 
 `STAGE_MEASURES` are those of arXiv 2604.11791 that depend on the input; prediction and suppression neurons do not, see
-`tl_looped.stages.neurons`. `collect` takes TransformerLens's models too.
+`tl_looped.stages.neurons`. `observe` takes TransformerLens's models too.
 """
 
 from __future__ import annotations

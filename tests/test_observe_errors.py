@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tl_looped import LoopedModel
 from tl_looped.engine.errors import InputError
-from tl_looped.observe import Measure, collect
-from tl_looped.observe.collected import Collected
+from tl_looped.observe import Measure, observe
+from tl_looped.observe.observed import Observed
 
 RESID = "hook_resid_post"
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [7, 7, 8], [2, 7, 1, 8], [6, 6, 6]]
@@ -39,8 +39,8 @@ NORM = Measure("norm", "‖x‖", "L2", RESID, norm, axes=("pos",))
 STEP = Measure("step", "step", "L2", RESID, distance, "previous", ("pos",))
 
 
-def run(model: Any, measures: Any = (NORM, STEP), n_loops: int | None = 3, **options: Any) -> Collected:
-    return collect(model, options.pop("prompts", PROMPTS), measures, n_loops, progress=False, **options)
+def run(model: Any, measures: Any = (NORM, STEP), n_loops: int | None = 3, **options: Any) -> Observed:
+    return observe(model, options.pop("prompts", PROMPTS), n_loops, measures=measures, progress=False, **options)
 
 
 def never(x: Tensor, *others: Tensor) -> NoReturn:
@@ -50,7 +50,7 @@ def never(x: Tensor, *others: Tensor) -> NoReturn:
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measure's function is called once for every layer call."""
-    monkeypatch.setattr(importlib.import_module("tl_looped.observe.engine"), "_AT_ONCE", 1)
+    monkeypatch.setattr(importlib.import_module("tl_looped.observe.batch"), "_AT_ONCE", 1)
 
 
 # Bad input.
@@ -64,10 +64,20 @@ _CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"measures": [Measure("a", "", "", "ln1_post.hook_scale", never)]},
-        "measure 'a': not every layer has 'ln1_post.hook_scale': .*Nearest: ",
+        "measure 'a' reads 'ln1_post.hook_scale': this model has no hook point .*Nearest: ",
     ),
-    ({"measures": [Measure("a", "", "", "the pattern", never)]}, "measure 'a': not every layer has 'the pattern'"),
-    ({"measures": [Measure("a", "", "", "hook_state_post", never)]}, "measure 'a': not every layer has 'hook_state_p"),
+    (
+        {"measures": [Measure("a", "", "", "the pattern", never)]},
+        "measure 'a' reads 'the pattern': there is no site 'the pattern'. Nearest: 'pattern'",
+    ),
+    (
+        {"measures": [Measure("a", "", "", "embed", never, "last")]},
+        "measure 'a' compares loops, but 'embed' fires once in a run",
+    ),
+    (
+        {"measures": [Measure("a", "", "", "readout", never)]},
+        r"measure 'a' reads read-outs, which come some positions at a time: .* axes=\('pos', ...\), got \(\)",
+    ),
     ({"per_token": ["nrm"]}, r"per_token: there is no measure 'nrm', but \['norm', 'step'\]. Nearest: 'norm'"),
     (
         {"measures": [Measure("a", "", "", RESID, never)], "per_token": "a"},
@@ -78,12 +88,18 @@ _CASES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ({"prompts": []}, "there are no prompts"),
     ({"prompts": [[1], []]}, "prompt 1 is empty"),
-    ({"prompts": [[1], [2, 99]]}, r"prompt 1 has the token id 99, out of the vocabulary \[0, 24\)"),
+    ({"prompts": [[1], [2, 99]]}, r"prompt 1: token id 99 is out of the vocabulary \[0, 24\)"),
     ({"prompts": [[1], [2] * 33]}, "prompt 1 has 33 tokens, more than the model's context of 32"),
     ({"prompts": ["a b"]}, "prompt 0: this model has no tokenizer"),
-    ({"initial_state": torch.zeros(2, 16)}, r"initial_state must be \[pos, d_model\] or .* at least 5 positions"),
+    (
+        {"initial_state": torch.zeros(2, 16)},
+        r"initial_state must be .* \[pos, d_model\] for all rows alike, with at least 5 positions",
+    ),
     ({"initial_state": torch.zeros(5)}, r"initial_state must be .*, got \(5,\)"),
-    ({"initial_state": torch.zeros(4, 5, 16)}, "initial_state is for 4 prompts, but there are 5"),
+    (
+        {"initial_state": torch.zeros(4, 5, 16)},
+        r"initial_state must be a tensor of shape \(5, 5, 16\) .* got \(4, 5, 16\)",
+    ),
     ({"initial_state": torch.zeros(5, 16, dtype=torch.float64)}, "initial_state is torch.float64, the model torch.fl"),
     ({"save_to": "/nowhere/file"}, "'/nowhere/file' can't be written: there is no folder '/nowhere'"),
 ]
@@ -103,14 +119,15 @@ def test_bad_input_is_refused_before_anything_runs(changes: dict[str, Any], mess
 def test_a_way_to_compare_that_there_is_not() -> None:
     unknown: Any = "next"
     with pytest.raises(
-        InputError, match=r"measure 'a': compare must be one of \('none', 'previous', 'last'\), got 'next'"
+        InputError,
+        match=r"measure 'a': compare must be one of \('none', 'previous', 'previous_two', 'last'\), got 'next'",
     ):
         run(tiny("llama"), [Measure("a", "", "", RESID, never, unknown)])
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
     model = make().train()
-    with pytest.raises(InputError, match="training mode: call model.eval"):
+    with pytest.raises(InputError, match="the model is in training mode: call model.eval"):
         run(model)
 
 
@@ -143,7 +160,7 @@ def test_a_measure_whose_layers_differ() -> None:
     widths = iter(range(1, 100))
     measure = Measure("a", "", "", RESID, lambda x: x[:, 0, : next(widths)], axes=("head",))
     with pytest.raises(
-        InputError, match=r"'a' gave shape \(1,\) for each prompt in one layer, and \(2,\) at 'blocks.0.loop.0"
+        InputError, match=r"'a' gave shape \(1,\) for each prompt at one place, and \(2,\) at 'blocks.0.loop.0"
     ):
         run(tiny("llama"), [measure])
 
@@ -171,7 +188,7 @@ def test_what_a_feedforward_model_does_not_have() -> None:
     for name, value in {"n_loops": 2, "seed": 1, "initial_state": torch.zeros(5, 16)}.items():
         with pytest.raises(InputError, match=f"this model has no loops, so leave out {name}"):
             run(view, [NORM], **{"n_loops": None, name: value})
-    with pytest.raises(InputError, match="not every layer has 'hook_resid_pots': .* Nearest: .*'blocks.0.hook_resid_p"):
+    with pytest.raises(InputError, match="there is no site 'hook_resid_pots'.* Nearest: .*'resid_p"):
         run(view, [Measure("a", "", "", "hook_resid_pots", norm, axes=("pos",))], None)
 
 
@@ -293,7 +310,7 @@ def test_an_interrupt_loses_nothing(tmp_path: Path, broken_in: int) -> None:
     assert hook_count(model) == 0
     assert path.exists() == (broken_in > 0)
     if broken_in:
-        partial_result = Collected.load(path)
+        partial_result = Observed.load(path)
         assert int(partial_result.done.sum()) == broken_in
         assert bool(partial_result["norm"].isnan().all(1).eq(~partial_result.done).all())
     goes_on = Stops(-1)
@@ -304,7 +321,7 @@ def test_an_interrupt_loses_nothing(tmp_path: Path, broken_in: int) -> None:
         torch.testing.assert_close(result[name], whole[name], rtol=0, atol=0, equal_nan=True)
     for one, same in zip(result.per_token["norm"], whole.per_token["norm"], strict=True):
         torch.testing.assert_close(one, same, rtol=0, atol=0)
-    kept = Collected.load(path)
+    kept = Observed.load(path)
     torch.testing.assert_close(kept["step"], whole["step"], rtol=0, atol=0, equal_nan=True)
     assert bool(kept.done.all()) and list(tmp_path.iterdir()) == [path]
     again = Stops(1)
@@ -377,4 +394,4 @@ def test_what_was_done_before_an_error_is_kept(tmp_path: Path) -> None:
     message = "prompt 1: activations are not finite, from 'blocks.0.loop.1.hook_mlp_out'"
     with model.hooks([breaks]), pytest.raises(InputError, match=message):
         run(model, save_to=tmp_path / "kept")
-    assert Collected.load(tmp_path / "kept").done.tolist() == [True, False, True, True, True]
+    assert Observed.load(tmp_path / "kept").done.tolist() == [True, False, True, True, True]

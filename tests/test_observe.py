@@ -15,8 +15,8 @@ from test_unrolled import bridge, looped
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.observe import Measure, collect
-from tl_looped.observe.collected import Collected
+from tl_looped.observe import Measure, observe
+from tl_looped.observe.observed import Observed
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [7, 7, 8], [2], [2, 7, 1, 8]]
 LOOPS = 3
@@ -59,8 +59,8 @@ MEASURES = [
 ]
 
 
-def run(model: Any, measures: Sequence[Measure] = MEASURES, n_loops: int | None = LOOPS, **options: Any) -> Collected:
-    return collect(model, options.pop("prompts", PROMPTS), measures, n_loops, progress=False, **options)
+def run(model: Any, measures: Sequence[Measure] = MEASURES, n_loops: int | None = LOOPS, **options: Any) -> Observed:
+    return observe(model, options.pop("prompts", PROMPTS), n_loops, measures=measures, progress=False, **options)
 
 
 def slowly(
@@ -71,14 +71,14 @@ def slowly(
     found: dict[str, list[Any]] = {measure.name: [] for measure in measures}
     for measure in measures:
         for stack, layer, loop in model.cfg.schedule(LOOPS).layer_calls():
-            name = f"{stack}.{layer}.{'' if loop is None else f'loop.{loop}.'}{measure.component}"
+            name = f"{stack}.{layer}.{'' if loop is None else f'loop.{loop}.'}{measure.site}"
             others: tuple[Tensor, ...] = ()
             if measure.compare != "none":
                 other = -1 if loop is None else loop - 1 if measure.compare == "previous" else LOOPS - 1
                 if other < 0:
                     found[measure.name].append(None)
                     continue
-                others = (cache[f"{stack}.{layer}.loop.{other}.{measure.component}"],)
+                others = (cache[f"{stack}.{layer}.loop.{other}.{measure.site}"],)
             found[measure.name].append(measure.function(cache[name], *others))
     return found
 
@@ -113,7 +113,7 @@ def test_streaming_equals_the_full_cache(family: str, dtype: torch.dtype, limit:
     result = run(model, per_token=["step", "sink"])
     assert list(result.values) == [measure.name for measure in MEASURES] and bool(result.done.all())
     groups = [[i] for i in range(len(PROMPTS))]
-    if together:  # the same rounding as in the batches of collect
+    if together:  # the same rounding as in the batches of observe
         groups = [[i for i, prompt in enumerate(PROMPTS) if len(prompt) == n] for n in (1, 3, 4, 5)]
     for rows in groups:
         wanted = slowly(model, MEASURES, [PROMPTS[i] for i in rows])
@@ -145,7 +145,9 @@ def test_order_and_batches_change_nothing() -> None:
 
 def test_a_token_like_the_paddings_is_a_token() -> None:
     model = make(tokenizer=word_tokenizer(pad_token="a"), **TINY["ouro"])  # id 2
-    both, alone = run(model, prompts=[[2, 3, 4], [5, 3, 2]]), run(model, prompts=[[2, 3, 4]])
+    rows = torch.tensor([[2, 3, 4], [5, 3, 2]])
+    both = run(model, prompts=rows, attention_mask=torch.ones_like(rows))
+    alone = run(model, prompts=rows[:1], attention_mask=torch.ones(1, 3))
     torch.testing.assert_close(both["norm"][:1], alone["norm"], atol=1e-5, rtol=0)
     _, cache = model.run_with_cache(torch.tensor([[2, 3, 4]]), LOOPS, attention_mask=torch.ones(1, 3))
     torch.testing.assert_close(alone["norm"][0, -1], norm(cache["resid_post", 1, LOOPS - 1][0]).mean())
@@ -163,7 +165,7 @@ def test_padding_of_a_tensor_is_cut_off() -> None:
 @pytest.mark.parametrize("shape", ["one", "each"])
 def test_a_given_state_is_where_every_prompt_starts(shape: str) -> None:
     model = tiny("llama", torch.float64)
-    state = noise_like(torch.zeros(len(PROMPTS), 6, model.cfg.d_model, dtype=torch.float64))
+    state = noise_like(torch.zeros(len(PROMPTS), 5, model.cfg.d_model, dtype=torch.float64))
     given = state[0] if shape == "one" else state
     result = run(model, MEASURES[:1], initial_state=given)
     for i, prompt in enumerate(PROMPTS):
@@ -201,7 +203,7 @@ def test_how_many_calls_are_measured_together_changes_nothing(
 ) -> None:
     model = tiny(family, torch.float64)
     together = run(model, per_token=["step"])
-    monkeypatch.setattr(importlib.import_module("tl_looped.observe.engine"), "_AT_ONCE", at_once)
+    monkeypatch.setattr(importlib.import_module("tl_looped.observe.batch"), "_AT_ONCE", at_once)
     apart = run(model, per_token=["step"])
     for measure in MEASURES:
         torch.testing.assert_close(together[measure.name], apart[measure.name], atol=1e-13, rtol=0, equal_nan=True)
@@ -215,7 +217,7 @@ def test_how_many_calls_are_measured_together_changes_nothing(
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measure's function is called once for every layer call."""
-    monkeypatch.setattr(importlib.import_module("tl_looped.observe.engine"), "_AT_ONCE", 1)
+    monkeypatch.setattr(importlib.import_module("tl_looped.observe.batch"), "_AT_ONCE", 1)
 
 
 @pytest.mark.usefixtures("one_at_a_time")
@@ -287,11 +289,11 @@ def test_undefined_positions_are_left_out() -> None:
     torch.testing.assert_close(mean, result["later"][kept].mean(0))
 
 
-def table(values: list[list[float]]) -> Collected:
+def table(values: list[list[float]]) -> Observed:
     """A result with one measure of these values, [prompt, depth]."""
     model = tiny("ouro")
     result = run(model, MEASURES[:1], 2, prompts=[[1]] * len(values))
-    return Collected(**{**vars(result), "values": {"norm": torch.tensor(values, dtype=torch.float64)}})
+    return Observed(**{**vars(result), "values": {"norm": torch.tensor(values, dtype=torch.float64)}})
 
 
 def test_statistics_are_over_the_prompts_that_have_a_number() -> None:
@@ -354,7 +356,7 @@ def test_plots(group: Any) -> None:
 
 def test_a_result_is_kept_in_a_file(tmp_path: Any) -> None:
     result = run(tiny("ouro"), per_token=["sink"])
-    again = Collected.load(result.save(tmp_path / "kept"))
+    again = Observed.load(result.save(tmp_path / "kept"))
     assert again.made_by == result.made_by and again.schedule == result.schedule and again.axes == result.axes
     for measure in MEASURES:
         torch.testing.assert_close(again[measure.name], result[measure.name], rtol=0, atol=0, equal_nan=True)

@@ -28,8 +28,8 @@ _SAVE_EVERY = 5.0  # seconds; and whenever a call ends
 
 
 @dataclass(frozen=True, eq=False)
-class Collected(Result):
-    """Measures at every layer call of every prompt.
+class Observed(Result):
+    """Measures at every place of every prompt: each layer call, each loop, or once, by what the measure reads.
 
     A number is NaN where its measure is undefined: everywhere for a prompt that is not done, at loop 0 for what
     compares with the loop before, and for what compares loops in layers that run once. Statistics are over the prompts
@@ -40,9 +40,10 @@ class Collected(Result):
         tokens: each prompt's tokens.
         done: which prompts have run: all of them, but in the file of a run that was interrupted.
         labels, units: of each measure, by its name.
-        axes: what each measure has besides prompt and depth, such as ("head",).
+        kinds: what a measure's places are: "depth", every layer call; "loop", every loop; "once".
+        axes: what each measure has besides prompt and place, such as ("head",).
         values: each measure, averaged over the positions where it is defined.
-        per_token: for measures that were asked for, each prompt's numbers, [depth, *axes, pos]; None for a prompt that
+        per_token: for measures that were asked for, each prompt's numbers, [place, *axes, pos]; None for a prompt that
             is not done.
     """
 
@@ -51,11 +52,12 @@ class Collected(Result):
     done: Bool[Tensor, " prompt"]
     labels: dict[str, str]
     units: dict[str, str]
+    kinds: dict[str, str]
     axes: dict[str, tuple[str, ...]]
-    values: dict[str, Float[Tensor, "prompt depth *axes"]]
+    values: dict[str, Float[Tensor, "prompt place *axes"]]
     per_token: dict[str, tuple[Tensor | None, ...]]
 
-    def __getitem__(self, name: str) -> Float[Tensor, "prompt depth *axes"]:
+    def __getitem__(self, name: str) -> Float[Tensor, "prompt place *axes"]:
         """One measure's values.
 
         Raises:
@@ -65,18 +67,18 @@ class Collected(Result):
             raise InputError(f"there is no measure {name!r} here, but {list(self.values)}.{nearest(name, self.values)}")
         return self.values[name]
 
-    def mean(self, name: str) -> Float[Tensor, "depth *axes"]:
+    def mean(self, name: str) -> Float[Tensor, "place *axes"]:
         """Mean over prompts."""
         return self[name].nanmean(0)
 
-    def var(self, name: str) -> Float[Tensor, "depth *axes"]:
+    def var(self, name: str) -> Float[Tensor, "place *axes"]:
         """Variance over prompts, with n − 1 below; NaN for fewer than two prompts."""
         values = self[name]
         count = (~values.isnan()).sum(0)
         squares = (values - values.nanmean(0)).square().nansum(0)
         return torch.where(count > 1, squares / (count - 1).clamp(min=1), float("nan"))
 
-    def quantile(self, name: str, q: float) -> Float[Tensor, "depth *axes"]:
+    def quantile(self, name: str, q: float) -> Float[Tensor, "place *axes"]:
         """Quantile over prompts, between two of them by linear interpolation.
 
         Args:
@@ -88,59 +90,119 @@ class Collected(Result):
         """
         return quantile(self[name], check_number("q", q, 0.0, 1.0, low_too=True, high_too=True), dim=0)
 
-    def by_loop(self, name: str) -> Float[Tensor, "loop layer *axes"]:
-        """Mean over prompts of the core layers, by loop.
+    def by_loop(self, name: str) -> Float[Tensor, "loop *axes"]:
+        """Mean over prompts by loop: [loop, *axes], or for what layers have [loop, layer, *axes] of the core.
 
         Raises:
-            InputError: no such measure, or a model without loops.
+            InputError: no such measure, one that fires once, or a model without loops.
         """
-        loops, layers = self.schedule.n_loops(), self.schedule.n_layers(CORE)
+        return self._loops(self.mean(name), name, 0)
+
+    def tokens_by_loop(self, name: str) -> tuple[Float[Tensor, "loop *axes token"], dict[str, Int[Tensor, " token"]]]:
+        """A measure for every token of every prompt, and each token's "prompt" and "pos".
+
+        Args:
+            name: of a measure kept for every token, with `per_token`.
+
+        Returns:
+            [loop, *axes, token], or for what layers have [loop, layer, *axes, token] of the core.
+
+        Raises:
+            InputError: it was not kept, or a prompt has not run.
+        """
+        if name not in self.per_token:
+            raise InputError(
+                f"{name!r} was not kept for every token, but {list(self.per_token)}: pass per_token=[{name!r}] to "
+                "observe, with a measure of that name."
+            )
+        kept = [values for values in self.per_token[name] if values is not None]
+        if len(kept) < len(self.tokens):
+            missing = [i for i, values in enumerate(self.per_token[name]) if values is None]
+            raise InputError(f"prompts {missing[:5]} have not run: call observe again with the same save_to.")
+        lengths = torch.tensor([one.shape[-1] for one in kept])
+        places = {
+            "prompt": torch.repeat_interleave(torch.arange(len(kept)), lengths),
+            "pos": torch.cat([torch.arange(int(length)) for length in lengths]),
+        }
+        return self._loops(torch.cat(kept, dim=-1), name, 0), places
+
+    def _loops(self, values: Tensor, name: str, axis: int) -> Tensor:
+        """Places as loops, or as loops and layers of the core."""
+        loops, layers, kind = self.schedule.n_loops(), self.schedule.n_layers(CORE), self.kinds[name]
         if loops == 0:
             raise InputError(f"this model has no loops ({self.schedule.describe()}): take mean({name!r}).")
+        if kind == "once":
+            raise InputError(f"{name!r} reads what fires once in a run: take mean({name!r}).")
+        if kind == "loop":
+            return values
         depths = [self.schedule.realised_depth(CORE, layer, t) for t in range(loops) for layer in range(layers)]
-        return self.mean(name)[depths].unflatten(0, (loops, layers))
+        return values.index_select(axis, torch.tensor(depths)).unflatten(axis, (loops, layers))
 
     def to_dataframe(self, name: str | None = None) -> pd.DataFrame:
         """One row for each number: measure, prompt, depth, stack, layer, loop, the measure's own axes, value.
 
-        `loop` is missing (NA) in layers that run once.
+        What a row does not have is missing (NA): `loop` in layers that run once; depth, stack and layer of what is no
+        layer's.
 
         Args:
             name: of one measure; None for all.
         """
-        calls = list(self.schedule.layer_calls())
-        where = pd.DataFrame({"stack": [c[0] for c in calls], "layer": [c[1] for c in calls]})
-        where["loop"] = pd.array([c[2] for c in calls], dtype="Int64")
         tables = []
         for one in self.values if name is None else [name]:
             values = self[one].double().numpy()
-            axes = ("prompt", "depth", *self.axes[one])
-            places = dict(zip(axes, (index.ravel() for index in np.indices(values.shape)), strict=True))
-            head = pd.DataFrame({"measure": one, "prompt": places["prompt"], "depth": places["depth"]})
-            at = where.iloc[places["depth"]].reset_index(drop=True)
+            places = dict(
+                zip(("prompt", "place", *self.axes[one]), map(np.ravel, np.indices(values.shape)), strict=True)
+            )
+            at = self._where(one).iloc[places["place"]].reset_index(drop=True)
             own = {axis: pd.array(places[axis], dtype="Int64") for axis in self.axes[one]}  # not all measures have them
-            rest = pd.DataFrame({**own, "value": values.ravel()})
-            tables.append(pd.concat([head, at, rest], axis=1))
+            head = pd.DataFrame({"measure": one, "prompt": places["prompt"]})
+            tables.append(pd.concat([head, at, pd.DataFrame({**own, "value": values.ravel()})], axis=1))
         return pd.concat(tables, ignore_index=True)
 
-    def plot(self, name: str, group: Group = "depth", *, log: bool = False) -> go.Figure:
+    def _where(self, name: str) -> pd.DataFrame:
+        """What each place of a measure is: depth, stack, layer and loop."""
+        calls = list(self.schedule.layer_calls())
+        rows: dict[str, list[tuple[int | None, str | None, int | None, int | None]]] = {
+            "depth": [(depth, *call) for depth, call in enumerate(calls)],
+            "loop": [(None, None, None, t) for t in range(self.schedule.n_loops())],
+            "once": [(None, None, None, None)],
+        }
+        depth, stack, layer, loop = zip(*rows[self.kinds[name]], strict=True)
+        numbers = {"depth": depth, "layer": layer, "loop": loop}
+        table = {key: pd.array(list(values), dtype="Int64") for key, values in numbers.items()}
+        return pd.DataFrame({"depth": table["depth"], "stack": list(stack), **table})[
+            ["depth", "stack", "layer", "loop"]
+        ]
+
+    def plot(self, name: str | None = None, group: Group = "depth", *, log: bool = False) -> go.Figure:
         """One measure's mean over prompts (and over its own axes, such as heads), with its quartiles over prompts.
 
         Args:
-            name: of the measure.
-            group: over "depth"; "loop": a line for every loop; "layer": a line for every core layer, over loops.
+            name: of the measure; None where there is only one.
+            group: for what layers have, over "depth"; "loop": a line for every loop; "layer": a line for every core
+                layer, over loops. What has no layers is drawn over loops.
             log: a logarithmic axis.
+
+        Raises:
+            InputError: several measures and no name, no such measure, or one that fires once in a run.
         """
+        if name is None:
+            if len(self.values) != 1:
+                raise InputError(f"there are the measures {list(self.values)}: say which to plot.")
+            (name,) = self.values
         rest = self.axes.get(name, ())
         values = self[name].flatten(2).nanmean(-1) if rest else self[name]
+        if self.kinds[name] == "once":
+            raise InputError(f"{name!r} reads what fires once in a run, so there is nothing to draw it over.")
+        over_loops = self.kinds[name] == "loop"
         prompts = int(self.done.sum())
         what = f"mean over {prompts} prompts" if prompts > 1 else "one prompt"
         what += "".join(f", {axis}s" for axis in rest)
         quartiles = (quantile(values, 0.25, dim=0), quantile(values, 0.75, dim=0)) if prompts > 1 else None
         return grouped_curves(
             values.nanmean(0),
-            self.schedule,
-            group,
+            LoopSchedule.looped(0, 1, 0, self.schedule.n_loops()) if over_loops else self.schedule,
+            "layer" if over_loops else group,
             label=self.labels[name],
             unit=self.units[name],
             title=f"{name}: {self.made_by.get('model', '')}, {what}",
@@ -161,7 +223,7 @@ class Store:
         InputError: the file can't be written, or another call made it: the message says what differs.
     """
 
-    def __init__(self, empty: Collected, path: str | Path | None):
+    def __init__(self, empty: Observed, path: str | Path | None):
         self._empty = empty
         self.done = empty.done.clone()
         self.values: dict[str, Tensor] = {}
@@ -169,9 +231,9 @@ class Store:
         self.path = None if path is None else check_output(path)
         self._dirty, self._saved_at = False, time.monotonic()
         if self.path is not None and self.path.exists():
-            self._go_on(Collected.load(self.path))
+            self._go_on(Observed.load(self.path))
 
-    def _go_on(self, saved: Collected) -> None:
+    def _go_on(self, saved: Observed) -> None:
         """Take over what a file has, if the same call made it."""
         there, here = saved.made_by, self._empty.made_by
         differing = [_difference(key, there.get(key), here[key]) for key in here if there.get(key) != here[key]]
@@ -216,7 +278,7 @@ class Store:
         finally:
             self._save()
 
-    def result(self) -> Collected:
+    def result(self) -> Observed:
         """What there is."""
         per_token = {name: tuple(values) for name, values in self.per_token.items()}
         values = {name: self.values[name] for name in self._empty.labels if name in self.values}  # in the order given

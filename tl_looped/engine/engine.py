@@ -1,0 +1,418 @@
+"""The engine: weights, hooks, and how a run is prepared and executed. Everything else that runs a model asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedRootModule
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Unpack
+
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import Direction, HookDict, HookFn, HookName
+from tl_looped.engine.prompts import read_rows, remember_padding
+from tl_looped.engine.reach import Reach
+from tl_looped.engine.runs import (
+    Prompts,
+    Run,
+    RunOptions,
+    Runs,
+    check_state,
+    resolve_loops,
+    resolve_positions,
+    resolve_state,
+    visibility,
+    with_run_options,
+)
+from tl_looped.engine.schedule import HookSite, LoopSchedule
+from tl_looped.engine.tokens import PaddingSide, single_token
+from tl_looped.nn import Frame, LoopedTransformer
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class Engine(HookedRootModule):
+    """A looped transformer with its hook points and its tokenizer, and everything that one run needs.
+
+    Users hold a `LoopedModel`, which is one. Caches, the realised-depth view, generation and observation are built on
+    what is here and know no more.
+
+    Args:
+        transformer: the native model.
+        tokenizer: a tokenizer of transformers, or None for token ids only.
+    """
+
+    hook_dict: HookDict
+
+    def __init__(self, transformer: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None = None):
+        super().__init__()
+        self.cfg: LoopedConfig = transformer.cfg
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        self.setup()
+
+    def setup(self) -> None:
+        """List the hook points by name."""
+        self.hook_dict = self.transformer.hook_dict  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.mod_dict = {**dict(self.transformer.named_modules()), **self.hook_dict}
+
+    # What it is.
+
+    @property
+    def schedule(self) -> LoopSchedule:
+        """Which layer runs when, at the loop count the model was trained with; `cfg.schedule(n)` for another."""
+        return self.cfg.schedule()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.transformer.embed.weight.dtype
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding."""
+        return self.transformer.embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, a view."""
+        return self.transformer.unembed.weight.T
+
+    # Text.
+
+    def to_tokens_with_mask(
+        self,
+        prompts: Prompts,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Token ids on the model's device, and which of them are real: for `attention_mask=`.
+
+        Args:
+            prompts: in any form that a run takes, such as a list of texts.
+            prepend_bos, padding_side: see `RunOptions`.
+        """
+        rows = read_rows(prompts, self.tokenizer, prepend_bos=prepend_bos, padding_side=padding_side)
+        rows.check(self.cfg.n_ctx, self.cfg.d_vocab)
+        tokens, real = rows.padded()
+        if not bool(real.all()) and (self.tokenizer is None or self.tokenizer.pad_token_id is None):
+            raise InputError(
+                "prompts of different length need padding, and the tokenizer has no padding token: set "
+                "tokenizer.pad_token, or pass the texts to the run itself."
+            )
+        tokens = tokens.to(self.device)
+        return remember_padding(tokens, real), real.to(self.device)
+
+    def to_tokens(
+        self,
+        text: Prompts,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids on the model's device, as TransformerLens's; text that is too long is an error.
+
+        The tensor itself, as it is returned, knows which of its tokens are padding; what is sliced from it does not.
+
+        Args:
+            text: a text, or several.
+            prepend_bos, padding_side: see `RunOptions`.
+        """
+        return self.to_tokens_with_mask(text, prepend_bos, padding_side)[0]
+
+    def to_string(self, tokens: Tensor) -> str | list[str]:
+        """Text of token ids: a string for [pos], a list for [batch, pos]."""
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
+        return self.tokenizer.batch_decode(tokens) if tokens.ndim == 2 else self.tokenizer.decode(tokens)
+
+    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
+        """The text of each token of one prompt."""
+        tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text.flatten()
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
+        return [str(self.tokenizer.decode([token])) for token in tokens.tolist()]
+
+    def token_texts(self, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
+        """The text of each token; its id where there is no tokenizer."""
+        return tuple(map(str, tokens.tolist()) if self.tokenizer is None else self.to_str_tokens(tokens))
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token, or an error that shows its tokens."""
+        return single_token(self.tokenizer, text)
+
+    # Preparing a run.
+
+    @with_run_options
+    def prepare(
+        self,
+        prompts: Prompts,
+        n_loops: int | None = None,
+        *,
+        start_at_loop: int | None = None,
+        stop_at_loop: int | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Runs:
+        """Read and check prompts and how to run them, once; every call takes the result in place of prompts.
+
+        Args:
+            prompts: text, token ids, a BatchEncoding, chat messages, a list of these, a Path, a dataset; see
+                `engine.prompts.read_rows`. Or what this call made, as it is.
+            n_loops: number of loops; None for the count the model was trained with.
+            start_at_loop: first loop to run; needs `initial_state`.
+            stop_at_loop: stop before this loop and return its state.
+            options: see `RunOptions`.
+
+        Raises:
+            InputError: the message says what to change; nothing was run.
+        """
+        given = {"n_loops": n_loops, "start_at_loop": start_at_loop, "stop_at_loop": stop_at_loop, **options}
+        if isinstance(prompts, Runs):
+            more = [name for name, value in given.items() if value is not None]
+            if more:
+                raise InputError(f"these runs are prepared already: pass {more[0]} to model.prepare instead.")
+            return prompts
+        total, start, stop = resolve_loops(n_loops, start_at_loop, stop_at_loop, self.cfg)
+        state, seed, mask = (options.get(name) for name in ("initial_state", "seed", "attention_mask"))
+        if start and state is None:
+            raise InputError(f"start_at_loop={start} needs initial_state: the state that a run stopped there returned.")
+        if isinstance(prompts, Tensor) and prompts.ndim == 1:
+            prompts = prompts[None]
+        rows = read_rows(
+            prompts,
+            self.tokenizer,
+            field=options.get("field"),
+            limit=options.get("limit"),
+            prepend_bos=options.get("prepend_bos"),
+            padding_side=options.get("padding_side"),
+            attention_mask=mask,
+        )
+        rows.check(self.cfg.n_ctx, self.cfg.d_vocab)
+        check_state(self.cfg, rows, state, seed, self.dtype)
+        full = mask if mask is not None and mask.ndim != 2 else None
+        reads_out = stop_at_loop is None
+        return Runs(rows, total, start, stop, reads_out, state, seed, options.get("position_ids"), full)
+
+    @with_run_options
+    def batch(
+        self,
+        prompts: Prompts,
+        n_loops: int | None = None,
+        *,
+        start_at_loop: int | None = None,
+        stop_at_loop: int | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Run:
+        """All prompts as one padded batch, ready for `execute`; arguments as in `prepare`."""
+        return self.batch_of(
+            self.prepare(prompts, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
+        )
+
+    def batch_of(self, runs: Runs, rows: Sequence[int] | None = None) -> Run:
+        """Some of the rows (or all) as one batch. Rows that are named are of one length, and lose their padding."""
+        if rows is None:
+            tokens, real = runs.rows.padded()
+            positions, state = runs.position_ids, runs.initial_state
+        else:
+            tokens = torch.stack([runs.rows.unpadded(row) for row in rows])
+            real = torch.ones_like(tokens, dtype=torch.bool)
+            _, layout = runs.rows.padded()
+            kept = [(row, layout[row]) for row in rows]
+            positions, state = runs.position_ids, runs.initial_state
+            if positions is not None:
+                positions = torch.stack([positions[row][mask.to(positions.device)] for row, mask in kept])
+            if state is not None and state.ndim == 3:
+                state = torch.stack([state[row][mask.to(state.device)] for row, mask in kept])
+        tokens, real = tokens.to(self.device), real.to(self.device)
+        mask, visible, causal = visibility(tokens, runs.visible, real)
+        at = resolve_positions(mask, positions)
+        if state is not None and state.ndim == 2:
+            state = state.to(self.device)[at]
+        state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
+        given = runs.initial_state is not None
+        ends = (runs.n_loops, runs.start, runs.stop, runs.reads_out)
+        return Run(tokens, mask, visible, causal, at, *ends, state, drawn, given)
+
+    # Running.
+
+    @with_run_options
+    def forward(
+        self,
+        input: Prompts,
+        n_loops: int | None = None,
+        *,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        start_at_loop: int | None = None,
+        stop_at_loop: int | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Any:
+        """Run the model on one batch.
+
+        Prompts of different length are filled up where the tokenizer says (usually at the right, as in
+        TransformerLens): `logits[:, -1]` then reads padding in the short rows. `last_logits` gives each row's last
+        real position; `padding_side="left"` puts it at -1.
+
+        Args:
+            input: text, token ids, or any other form of prompts; see `prepare`.
+            n_loops: number of loops; None for the count it was trained with.
+            return_type: "logits" [batch, pos, d_vocab]; "loss", the mean next-token cross entropy in nats over real
+                tokens; "both" as a pair; None for nothing, and no logits are formed. A run that stops early returns the
+                state instead.
+            loss_per_token: the loss at each position, [batch, pos - 1], instead of its mean.
+            start_at_loop: first loop to run; needs `initial_state`.
+            stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
+            options: see `RunOptions`.
+
+        Raises:
+            InputError: the input is wrong; nothing was run.
+            HookNameError: a registered hook is at a site or loop that this run does not reach; nothing was run.
+        """
+        run = self.batch(input, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
+        return self.execute(run, return_type, loss_per_token)
+
+    def execute(self, run: Run, return_type: ReturnType = "logits", loss_per_token: bool = False) -> Any:
+        """Run a batch; returns as `LoopedModel.forward` does. With return_type None no logits are formed.
+
+        A run that stops early returns its state, whatever the return_type.
+        """
+        check_return(run, return_type, loss_per_token)
+        self.reach(run).check_hooks()
+        frame = self.frame(run)
+        state = self.transformer(run.tokens, frame, run.state, run.start, run.stop)
+        if not run.reads_out:
+            return state
+        out = self.transformer.finish(state, frame)
+        if return_type is None:
+            return None
+        logits = self.transformer.unembed(out)
+        if return_type == "logits":
+            return logits
+        loss = lm_cross_entropy_loss(logits, run.tokens, run.attention_mask, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def frame(self, run: Run) -> Frame:
+        """Rotary angles and visibility of a run, for the native model."""
+        return self.transformer.frame(run.visible, run.position_ids, run.causal)
+
+    def reach(self, run: Run) -> Reach:
+        """The sites that a run calls."""
+        return Reach(self.hook_dict, run, self.transformer.needs_input(run.state is not None))
+
+    @with_run_options
+    def readout(
+        self, state: Tensor, prompts: Prompts, **options: Unpack[RunOptions]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The exact logits of the model if it stopped with this state.
+
+        That is what the family does after its last loop: the head (Ouro: the state is normed already); or the final
+        norm and the head; or norm, coda, norm, head (Huginn). The coda attends over all positions of the state.
+
+        Args:
+            state: a state leaving a loop (`hook_state_post`, or what `stop_at_loop` returned), [batch, pos, d_model].
+            prompts: those of that run, for positions and padding.
+            options: `attention_mask`, `position_ids`, `prepend_bos`, `padding_side`: see `RunOptions`.
+        """
+        runs = self.prepare(prompts, **options) if not isinstance(prompts, Runs) else prompts
+        check_state(self.cfg, runs.rows, state, None, self.dtype)
+        run = self.batch_of(replace(runs, initial_state=state, seed=None))
+        return self.transformer.readout(state.to(self.device), self.frame(run))
+
+    # Hooks.
+
+    def add_hook(
+        self,
+        name: HookName,
+        hook: HookFn,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Register a hook until `reset_hooks`.
+
+        Args:
+            name: with a loop in it ("blocks.2.loop.3.hook_resid_post"), for that loop; without
+                ("blocks.2.hook_resid_post"), for every loop, in order; or a function on names with their loop.
+            hook: `fn(tensor, hook)`, which may return a tensor to put in its place. `hook.name`, `hook.loop`,
+                `hook.layer()` say where it is. See `SharedHookPoint` for backward hooks.
+            dir: "fwd" for activations, "bwd" for their gradients.
+            is_permanent, level, prepend: as in TransformerLens.
+
+        Raises:
+            HookNameError: no such name; the message has the nearest ones.
+        """
+        if isinstance(name, str):
+            point = self.hook_dict.shared(name)
+            point.add_hook(hook, dir, is_permanent, level, prepend, where=HookSite.parse(name).loop)
+        elif callable(name):
+            for point in self.hook_dict.points():
+                point.add_hook(hook, dir, is_permanent, level, prepend, where=name)
+        else:
+            raise InputError(f"a hook's name must be a string or a function on names, got {name!r}.")
+
+    @contextmanager
+    def hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - immutable defaults
+        self,
+        fwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        bwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Any]:
+        """Hooks for the length of a `with` block, as in TransformerLens; names as in `add_hook`."""
+        self.context_level += 1
+        try:
+            for name, hook in fwd_hooks:
+                self.add_hook(name, hook, level=self.context_level)
+            for name, hook in bwd_hooks:
+                self.add_hook(name, hook, "bwd", level=self.context_level)
+            yield self
+        finally:
+            if reset_hooks_end:
+                self.reset_hooks(clear_contexts, including_permanent=False, level=self.context_level)
+            self.context_level -= 1
+
+    def run_with_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - immutable defaults
+        self,
+        *model_args: Any,
+        fwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        bwd_hooks: Iterable[tuple[HookName, HookFn]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run once with hooks, as in TransformerLens; names as in `add_hook`.
+
+        Backward hooks belong to this run's graph: they act when its output is run backward, after this call has
+        returned.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*model_args, **model_kwargs)
+
+
+def check_return(run: Run, return_type: ReturnType, loss_per_token: bool) -> None:
+    """Raise for a return type that there is not, or a loss that this run can't have."""
+    if return_type not in ("logits", "loss", "both", None):
+        raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
+    if return_type in ("loss", "both"):
+        if not run.reads_out:
+            raise InputError(
+                f"a run with stop_at_loop returns a state, so it has no loss: leave out stop_at_loop, or "
+                f"return_type={return_type!r}."
+            )
+        if not bool((run.attention_mask[:, :-1] & run.attention_mask[:, 1:]).any()):
+            raise InputError("the loss needs at least two tokens: one to read and one to predict.")
+    elif loss_per_token:
+        raise InputError(f"loss_per_token needs return_type 'loss' or 'both', got {return_type!r}.")
