@@ -1,7 +1,11 @@
 """What every test has: no network, the same random numbers, the same number of threads."""
 
+import json
 import os
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub, which reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,9 +18,11 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-# The models here are tiny: a second thread costs more than it brings, and sums could come out in another order.
-torch.set_num_threads(1)
+# The models here are tiny: a second thread costs more than it brings. With several, sums come out in another order:
+# `make test-numbers` asks for them, as no test may depend on that.
+torch.set_num_threads(int(os.environ.get("TL_LOOPED_TEST_THREADS", "1")))
 
 # No deadline: the cores may be shared. In CI the examples are the same in every run.
 hypothesis.settings.register_profile("tl_looped", deadline=None, derandomize="CI" in os.environ)
@@ -35,3 +41,26 @@ def seeds() -> None:
 def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without beartype's checks, which users do not have: what our own checks make of a value of a wrong type."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Callable[..., Path]:
+    """A folder in a family's released form, with its config and weights changed."""
+    parity = Path(__file__).parent / "parity"
+
+    def write(
+        family: str,
+        config: dict[str, Any] | None = None,
+        change: Callable[[dict[str, torch.Tensor]], Any] | None = None,
+    ) -> Path:
+        values = json.loads((parity / family / "config.json").read_text()) | (config or {})
+        weights = load_file(parity / family / "model.safetensors")
+        if change is not None:
+            change(weights)
+        folder = tmp_path / family
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(values))
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+        return folder
+
+    return write

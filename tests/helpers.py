@@ -6,13 +6,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped import LoopedConfig, LoopedModel
+from tl_looped import LoadError, LoopedConfig, LoopedModel
 
 PARITY = Path(__file__).parent / "parity"
 FAMILIES = sorted(path.name for path in PARITY.iterdir() if path.is_dir())
@@ -111,3 +112,17 @@ def word_tokenizer(bos: bool = False, **special: str) -> PreTrainedTokenizerFast
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, **{"pad_token": "<pad>", "bos_token": "<bos>", **special})
+
+
+def same_logits(model: LoopedModel, family: str) -> bool:
+    """Whether a model computes what the family's parity model does, to the bit."""
+    tokens, original = expected(family)["input_ids"], parity(family)
+    with torch.no_grad():
+        ours, theirs = (one(tokens, **run_options(family, one)) for one in (model, original))
+    return torch.equal(ours, theirs)
+
+
+def refuse(folder: Path | str, message: str, error: type[Exception] = LoadError, **options: Any) -> None:
+    """Loading it must raise, with this message."""
+    with pytest.raises(error, match=message):
+        LoopedModel.from_pretrained(folder, **options)

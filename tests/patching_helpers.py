@@ -71,6 +71,13 @@ def run_clean(model: LoopedModel, tokens: Tensor, n_loops: int | None = None, **
     return model.run_with_cache(tokens, n_loops, names_filter=lambda name: True, **options)[1]
 
 
+@lru_cache(maxsize=4)
+def both_clean(model: LoopedModel, pos: int, n_loops: int) -> tuple[LoopedCache, LoopedCache]:
+    """`run_clean` of both prompts, once for many cells. Nothing that a test has asked for changes them or the model."""
+    clean, corrupted = prompts(model, pos=pos)
+    return run_clean(model, clean, n_loops), run_clean(model, corrupted, n_loops)
+
+
 def direction(model: LoopedModel) -> Callable[[Tensor], Tensor]:
     """A metric for each prompt: a fixed random direction in the last position's logits."""
     weights = torch.randn(model.cfg.d_vocab, generator=torch.Generator().manual_seed(6), dtype=torch.float64)

@@ -17,6 +17,7 @@ from patching_helpers import (
     PATTERN,
     POS,
     SITES,
+    both_clean,
     by_hand,
     case,
     cells,
@@ -40,9 +41,9 @@ STEP = 1e-4
 
 
 def estimate(model: LoopedModel, site: str, axes: tuple[str, ...], **options: Any) -> LoopPatchingResult:
-    clean, corrupted = prompts(model, pos=LENGTH)
+    _, corrupted = prompts(model, pos=LENGTH)
     options = {"n_loops": LOOPS, "reduce": "none", "progress": False, **options}
-    source = options.pop("source", None) or run_clean(model, clean, options["n_loops"])
+    source = options.pop("source", None) or both_clean(model, LENGTH, options["n_loops"])[0]
     metric = options.pop("metric", everywhere(model))
     return attribution_sweep(model, corrupted, source, metric, site, axes, **options)
 
@@ -62,7 +63,7 @@ def slope(model: LoopedModel, change: dict[str, Tensor], site: str, at: dict[str
 def check(
     model: LoopedModel, site: str, axes: tuple[str, ...], n: int, dims: Any = None, seed: int = 8, **options: Any
 ) -> LoopPatchingResult:
-    clean, corrupted = (run_clean(model, tokens, LOOPS) for tokens in prompts(model, pos=LENGTH))
+    clean, corrupted = both_clean(model, LENGTH, LOOPS)
     change = {name: clean.cache_dict[name] - corrupted.cache_dict[name] for name in clean}
     result = estimate(model, site, axes, **options)
     when = "at" if "loop" in axes else "every"
@@ -175,7 +176,7 @@ def linear(**changes: Any) -> LoopedModel:
         {"injection": "concat_linear", "initial_state": "truncated_normal"},
     ],
 )
-def test_attribution_of_a_linear_model_is_exact(changes: dict[str, Any]) -> None:
+def test_attribution_of_a_linear_model_is_exact(as_a_user: None, changes: dict[str, Any]) -> None:
     model = linear(**changes)
     metric = direction(model)
     clean, corrupted = prompts(model, pos=LENGTH, changed=LENGTH - 1)
@@ -213,7 +214,7 @@ def test_every_activation_has_the_gradient_of_its_own_loop() -> None:
 
 
 @pytest.mark.parametrize("name", ["huginn", "ouro", "added", "retrofit-olmo2"])
-def test_integrated_gradients_converge_to_the_whole_difference(name: str) -> None:
+def test_integrated_gradients_converge_to_the_whole_difference(as_a_user: None, name: str) -> None:
     """Along the straight line from the corrupted to the clean embeddings, by the fundamental theorem of calculus."""
     model = case(name, torch.float64)
     clean, corrupted = prompts(model, pos=LENGTH)

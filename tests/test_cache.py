@@ -89,8 +89,8 @@ def test_ways_to_read(cache: LoopedCache, key, name: str):
         ("prelude.pattern", r"'prelude.pattern' belongs to a layer: read it as cache\['prelude.pattern', layer\]"),
         (("prelude.pattern", 0, 1), r"the prelude runs once: leave the loop out"),
         (("embed", 0), r"'hook_embed' fires once in a run: read it as cache\['embed'\]"),
-        (("nonsense", 0, 0), r"there is no activation 'nonsense'"),
-        (("resid_pst", 0, 0), r"there is no activation 'resid_pst'. Nearest: 'resid_post'"),
+        (("nonsense", 0, 0), r"there is no site 'nonsense'"),
+        (("resid_pst", 0, 0), r"there is no site 'resid_pst'. Nearest: 'resid_post'"),
         ("blocks.1.loop.7.hook_resid_post", r"is not cached; this site has the loops 0, 1, 2, 3"),
         ("blocks.7.loop.1.hook_resid_post", r"'blocks.7.loop.1.hook_resid_post' is not cached. Nearest: 'blocks"),
         ("loop.0.hook_exit_gate", r"'loop.0.hook_exit_gate' is not cached"),
@@ -123,7 +123,7 @@ def test_stacks_have_the_loop_first(cache: LoopedCache, huginn: LoopedModel):
         (("exit_gate",), r"'hook_exit_gate' is not cached at any loop"),
         (("embed",), r"'hook_embed' is not cached at any loop|'hook_embed' fires once"),
         (("pattern", 5), r"layer 5 is out of range"),
-        (("nonsense",), r"there is no activation 'nonsense'"),
+        (("nonsense",), r"there is no site 'nonsense'"),
     ],
 )
 def test_what_can_not_be_stacked(cache: LoopedCache, arguments, message: str):
@@ -134,7 +134,7 @@ def test_what_can_not_be_stacked(cache: LoopedCache, arguments, message: str):
 def test_layers_with_different_loops_do_not_stack(huginn: LoopedModel):
     names = ["blocks.0.loop.0.hook_resid_post", "blocks.1.loop.1.hook_resid_post"]
     _, cache = huginn.run_with_cache(tokens_for(huginn), names_filter=names)
-    with pytest.raises(HookNameError, match="the layers of 'resid_post' have different loops cached: name a layer"):
+    with pytest.raises(HookNameError, match="'blocks.0.hook_resid_post' is cached at the loops 0, not at 1"):
         cache.stack("resid_post")
     assert cache.loops("resid_post", 1) == [1]
 
@@ -337,7 +337,7 @@ def test_activations_of_other_loops_are_not_held(huginn: LoopedModel):
         _, cache = huginn.run_with_cache(tokens_for(huginn), n_loops=8, names_filter="hook_state_post", loops=[2])
     gc.collect()
     assert list(cache) == ["loop.2.hook_state_post"]
-    assert [t for t, storage in enumerate(seen) if storage() is not None] == [2]
+    assert [t for t, storage in enumerate(seen) if storage() is not None] == []  # what is kept is a copy
 
 
 def test_patterns_are_formed_where_they_are_asked_for(huginn: LoopedModel, monkeypatch: pytest.MonkeyPatch):

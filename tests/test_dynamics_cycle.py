@@ -47,7 +47,7 @@ def test_similarity_of_known_directions():
     y = torch.tensor([0.0, 2.0])
     states = torch.stack((x, 3 * x, -x, y))[:, None]
     expected = [[1.0, 1.0, -1.0, 0.0], [1.0, 1.0, -1.0, 0.0], [-1.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
-    assert similarity_matrix(states).tolist() == expected
+    assert torch.allclose(similarity_matrix(states), torch.tensor(expected))
 
 
 def test_a_zero_state_counts_where_it_is_not_zero():

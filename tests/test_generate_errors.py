@@ -88,7 +88,10 @@ def test_states_that_start_from_the_prelude_have_no_policy(family, policy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no tokenizer to say which token ends a text: pass eos_token_id=..., or stop_at_eos=False"),
+        (
+            {},
+            "neither this model's config nor a tokenizer says which token ends a text: pass eos_token_id=..., or stop",
+        ),
         ({"stop_at_eos": False, "stop_strings": "a"}, "stop_strings needs a tokenizer, and this model has none"),
         ({"stop_at_eos": False, "return_type": "str"}, "return_type='str', but this model has no tokenizer"),
     ],

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import TINY, hook_count, noise_like, tiny, tokens_for
 from plain import Plain, Tape, weights_of
 
-from tl_looped import InputError, LoopedModel
+from tl_looped import HookNameError, InputError, LoopedModel
 
 SITES = ["loop.{}.hook_state_pre", "blocks.0.loop.{}.hook_resid_pre", "blocks.1.loop.{}.attn.hook_pattern"]
 SITES += ["blocks.1.loop.{}.attn.hook_v", "blocks.0.loop.{}.mlp.hook_post", "loop.{}.hook_state_post"]
@@ -46,7 +46,9 @@ def gradients(model: LoopedModel, tokens: torch.Tensor, names: list[str], n_loop
 def plain_tape(model: LoopedModel, tokens: torch.Tensor, n_loops: int = 3) -> Tape:
     tape = Tape()
     weights = {name: weight.requires_grad_() for name, weight in weights_of(model).items()}
-    logits = Plain(model.cfg, weights, tape).run(tokens, n_loops, model.batch(tokens).state)
+    state = model.batch(tokens).state  # one that is drawn comes from nothing, and has a gradient all the same
+    state = None if state is None else state.requires_grad_()
+    logits = Plain(model.cfg, weights, tape).run(tokens, n_loops, state)
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     return tape
 
@@ -60,10 +62,6 @@ def test_every_loop_gets_its_own_gradient(model, tokens):
     assert set(indexed) == set(unindexed)
     for name in names:
         wanted = tape.grad(name)
-        if wanted is None:  # the first state is drawn: it comes from nothing
-            assert name == "loop.0.hook_state_pre"
-            assert name not in indexed
-            continue
         torch.testing.assert_close(indexed[name], wanted, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(unindexed[name], wanted, rtol=1e-10, atol=1e-12)
     loops = [tape.grad(f"loop.{t}.hook_state_post") for t in range(3)]
@@ -195,3 +193,100 @@ def test_a_detached_value_stops_the_gradient(model, tokens, site, frozen):
 def test_a_backward_hook_without_gradients_is_refused(model, tokens, mode):
     with mode(), pytest.raises(InputError, match=r"a backward hook is registered, but gradients are off"):
         model.run_with_hooks(tokens, bwd_hooks=[("hook_state_post", lambda grad, hook: None)])
+
+
+# Where there is no gradient by itself.
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_stack_of_gradients_has_every_loop(model, tokens, given, frozen):
+    """That of the first state too, drawn or given, and with frozen weights; the caller's tensors stay as they are."""
+    model = copy.deepcopy(model).requires_grad_(not frozen)
+    state = noise_like(model(tokens, stop_at_loop=0)) if given else model.batch(tokens).state
+    tape, weights = Tape(), {name: weight.requires_grad_() for name, weight in weights_of(model).items()}
+    first = None if state is None else state.clone().requires_grad_()
+    plain = Plain(model.cfg, weights, lambda at, x: first if at == "hook_state_init" and given else tape(at, x))
+    logits = plain.run(tokens, 3, first)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    options = {"initial_state": state} if given else {}
+    loss, cache = model.run_with_cache(tokens, n_loops=3, return_type="loss", incl_bwd=True, **options)
+    for name in ("state_pre", "injection", "state_post"):
+        grads = cache.stack(f"{name}_grad")
+        assert grads.shape == cache.stack(name).shape
+        for t in range(3):
+            torch.testing.assert_close(grads[t], tape.grad(f"loop.{t}.hook_{name}"), rtol=1e-9, atol=1e-12)
+    assert float(cache["state_init_grad"].abs().max()) > 0
+    assert torch.equal(loss, model(tokens, n_loops=3, return_type="loss", **options))
+    if given:
+        assert (state.requires_grad, state.grad) == (False, None)
+
+
+@pytest.mark.parametrize("name", ["hook_embed", "blocks.0.loop.0.ln1.hook_scale", "blocks.1.loop.2.attn.hook_pattern"])
+def test_a_backward_hook_fires_with_frozen_weights(model, tokens, name):
+    if model.cfg.norm_placement == "output":
+        name = name.replace("ln1", "ln1_post")
+    wanted = gradients(model, tokens, [name])[name]
+    found = gradients(copy.deepcopy(model).requires_grad_(False), tokens, [name])[name]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_stack_without_the_gradient_of_a_loop_is_refused(model, tokens):
+    """Where a hook cut the graph no gradient comes to the loops before, and the rest is no stack."""
+    with model.hooks([("loop.1.hook_state_pre", lambda x, hook: x.detach())]):
+        _, cache = model.run_with_cache(tokens, n_loops=3, return_type="loss", incl_bwd=True)
+    message = (
+        r"'hook_state_post_grad' is cached at the loops 1, 2, not at 0; no gradient came there. A stack has all loops"
+    )
+    with pytest.raises(HookNameError, match=message):
+        cache.stack("state_post_grad")
+    assert torch.equal(cache.stack("state_post_grad", loops=[2, 1])[0], cache["state_post_grad", 2])
+    assert cache.stack("state_post").shape[0] == 3
+
+
+def test_a_gradient_that_nothing_can_have_is_refused():
+    """The exit gate is computed beside the output: no gradient of it comes there."""
+    model, seen = tiny("ouro"), []
+    tokens, gate = tokens_for(model), "loop.1.hook_exit_gate"
+    for name in (gate, "hook_exit_gate"):
+        hooks = {"fwd_hooks": [("hook_embed", lambda x, hook: seen.append(x))]}
+        message = rf"a backward hook is on '{name}', which no output of the model reads, so no gradient comes there"
+        with pytest.raises(HookNameError, match=message):
+            model.run_with_hooks(tokens, bwd_hooks=[(name, lambda grad, hook: None)], **hooks)
+    with pytest.raises(HookNameError, match="accepts no hook name that this run reaches"):
+        model.run_with_hooks(tokens, bwd_hooks=[(lambda name: name.endswith("exit_gate"), lambda grad, hook: None)])
+    assert seen == []
+    _, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
+    assert "exit_gate" in {name.rpartition("hook_")[2] for name in cache}
+    assert not any("exit_gate_grad" in name for name in cache)
+    model.zero_grad()
+
+
+def test_stacks_of_some_loops(model, tokens):
+    """A cache of some loops stacks these; a site that lacks one of them does not, unless loops= says which."""
+    _, cache = model.run_with_cache(tokens, n_loops=4, loops=[0, -1])
+    assert cache.kept_loops == (0, 3)
+    assert torch.equal(cache.stack("state_post")[1], cache["state_post", 3])
+    _, cache = model.run_with_cache(tokens, n_loops=4, names_filter=lambda name: "loop.2" in name or "loop.3" in name)
+    with pytest.raises(HookNameError, match=r"cached at the loops 2, 3, not at 0, 1. A stack has .* loops=\[2, 3\]\)"):
+        cache.stack("state_post")
+    assert torch.equal(cache.stack("state_post", loops=[-1, 2])[1], cache["state_post", 2])
+    _, cache = model.run_with_cache(
+        tokens,
+        4,
+        initial_state=model(tokens, n_loops=4, stop_at_loop=2),
+        start_at_loop=2,
+        names_filter="hook_state_pre",
+    )
+    assert cache.kept_loops == (2, 3)
+    assert torch.equal(cache.stack("state_pre")[0], cache["state_pre", 2])
+
+
+def test_stacks_of_some_layers(model, tokens):
+    """Column i of a stack is layer i, or the i-th of those asked for."""
+    _, cache = model.run_with_cache(tokens, names_filter="blocks.1.hook_resid_post")
+    with pytest.raises(HookNameError, match=r"'blocks.0.hook_resid_post' is not cached at any loop"):
+        cache.stack("resid_post")
+    assert torch.equal(cache.stack("resid_post", [1])[:, 0], cache.stack("resid_post", 1))
+    _, cache = model.run_with_cache(tokens)
+    assert torch.equal(cache.stack("resid_post", [1, 0]), cache.stack("resid_post").flip(1))

@@ -164,14 +164,18 @@ def test_a_hook_can_register_itself_for_its_own_loop(model, tokens):
 
 
 @once
-def test_the_scratch_dictionary_is_shared_and_cleared(model, tokens):
+def test_every_loop_has_a_scratch_dictionary_of_its_own(model, tokens):
     def count(x, hook):
         hook.ctx["loops"] = [*hook.ctx.get("loops", []), hook.loop]
 
-    model.run_with_hooks(tokens, n_loops=3, fwd_hooks=[("blocks.0.hook_resid_pre", count)])
-    assert model.hook_dict["blocks.0.hook_resid_pre"].ctx == {"loops": [0, 1, 2]}
-    model.reset_hooks()
-    assert model.hook_dict["blocks.0.hook_resid_pre"].ctx == {}
+    hooks = [("blocks.0.hook_resid_pre", count), ("hook_embed", count)]
+    for _ in range(2):
+        model.run_with_hooks(tokens, n_loops=3, fwd_hooks=hooks)
+    names = ["hook_embed", *(f"blocks.0.loop.{t}.hook_resid_pre" for t in range(3))]
+    found = [model.hook_dict[name].ctx for name in names]
+    assert found == [{"loops": [None, None]}, *({"loops": [t, t]} for t in range(3))]
+    model.clear_contexts()
+    assert [model.hook_dict[name].ctx for name in names] == [{}] * 4
 
 
 # Editing.

@@ -33,7 +33,8 @@ def fitted(family: str, site: Any = "resid_post", per_loop: bool = False) -> Tun
 def kl_by_hand(model: LoopedModel, tokens: Tensor, lens: TunedLens, loop: int, layer: int, tuned: bool) -> float:
     """Mean KL(run ‖ lens) over all tokens, row by row in float64, from a full cache."""
     with torch.no_grad():
-        logits, cache = model.run_with_cache(tokens, lens.n_loops)
+        sites = f"hook_{lens.site}", "hook_state_post"
+        logits, cache = model.run_with_cache(tokens, lens.n_loops, names_filter=lambda name: name.endswith(sites))
     final = logits.double().log_softmax(-1)
     states = cache["state_post", loop] if lens.site == "state" else cache[lens.site, layer, loop]
     total = 0.0

@@ -13,6 +13,7 @@ from helpers import FAMILIES, TINY, expected, hook_count, make, noise_like, pari
 from tl_looped import DEFAULT_SEED, LoopedModel
 
 DRAWN = ["huginn", "llama", "olmo2"]  # their first state is random
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, over sums of other lengths
 
 
 @pytest.fixture(params=TINY)
@@ -134,12 +135,12 @@ def test_the_distribution_of_a_drawn_state(kind: str, d_model: int):
 def test_rows_of_a_batch_do_not_see_each_other(model):
     tokens = tokens_for(model, batch=3)
     alone = torch.cat([model(row[None]) for row in tokens])
-    torch.testing.assert_close(model(tokens), alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(tokens), alone, **CLOSE)
 
 
 def test_a_prefix_does_not_see_what_follows(model):
     tokens = tokens_for(model, pos=9)
-    torch.testing.assert_close(model(tokens)[:, :5], model(tokens[:, :5]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(tokens)[:, :5], model(tokens[:, :5]), **CLOSE)
 
 
 # Masks and positions.
@@ -156,7 +157,7 @@ def test_padded_tokens_are_not_seen(model):
     ):
         for form in (torch.tensor([mask]), torch.tensor([mask]).bool(), torch.tensor([mask]).float()):
             logits = model(row, attention_mask=form)
-            torch.testing.assert_close(logits[:, real], wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits[:, real], wanted, **CLOSE)
             assert bool(logits.isfinite().all())
 
 

@@ -188,7 +188,7 @@ def test_what_a_feedforward_model_does_not_have() -> None:
     for name, value in {"n_loops": 2, "seed": 1, "initial_state": torch.zeros(5, 16)}.items():
         with pytest.raises(InputError, match=f"this model has no loops, so leave out {name}"):
             run(view, [NORM], **{"n_loops": None, name: value})
-    with pytest.raises(InputError, match="there is no site 'hook_resid_pots'.* Nearest: .*'resid_p"):
+    with pytest.raises(InputError, match="there is no site 'hook_resid_pots'.* Nearest: .*'hook_resid_p"):
         run(view, [Measure("a", "", "", "hook_resid_pots", norm, axes=("pos",))], None)
 
 

@@ -139,6 +139,7 @@ def test_built_in_prompts_that_the_tokenizer_can_not_read(
     assert "the built-in prompts do not suit this model, so give --prompt" in told(capsys)
 
 
+@pytest.mark.usefixtures("as_a_user")
 def test_report_command_writes_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     target = tmp_path / "report.html"
     folder = str(PARITY / "huginn")

@@ -229,7 +229,7 @@ def test_results_do_not_depend_on_the_batch_size(name: str, site: str, axes: tup
     spread = results[0].values.std()
     assert spread > 1e-2
     for other in results[1:]:
-        torch.testing.assert_close(other.values, results[0].values, rtol=1e-6, atol=float(1e-6 * spread))
+        torch.testing.assert_close(other.values, results[0].values, rtol=1e-5, atol=float(1e-5 * spread))
         assert torch.equal(other.baseline, results[0].baseline)
 
 

@@ -338,13 +338,16 @@ def test_options_that_contradict_each_other(refused: Refused, options: dict[str,
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        ("resid_pref", "there is no site 'resid_pref' to patch. Nearest: 'resid_pre'"),
-        ("stat", "there is no site 'stat' to patch. Nearest: 'state"),
-        ("patern", "there is no site 'patern' to patch. Nearest: 'pattern'"),
-        ("attn.hook_zz", "there is no site 'attn.hook_zz' to patch"),
-        ("blocks.0.hook_resid_pre", "there is no site 'blocks.0.hook_resid_pre' to patch"),
-        ("z3", "there is no site 'z3' to patch"),
-        ("", "there is no site '' to patch"),
+        ("resid_pref", "there is no site 'resid_pref'. Nearest: 'resid_pre'"),
+        ("stat", "there is no site 'stat'. Nearest: 'state"),
+        ("patern", "there is no site 'patern'. Nearest: 'pattern'"),
+        ("attn.hook_zz", "there is no site 'attn.hook_zz'"),
+        (
+            "blocks.0.hook_resid_pre",
+            "'blocks.0.hook_resid_pre' names one place, and here a site of all places is needed: pass 'hook_resid_pre'",
+        ),
+        ("z3", "there is no site 'z3'"),
+        ("", "there is no site ''"),
     ],
 )
 def test_a_site_that_does_not_exist(refused: Refused, site: str, message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import hook_count, make, noise_like
-from patching_helpers import CASES, case, direction, everywhere, prompts, run_clean
+from patching_helpers import CASES, both_clean, case, direction, everywhere, prompts, run_clean
 from plain import Plain, Tape, weights_of
 from torch import Tensor
 
@@ -27,9 +27,9 @@ INPUTS = {
 
 
 def paths(model: LoopedModel, sender: Sender, receivers: list[Receiver], metric: Any = None, **options: Any) -> Tensor:
-    clean, corrupted = prompts(model, pos=LENGTH)
+    _, corrupted = prompts(model, pos=LENGTH)
     options = {"reduce": "none", "n_loops": LOOPS, **options}
-    cache = run_clean(model, clean, options["n_loops"])
+    cache, _ = both_clean(model, LENGTH, options["n_loops"])
     return path_patch(model, corrupted, cache, metric or everywhere(model), sender, receivers, **options)
 
 
@@ -74,7 +74,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_path_is_what_a_slow_transformer_gives(name: str) -> None:
+def test_a_path_is_what_a_slow_transformer_gives(as_a_user: None, name: str) -> None:
     model = case(name, torch.float64)
     slow = Slow(model)
     last = model.cfg.n_core - 1
@@ -119,14 +119,13 @@ def every_sender(model: LoopedModel) -> list[Sender]:
 
 def written(model: LoopedModel, sender: Sender) -> Tensor:
     """Clean minus corrupted of what a sender writes into the stream, [batch, pos, d_model]."""
-    caches = [run_clean(model, tokens, LOOPS) for tokens in prompts(model, pos=LENGTH)]
     clean, corrupted = (
         cache["mlp_out", sender.layer, sender.loop]
         if sender.kind == "mlp"
         else cache["result", sender.layer, sender.loop].sum(2)
         if sender.head is None
         else cache["result", sender.layer, sender.loop][:, :, sender.head]
-        for cache in caches
+        for cache in both_clean(model, LENGTH, LOOPS)
     )
     return clean - corrupted
 
@@ -154,7 +153,9 @@ def test_a_path_across_loops_passes_the_injection_at_the_start_of_each(sender: S
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_placement": "output_sandwich"}])
-def test_the_direct_paths_of_all_senders_and_the_embedding_add_up_to_the_whole_difference(changes: Any) -> None:
+def test_the_direct_paths_of_all_senders_and_the_embedding_add_up_to_the_whole_difference(
+    as_a_user: None, changes: Any
+) -> None:
     """Logits are the embedding and all that was written, times the unembedding; so their changes add up."""
     model = linear_readout(**changes)
     clean, corrupted = prompts(model, pos=LENGTH)

@@ -106,7 +106,7 @@ def test_shares_of_a_model_are_counted_by_hand(family: str):
         assert result.skew[row].tolist() == pytest.approx([one[2] for one in found])
         up = sum(one[3] > 3 and one[2] > 0.2 for one in found) / len(found)
         down = sum(one[3] > 3 and one[2] < -0.2 for one in found) / len(found)
-        assert float(result.prediction()[row]) == up and float(result.suppression()[row]) == down
+        assert [float(result.prediction()[row]), float(result.suppression()[row])] == pytest.approx([up, down])
 
 
 def test_a_feedforward_model_with_the_same_weights_has_the_same_neurons():

@@ -19,4 +19,4 @@ from tl_looped.engine.schedule import HookSite as HookSite
 from tl_looped.engine.schedule import LoopSchedule as LoopSchedule
 from tl_looped.model import LoopedModel as LoopedModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from tl_looped.adapters import loading
-from tl_looped.engine.cache import Keep, LoopedCache, run_with_cache
+from tl_looped.engine.cache import Keep, LoopedCache, caching_hooks, run_with_cache
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import Engine, ReturnType
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import HookFn, HookName
+from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
 from tl_looped.engine.view import UnrolledModel
@@ -56,21 +58,24 @@ class LoopedModel(Engine):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> Self:
         """A model with random weights from a seed; see `LoopedTransformer.reset_parameters`."""
+        place, kind = check_device(device), check_dtype(dtype)
         transformer = LoopedTransformer(cfg)
         transformer.reset_parameters(seed)
-        return cls(transformer.to(device=device, dtype=dtype), tokenizer).eval()
+        return cls(transformer.to(device=place, dtype=kind), tokenizer).eval()
 
     @classmethod
     def from_pretrained(
         cls: type[Self],
         name: str | Path,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
+        ignore_config_keys: Iterable[str] = (),
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
 
@@ -78,18 +83,25 @@ class LoopedModel(Engine):
             name: a hub id ("ByteDance/Ouro-1.4B"), a folder, or an embedded model ("looped-hops",
                 "looped-hops-settling").
             device: where to put it; None: a GPU where there is one.
-            dtype: of the weights; None: as stored.
+            dtype: of the weights, as torch.bfloat16 or "bfloat16"; None or "auto": as stored. A forward pass needs
+                one format, so a checkpoint of mixed formats is refused unless this says which.
             tokenizer: instead of the checkpoint's own.
             revision: branch, tag or commit on the hub.
+            subfolder: the folder in it that holds the model.
+            ignore_config_keys: keys of config.json that you know to change nothing, to be read as if they were not
+                there; a dot leads to a key in an object.
 
         Raises:
-            LoadError: an unknown family, a config value that is not implemented, a missing, extra or misshapen weight,
-                a pickled checkpoint, or a name that is neither.
+            InputError: a dtype, device, revision or subfolder that can't be.
+            LoadError: an unknown family, a config key or value that is not implemented, a missing, extra or misshapen
+                weight, one with NaN or infinite values or of integers, weights of mixed formats, a pickled checkpoint,
+                a tokenizer that can't be read, or a name that is neither.
         """
-        folder = loading.find(name, revision)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        transformer = loading.load(folder, str(name), place, dtype)
-        return cls(transformer, tokenizer or loading.load_tokenizer(folder)).eval()
+        place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
+        folder = loading.find(name, revision, subfolder)
+        full_name = f"{name}/{subfolder}" if subfolder else str(name)
+        tokenizer = loading.load_tokenizer(folder) if tokenizer is None else tokenizer
+        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys), tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, weights and tokenizer in tl_looped's own format; `from_pretrained(folder)` reads it back."""
@@ -166,7 +178,8 @@ class LoopedModel(Engine):
             pos_slice: positions to keep, as TransformerLens's Slice; of queries, for patterns and scores.
             device: where to keep the activations; None for where they are.
             incl_bwd: run backward from the output too (it must be the mean loss) and keep each gradient under its
-                own loop's name and "_grad".
+                own loop's name and "_grad": that of the first state too, given or drawn, and with frozen weights; none
+                of the exit gate, which the output does not read.
             remove_batch_dim: drop the batch axis, for a batch of one.
 
         Returns:
@@ -178,6 +191,35 @@ class LoopedModel(Engine):
         run = self.batch(input, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
         keep = Keep(names_filter, loops, pos_slice, device, incl_bwd, remove_batch_dim)
         return run_with_cache(self, run, keep, return_type, loss_per_token)
+
+    def get_caching_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - names with loops
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[tuple[HookName, HookFn]], list[tuple[HookName, HookFn]]]:
+        """Hooks that keep activations of runs to come, as in TransformerLens; arguments as in `run_with_cache`.
+
+        Returns:
+            The dictionary that they fill, by names with the loop in them; the forward hooks; the backward hooks.
+        """
+        store = {} if cache is None else cache
+        return store, *caching_hooks(Keep(names_filter, None, pos_slice, device, incl_bwd, remove_batch_dim), store)
+
+    def add_caching_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - names with loops
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Register `get_caching_hooks` until `reset_hooks`; returns the dictionary that they fill."""
+        store, forward, backward = self.get_caching_hooks(*args, **kwargs)
+        for name, hook in forward:
+            self.add_hook(name, hook)
+        for name, hook in backward:
+            self.add_hook(name, hook, "bwd")
+        self.is_caching = True
+        return store
 
 
 def check_looped(model: object) -> LoopedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tl_looped.adapters.base import Adapter as Adapter
+from tl_looped.adapters.base import ConfigKeys as ConfigKeys
 from tl_looped.adapters.base import Json
 from tl_looped.adapters.base import Source as Source
 from tl_looped.adapters.native import NativeAdapter

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+from transformers import GenerationConfig
 
 from tl_looped.engine.config import Llama3Rope, LoopedConfig
-from tl_looped.engine.errors import LoadError, check_count
+from tl_looped.engine.errors import LoadError, check_count, nearest
 
 Json = Mapping[str, Any]
+
+# Keys of any config.json that do not change a forward pass: of transformers, of its generation, and of tools.
+_NO_ARITHMETIC = {
+    *GenerationConfig().to_dict(),
+    *("architectures", "auto_map", "custom_pipelines", "model_type", "name", "_name_or_path", "_commit_hash"),
+    *("dtype", "torch_dtype", "torchscript", "transformers_version", "unsloth_version", "unsloth_fixed"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "chunk_size_feed_forward"),
+    *("gradient_checkpointing", "initializer_range", "pretraining_tp", "is_decoder", "return_dict", "use_return_dict"),
+    *("finetuning_task", "id2label", "label2id", "problem_type", "task_specific_params"),
+    *("tokenizer_class", "sep_token_id", "cls_token_id"),
+}
+_ALWAYS = ("is_causal", "scale_attn_weights", "use_rope")  # every model here does this, so false is not "off"
+_MULTIPLIES = ("multiplier", "scale", "scaling", "factor")  # such a key is off at 1, any other at 0
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,122 @@ class Source:
     shape: tuple[int, ...] | None = None
 
 
+class ConfigKeys:
+    """The keys of a config.json, each of which is used, known to change nothing, or refused by name.
+
+    An adapter asks here for what it builds on. `refuse_rest` then raises for the keys that nobody asked for, except
+    those that transformers writes beside any model, and those whose value says "off": null, false, empty, 0, or 1 for
+    a multiplier. So a feature that a family gets later is an error here, and never a number that is silently wrong. A
+    key that is null counts as missing.
+
+    Args:
+        values: the JSON object.
+        where: what its keys are called in messages, before the key itself.
+    """
+
+    def __init__(self, values: Json, where: str = ""):
+        self._values, self._where = values, where
+        self._asked: set[str] = set()
+        self._sections: list[ConfigKeys] = []
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value, or the default where it is missing."""
+        self._asked.add(key)
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def need(self, key: str) -> Any:
+        """A value that must be there."""
+        value = self.get(key)
+        if value is None:
+            raise LoadError(f"config.json has no {self._where + key!r}, which this family needs.")
+        return value
+
+    def one_of(self, *keys: str, default: Any = None) -> Any:
+        """The value of the keys that name one thing; those that are there must agree."""
+        given = {key: self.get(key) for key in keys if self.get(key) is not None}
+        values = list(given.values())
+        if any(value != values[0] for value in values):
+            shown = " and ".join(f"{self._where}{key}={value!r}" for key, value in given.items())
+            raise LoadError(f"config.json has {shown}, which should be the same.")
+        return values[0] if values else default
+
+    def only(self, **allowed: Any) -> None:
+        """Refuse what is not implemented: each key may be missing, or have the value (or one of the set) given."""
+        for key, values in allowed.items():
+            accepted = values if isinstance(values, set) else {values}
+            value = self.get(key)
+            if value is not None and (isinstance(value, (list, dict)) or value not in accepted):
+                shown = " or ".join(repr(one) for one in sorted(accepted, key=repr))
+                raise LoadError(
+                    f"config.json has {self._where}{key}={reprlib.repr(value)}, which is not implemented: only {shown} "
+                    "is."
+                )
+
+    def harmless(self, *keys: str) -> None:
+        """Take note of keys that change nothing here, whatever they say: of training, or of features that are off."""
+        self._asked.update(keys)
+
+    def count(self, key: str, minimum: int = 1) -> int:
+        """An integer that must be there."""
+        return check_count(key, self.need(key), minimum)
+
+    def section(self, key: str) -> ConfigKeys:
+        """The keys below a key, none where it is missing; they too must all be used."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise LoadError(f"config.json has {self._where}{key}={reprlib.repr(value)}, which should be an object.")
+        self._sections.append(ConfigKeys(value, f"{self._where}{key}."))
+        return self._sections[-1]
+
+    def __bool__(self) -> bool:
+        """Whether there are any keys."""
+        return bool(self._values)
+
+    def rest(self) -> dict[str, Any]:
+        """The keys that nobody asked for and whose values may mean something, by their full names."""
+        known = self._asked if self._where else self._asked | _NO_ARITHMETIC
+        left = {
+            self._where + key: value
+            for key, value in self._values.items()
+            if key not in known and not _is_off(key, value)
+        }
+        return left | {key: value for section in self._sections for key, value in section.rest().items()}
+
+    def refuse_rest(self, family: str) -> None:
+        """Raise LoadError for the keys that are left, with their values."""
+        left = self.rest()
+        if left:
+            shown = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in sorted(left.items()))
+            raise LoadError(
+                f"config.json has {shown}, which no {family} model here uses, so the numbers could come out wrong. If "
+                f"you know that it changes nothing in a forward pass, pass ignore_config_keys={sorted(left)}."
+            )
+
+
+def _is_off(key: str, value: Any) -> bool:
+    if key in _ALWAYS:
+        return value is None or value is True
+    if isinstance(value, (bool, str, list, dict)) or value is None:
+        return not value
+    return value == (1 if key.endswith(_MULTIPLIES) else 0)
+
+
+def without(config: Json, keys: Iterable[str]) -> Json:
+    """A config.json without some keys; a dot leads to a key in an object ("rope_parameters.attention_factor").
+
+    Raises:
+        LoadError: a key that is not there.
+    """
+    for name in [keys] if isinstance(keys, str) else keys:
+        key, dot, below = name.partition(".")
+        if key not in config or (dot and not isinstance(config[key], Mapping)):
+            raise LoadError(f"config.json has no {key!r} to ignore.{nearest(key, config)}")
+        kept = {one: value for one, value in config.items() if one != key}
+        config = {**kept, key: without(config[key], [below])} if dot else kept
+    return config
+
+
 @runtime_checkable
 class Adapter(Protocol):
     """One checkpoint family."""
@@ -40,8 +171,10 @@ class Adapter(Protocol):
         """Whether a config.json is of this family."""
         ...
 
-    def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
         """Our config, from config.json and the names of the stored weights.
+
+        The loader refuses the keys that this did not ask for, and reads the end-of-text tokens itself.
 
         Raises:
             LoadError: for what is not implemented.
@@ -58,44 +191,41 @@ class Adapter(Protocol):
         ...
 
 
-def need(config: Json, key: str) -> Any:
-    """A value that must be there."""
-    if key not in config:
-        raise LoadError(f"config.json has no {key!r}, which this family needs.")
-    return config[key]
-
-
-def only(config: Json, **allowed: Any) -> None:
-    """Refuse what is not implemented: each key may be missing, or have the value (or one of the set) given."""
-    for key, values in allowed.items():
-        accepted = values if isinstance(values, set) else {values}
-        if key in config and config[key] not in accepted:
-            shown = " or ".join(repr(value) for value in sorted(accepted, key=repr))
-            raise LoadError(f"config.json has {key}={config[key]!r}, which is not implemented: only {shown} is.")
-
-
-def head_size(config: Json, d_model: Any, n_heads: Any) -> int:
+def head_size(config: ConfigKeys, d_model: Any, n_heads: Any) -> int:
     """Size of a head: stored, or the model's divided among the heads."""
     return config.get("head_dim") or check_count("d_model", d_model) // check_count("n_heads", n_heads)
 
 
-def rotary(config: Json, default_base: float | None = None) -> tuple[float, Llama3Rope | None]:
-    """(base, scaling) of rotary embedding, in the forms that transformers has written before and since version 5."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = parameters.get("rope_theta", config.get("rope_theta", default_base))
+def rotary(config: ConfigKeys, default_base: float | None = None) -> tuple[float, Llama3Rope | None]:
+    """(base, scaling) of rotary embedding, in the forms that transformers has written before and since version 5.
+
+    Before: `rope_theta`, and `rope_scaling` for all else. Since: `rope_parameters`, or one such for each kind of layer,
+    of which full attention's is taken here. Where both forms stand side by side they must agree.
+    """
+    before, since = config.section("rope_scaling"), config.section("rope_parameters")
+    sections = [section for section in (before, since.section("full_attention") or since) if section]
+    scalings = [_scaling(section) for section in sections]
+    bases = [base for base in (config.get("rope_theta"), *(one.get("rope_theta") for one in sections)) if base]
+    for what, values in (("rope_theta", bases), ("rotary scaling", scalings)):
+        if any(value != values[0] for value in values):
+            raise LoadError(f"config.json says two things of {what}, which should be the same: {values}.")
+    base = next(iter(bases), default_base)
     if base is None:
         raise LoadError("config.json has no 'rope_theta', which this family needs.")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    return base, next(iter(scalings), None)
+
+
+def _scaling(section: ConfigKeys) -> Llama3Rope | None:
+    kind = section.one_of("rope_type", "type", default="default")
     if kind == "default":
-        return float(base), None
+        return None
     if kind != "llama3":
         raise LoadError(
             f"config.json has rope_type={kind!r}, which is not implemented: only 'default' and 'llama3' are."
         )
-    scaling = Llama3Rope(
-        factor=float(need(parameters, "factor")),
-        low_freq_factor=float(need(parameters, "low_freq_factor")),
-        high_freq_factor=float(need(parameters, "high_freq_factor")),
-        original_n_ctx=int(need(parameters, "original_max_position_embeddings")),
+    return Llama3Rope(
+        factor=section.need("factor"),
+        low_freq_factor=section.need("low_freq_factor"),
+        high_freq_factor=section.need("high_freq_factor"),
+        original_n_ctx=section.need("original_max_position_embeddings"),
     )
-    return float(base), scaling

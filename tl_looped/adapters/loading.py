@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeGuard
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,14 +24,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tl_looped.adapters import Source, adapter_for
+from tl_looped.adapters import Adapter, Source, adapter_for
+from tl_looped.adapters.base import ConfigKeys, Json, without
 from tl_looped.adapters.native import to_json
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError, nearest
 from tl_looped.nn import LoopedTransformer
 
 EMBEDDED = Path(__file__).parents[1] / "training" / "checkpoints"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# A star of the hub matches a slash too. Optimizer states, and second copies of the weights in another layout.
+_UNWANTED = ("*/*", "optimizer*", "scheduler*", "consolidated*")
+_TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.bpe.model", "*.tiktoken")
+_FORMATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -36,12 +46,32 @@ def embedded_names() -> list[str]:
     return sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
 
 
-def find(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of an embedded model, a local folder, or a hub id (downloaded, without code or pickles)."""
-    text = str(name)
+def find(name: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of an embedded model, a local folder, or a hub id (downloaded, without code or pickles).
+
+    Raises:
+        InputError: a revision of what is not on the hub, or a subfolder that leads out of the folder.
+        LoadError: there is no such folder.
+    """
+    if subfolder is not None and (not subfolder or {"..", "/"} & {*PurePosixPath(subfolder).parts}):
+        raise InputError(f"subfolder must be the path of a folder below {str(name)!r}, got {subfolder!r}.")
+    folder = _local(name)
+    if folder is None:
+        folder = _download(str(name), revision, subfolder)
+    elif revision is not None:
+        raise InputError(f"revision={revision!r}, but {str(name)!r} is no hub id: leave revision out.")
+    if subfolder is None:
+        return folder
+    if not (folder / subfolder).is_dir():
+        raise LoadError(f"{str(name)!r} has no folder {subfolder!r}.")
+    return folder / subfolder
+
+
+def _local(name: str | Path) -> Path | None:
+    """The folder of an embedded model or a local one; None for a hub id."""
+    text, path = str(name), Path(name)
     if text in embedded_names():
         return EMBEDDED / text
-    path = Path(name)
     if path.is_file():
         raise LoadError(f"{text!r} is a file: pass the folder that holds config.json and the .safetensors files.")
     if path.is_dir():
@@ -51,95 +81,152 @@ def find(name: str | Path, revision: str | None = None) -> Path:
             f"{text!r} is no folder, no hub id ('owner/name') and no embedded model "
             f"({', '.join(embedded_names())}).{nearest(text, embedded_names())}"
         )
+    return None
+
+
+def _download(name: str, revision: str | None, subfolder: str | None) -> Path:
+    """A snapshot of a repository's top folder, or of one below it, without what lies deeper."""
+    below = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
+    wanted, unwanted = ([below + pattern for pattern in patterns] for patterns in (_WANTED, _UNWANTED))
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's errors have no common base
-        raise LoadError(f"{text!r} is no local folder, and the hub gave: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{name!r} is no local folder, and the hub gave: {type(error).__name__}: {error}") from error
 
 
-def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | None) -> LoopedTransformer:
-    """The model in a folder; nothing is loaded unless names and shapes of all weights are right.
+@dataclass(frozen=True)
+class Stored:
+    """What the header of a safetensors file says of a tensor; `format` as "BF16" or "I8"."""
 
-    Weights are read one tensor at a time, so peak memory is one copy of them and one tensor.
+    shape: tuple[int, ...]
+    format: str
+    file: Path
+
+
+def load(
+    folder: Path,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    ignore_config_keys: Iterable[str] = (),
+) -> LoopedTransformer:
+    """The model in a folder; nothing is loaded unless config, names, shapes and formats of all weights are right.
+
+    Weights are read one tensor at a time, so peak memory is one copy of them and one tensor. All get one number format,
+    as a forward pass needs one: weights stored in several are refused, not rounded or widened unasked.
+
+    Args:
+        folder: has config.json and the weights.
+        name: what the model is called.
+        device: where to put it.
+        dtype: of the weights; None: as stored.
+        ignore_config_keys: keys of config.json to read as if they were not there.
     """
-    config = _read_json(folder / "config.json")
-    adapter = adapter_for(config)
-    shapes, homes = _stored(folder)
-    try:
-        cfg = adapter.config(config, frozenset(shapes), name)
-    except InputError as error:
-        raise LoadError(f"config.json: {error}") from error
+    values = without(_read_json(folder / "config.json"), ignore_config_keys)
+    adapter, stored = adapter_for(values), _stored(folder)
+    cfg = _config(adapter, values, folder, frozenset(stored), name)
     with torch.device("meta"):
         model = LoopedTransformer(cfg)
-    sources = adapter.sources(cfg)
-    checks = adapter.checked(cfg)
-    _check_shapes(model, sources, shapes, set(checks))
-    kind = dtype or _stored_dtype(homes[sources["embed.weight"].name], sources["embed.weight"].name)
-    if not kind.is_floating_point:
-        raise LoadError(f"dtype must be a floating one such as torch.bfloat16, got {kind}.")
+    sources, checks = adapter.sources(cfg), adapter.checked(cfg)
+    head = sources.pop("unembed.weight", None) if cfg.tie_embeddings else None
+    _check_stored(model, sources, stored, {*checks, *([head.name] if head else [])})
     targets: dict[str, list[str]] = {}
     for ours, source in sources.items():
         targets.setdefault(source.name, []).append(ours)
-    with tqdm(total=len(shapes), desc=f"Loading {cfg.model_name}", disable=len(shapes) < 200) as bar:
-        for file in sorted(set(homes.values())):
+    kind = dtype or _one_dtype({theirs: stored[theirs].format for theirs in targets})
+    with tqdm(total=len(stored), desc=f"Loading {cfg.model_name}", disable=len(stored) < 200) as bar:
+        for file in sorted({one.file for one in stored.values()}):
             with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    tensor = tensors.get_tensor(stored)
-                    if stored in checks:
-                        checks[stored](tensor)
-                    for ours in targets.get(stored, ()):
-                        if not (ours == "unembed.weight" and cfg.tie_embeddings):
-                            _assign(model, ours, sources[ours], tensor, device, kind)
+                for theirs in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                    tensor = tensors.get_tensor(theirs)
+                    if theirs in checks:
+                        checks[theirs](tensor)
+                    for ours in targets.get(theirs, ()):
+                        _assign(model, ours, sources[ours], tensor, device, kind)
                     bar.update()
-    _tie(model, sources, homes)
+    if cfg.tie_embeddings:
+        _tie(model, head, stored)
     return model
+
+
+def _config(adapter: Adapter, values: Json, folder: Path, names: frozenset[str], model_name: str) -> LoopedConfig:
+    """Our config, with the tokens that end a text; an error for any key of config.json that no one knows."""
+    keys, generation = ConfigKeys(values), folder / "generation_config.json"
+    ends = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    ends = keys.get("eos_token_id") if ends is None else ends
+    try:
+        cfg = adapter.config(keys, names, model_name)
+        if ends is not None:
+            cfg = replace(cfg, eos_token_ids=tuple(ends if isinstance(ends, list) else [ends]))
+    except InputError as error:
+        raise LoadError(f"config.json: {error}") from error
+    keys.refuse_rest(cfg.family)
+    return cfg
+
+
+def _one_dtype(formats: dict[str, str]) -> torch.dtype:
+    """The number format that all weights have."""
+    found: dict[torch.dtype, list[str]] = {}
+    for name, kind in formats.items():
+        found.setdefault(_FORMATS[kind], []).append(name)
+    if len(found) > 1:
+        shown = ", ".join(f"{kind} ({_some(names, 2)})" for kind, names in found.items())
+        widest = reduce(torch.promote_types, found)
+        raise LoadError(
+            f"the weights are stored in several number formats: {shown}. A model runs in one: pass dtype={widest}, "
+            "which holds all of them exactly, or another."
+        )
+    return next(iter(found))
 
 
 def _assign(
     model: nn.Module, name: str, source: Source, tensor: Tensor, device: torch.device, dtype: torch.dtype
 ) -> None:
+    """Make a parameter of the rows of a stored tensor; all of its numbers must be finite."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    shape = getattr(module, attribute).shape
-    rows = tensor.reshape(-1, *shape[1:])[source.start : source.stop]
-    setattr(module, attribute, nn.Parameter(rows.to(device=device, dtype=dtype, copy=True)))
-
-
-def _tie(model: LoopedTransformer, sources: dict[str, Source], homes: dict[str, Path]) -> None:
-    """Make a tied head the embedding itself; a head stored beside it must be equal."""
-    if not model.cfg.tie_embeddings:
-        return
-    model.unembed.weight = model.embed.weight
-    head = sources["unembed.weight"].name if "unembed.weight" in sources else None
-    if head in homes:
-        with safe_open(homes[head], framework="pt") as tensors:
-            stored = tensors.get_tensor(head).to(model.embed.weight)
-        if not torch.equal(stored, model.embed.weight):
-            raise LoadError(f"the config ties the head to the embedding, but the stored {head!r} differs from it.")
-
-
-def _check_shapes(
-    model: LoopedTransformer, sources: dict[str, Source], shapes: dict[str, tuple[int, ...]], extra: set[str]
-) -> None:
-    """Raise unless the stored tensors are exactly those that make the model."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {}
-    for ours, source in sources.items():
-        wanted[source.name] = source.shape or tuple(parameters[ours].shape)
-    tied = {sources["unembed.weight"].name} if model.cfg.tie_embeddings and "unembed.weight" in sources else set()
-    missing = sorted(set(wanted) - set(shapes) - tied)
-    unknown = sorted(set(shapes) - set(wanted) - extra)
-    wrong = sorted(name for name in set(shapes) & set(wanted) if shapes[name] != wanted[name])
-    problems = []
-    if missing:
-        problems.append(f"missing: {_some(missing)}")
-    if unknown:
-        problems.append(f"not known to this family: {_some(unknown)}")
-    if wrong:
-        problems.append("misshapen: " + _some([f"{n} is {shapes[n]}, not {wanted[n]}" for n in wrong]))
-    if problems:
+    rows = tensor.reshape(-1, *getattr(module, attribute).shape[1:])[source.start : source.stop]
+    weight = rows.to(device=device, dtype=dtype, copy=True)
+    if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):  # one quick pass, and NaN shows in both
+        bad = int((~rows.isfinite()).sum())
+        if bad:
+            raise LoadError(f"{source.name!r} is stored with {bad} values that are NaN or infinite.")
         raise LoadError(
-            f"the stored weights are not those of a {model.cfg.family} model of this config. " + ". ".join(problems)
+            f"{source.name!r} has values up to {float(rows.abs().max()):.3g}, too large for dtype={dtype}: pass "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
+    setattr(module, attribute, nn.Parameter(weight))
+
+
+def _tie(model: LoopedTransformer, head: Source | None, stored: dict[str, Stored]) -> None:
+    """Make a tied head the embedding itself; a head stored beside it must be equal."""
+    model.unembed.weight = model.embed.weight
+    if head is not None and head.name in stored:
+        with safe_open(stored[head.name].file, framework="pt") as tensors:
+            beside = tensors.get_tensor(head.name).to(model.embed.weight)
+        if not torch.equal(beside, model.embed.weight):
+            raise LoadError(f"the config ties the head to the embedding, but the stored {head.name!r} differs from it.")
+
+
+def _check_stored(
+    model: LoopedTransformer, sources: dict[str, Source], stored: dict[str, Stored], extra: set[str]
+) -> None:
+    """Raise unless the stored tensors are exactly those that make the model, and hold floating-point numbers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {source.name: source.shape or tuple(parameters[ours].shape) for ours, source in sources.items()}
+    known = sorted(set(stored) & set(wanted))
+    problems = {
+        "missing": sorted(set(wanted) - set(stored)),
+        "not known to this family": sorted(set(stored) - set(wanted) - extra),
+        "misshapen": [f"{n} is {stored[n].shape}, not {wanted[n]}" for n in known if stored[n].shape != wanted[n]],
+        f"not in one of the formats {', '.join(_FORMATS)}, as quantised weights are": [
+            f"{n} is {stored[n].format}" for n in sorted(stored) if stored[n].format not in _FORMATS
+        ],
+    }
+    if any(problems.values()):
+        raise LoadError(
+            f"the stored weights are not those of a {model.cfg.family} model of this config. "
+            + ". ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
         )
 
 
@@ -148,8 +235,8 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _stored(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-    """(shape, file) of every tensor in the folder's safetensors, from their headers alone."""
+def _stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor in the folder's safetensors, from their headers alone."""
     files = _weight_files(folder)
     lost = [file.name for file in files if not file.exists()]
     if lost:
@@ -162,18 +249,18 @@ def _stored(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
                 "convert them to safetensors."
             )
         raise LoadError(f"{folder} has no .safetensors weights.")
-    shapes: dict[str, tuple[int, ...]] = {}
-    homes: dict[str, Path] = {}
+    stored: dict[str, Stored] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    if name in homes:
-                        raise LoadError(f"{name!r} is stored twice: in {homes[name].name} and in {file.name}.")
-                    shapes[name], homes[name] = tuple(tensors.get_slice(name).get_shape()), file
+                    if name in stored:
+                        raise LoadError(f"{name!r} is stored twice: in {stored[name].file.name} and in {file.name}.")
+                    header = tensors.get_slice(name)
+                    stored[name] = Stored(tuple(header.get_shape()), header.get_dtype(), file)
         except SafetensorError as error:
             raise LoadError(f"{file} is not a whole safetensors file: {error}") from error
-    return shapes, homes
+    return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -182,11 +269,6 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         return sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
     return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-
-
-def _stored_dtype(file: Path, name: str) -> torch.dtype:
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_slice(name)[:1].dtype
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -202,23 +284,74 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, from tokenizer.json; None when there is none. Runs no code of the checkpoint."""
-    if not (folder / "tokenizer.json").exists():
+    """The tokenizer in a folder; None where no file belongs to one. Runs no code of the checkpoint.
+
+    It is read from tokenizer.json; without that, by the class of transformers that tokenizer_config.json names, from
+    the files of that class (vocab.json and merges.txt, a sentencepiece model, ...).
+
+    Raises:
+        LoadError: there are files of a tokenizer that can't be read.
+    """
+    files = sorted({path.name for pattern in _TOKENIZER for path in folder.glob(pattern)})
+    if not files:
         return None
+    mend = "Pass tokenizer=..., or take these files away to run on token ids alone."
+    kind = PreTrainedTokenizerFast
+    if "tokenizer.json" not in files:
+        named = _read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+        kind = getattr(transformers, str(named.get("tokenizer_class")), None)
+        if not _reads_own_files(kind):
+            raise LoadError(
+                f"{folder} has {_some(files)} but no tokenizer.json, and says tokenizer_class="
+                f"{named.get('tokenizer_class')!r}, which is no class of transformers that could read them. {mend}"
+            )
+        own = [file for file in kind.vocab_files_names.values() if file != "tokenizer.json"]
+        if not any((folder / file).exists() for file in own):
+            raise LoadError(f"{folder} has none of the files {own} of a {kind.__name__}, only {_some(files)}. {mend}")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        return kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
-        raise LoadError(f"the tokenizer.json in {folder} can't be read: {error}") from error
+        raise LoadError(f"the tokenizer in {folder} ({_some(files)}) can't be read: {error}. {mend}") from error
+
+
+def _reads_own_files(kind: object) -> TypeGuard[type[PreTrainedTokenizerBase]]:
+    """Whether this is a tokenizer of one model, which knows how to split; the general classes need a tokenizer.json."""
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, PreTrainedTokenizerBase)
+        and kind.__module__.startswith("transformers.models.")
+    )
 
 
 def save(model: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write config, weights and tokenizer in our own format: all of it, or nothing."""
+    """Write config, weights and tokenizer in our own format: all of it, or nothing.
+
+    Raises:
+        InputError: the model holds modules or weights that are not its own, as adapters; nothing was written.
+        LoadError: the folder can't be written, or is not empty.
+    """
+    _check_own(model)
     with whole_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(to_json(model.cfg), indent=1) + "\n", encoding="utf-8")
         weights = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
         save_file(weights, partial / "model.safetensors")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
+
+
+def _check_own(model: LoopedTransformer) -> None:
+    """Raise unless modules and weights are those that the config alone makes, so that they load again."""
+    with torch.device("meta"):
+        plain = LoopedTransformer(model.cfg)
+    kinds = {name: type(module) for name, module in plain.named_modules()}
+    foreign = [f"{n or 'model'} ({type(m).__name__})" for n, m in model.named_modules() if kinds.get(n) is not type(m)]
+    shapes = [{(n, tuple(w.shape)) for n, w in one.named_parameters()} for one in (model, plain)]
+    foreign += sorted({f"{name} {shape}" for name, shape in shapes[0] ^ shapes[1]} if not foreign else ())
+    if foreign:
+        raise InputError(
+            f"the model has parts that its config does not make, so a saved copy would not be the model: "
+            f"{_some(foreign)}. Merge adapters into the weights first (PEFT: merge_and_unload()), or remove them."
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_looped.adapters.base import Json, Source, need
+from tl_looped.adapters.base import ConfigKeys, Json, Source
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
 from tl_looped.nn import LoopedTransformer
@@ -31,13 +31,13 @@ class NativeAdapter:
         """Whether a config.json is ours."""
         return config.get("format") == FORMAT
 
-    def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
         """The stored config; the model keeps the name that it was saved under."""
-        if config.get("format_version") != VERSION:
-            raise LoadError(
-                f"config.json has format_version {config.get('format_version')!r}; this release reads {VERSION}."
-            )
-        return LoopedConfig.from_dict(dict(need(config, "config")))
+        config.only(format=FORMAT)
+        version = config.get("format_version")
+        if version != VERSION:
+            raise LoadError(f"config.json has format_version {version!r}; this release reads {VERSION}.")
+        return LoopedConfig.from_dict(dict(config.need("config")))
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """Every parameter under its own name."""

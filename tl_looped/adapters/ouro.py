@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tl_looped.adapters.base import Json, Source, head_size, need, only, rotary
+from tl_looped.adapters.base import ConfigKeys, Json, Source, head_size, rotary
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
 
@@ -29,29 +29,30 @@ class OuroAdapter:
         """Whether a config.json is Ouro's."""
         return "OuroForCausalLM" in (config.get("architectures") or ()) or config.get("model_type") == "ouro"
 
-    def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
         """Our config from theirs."""
-        only(config, hidden_act="silu", use_sliding_window=False, attention_bias=False, attention_dropout=0.0)
-        layers = need(config, "num_hidden_layers")
-        kinds = config.get("layer_types") or ["full_attention"] * layers
-        if set(kinds) != {"full_attention"} or len(kinds) != layers:
+        config.only(hidden_act="silu", use_sliding_window=False, attention_bias=False, attention_dropout=0.0)
+        config.harmless("sliding_window", "max_window_layers")  # without use_sliding_window they say nothing
+        layers = config.count("num_hidden_layers")
+        kinds = config.get("layer_types", ["full_attention"] * layers)
+        if kinds != ["full_attention"] * layers:
             raise LoadError(
                 f"config.json has layer_types={kinds}: only 'full_attention' in all {layers} layers is implemented."
             )
         base, scaling = rotary(config)
-        d_model, n_heads = need(config, "hidden_size"), need(config, "num_attention_heads")
+        d_model, n_heads = config.need("hidden_size"), config.need("num_attention_heads")
         return LoopedConfig(
             d_model=d_model,
             n_heads=n_heads,
             d_head=head_size(config, d_model, n_heads),
-            d_mlp=need(config, "intermediate_size"),
-            d_vocab=need(config, "vocab_size"),
-            n_ctx=need(config, "max_position_embeddings"),
+            d_mlp=config.need("intermediate_size"),
+            d_vocab=config.need("vocab_size"),
+            n_ctx=config.need("max_position_embeddings"),
             n_key_value_heads=config.get("num_key_value_heads"),
             n_core=layers,
-            n_loops=need(config, "total_ut_steps"),
+            n_loops=config.need("total_ut_steps"),
             norm_placement="output_sandwich",
-            eps=need(config, "rms_norm_eps"),
+            eps=config.need("rms_norm_eps"),
             rotary_base=base,
             rotary_scaling=scaling,
             loop_norm="each",

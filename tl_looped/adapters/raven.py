@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_looped.adapters.base import Json, Source, head_size, need, only, rotary
+from tl_looped.adapters.base import ConfigKeys, Json, Source, head_size, rotary
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE
@@ -26,6 +26,9 @@ _NORMS = {
     "output": ("ln1_post", "ln2_post"),
     "pre": ("ln1", "ln2"),
 }
+# How it was trained and initialised.
+_TRAINING = ("activation_checkpoint_impl", "effective_expected_depth", "hf_config", "init_orthogonal", "init_strategy")
+_TRAINING += ("mean_backprop_depth", "padding_multiple", "sampling_scheme")
 _ROTARY_TOLERANCE = 1e-2  # a table stored in bfloat16 is off by up to 2^-9
 
 
@@ -38,72 +41,74 @@ class RavenAdapter:
         """Whether a config.json is of the Raven family."""
         return "RavenForCausalLM" in (config.get("architectures") or ()) or config.get("model_type") == "huginn_raven"
 
-    def config(self, config: Json, names: frozenset[str], model_name: str) -> LoopedConfig:
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
         """Our config from theirs and the weights' names."""
-        only(
-            config,
+        config.only(
+            architecture_class_name="RecurrentGPT",
+            block_class_name="SandwichBlock",  # of the retrofitted models too, whose blocks are none
             injection_type="linear",
             nonlin_name="SiLU",
             norm_class_name="RMSNorm_llama",
             mlp_class_name="GatedMLP",
             bias=False,
             state_init="like-init",
-            test_time_noise={0, None},
+            test_time_noise=0,
         )
-        p, k, c = (need(config, f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda"))
-        if config.get("n_layers", p + k + c) != p + k + c:
-            raise LoadError(
-                f"config.json has n_layers={config['n_layers']}, but prelude, block and coda are {p} + {k} + {c}."
-            )
-        std = need(need(config, "init_values"), "std")
+        config.harmless(
+            *_TRAINING, "test_time_noise_type", "vocab_size", "max_position_embeddings", "num_hidden_layers"
+        )
+        p, k, c = (config.count(f"n_layers_in_{part}", 0) for part in ("prelude", "recurrent_block", "coda"))
+        total = config.get("n_layers", p + k + c)
+        if total != p + k + c:
+            raise LoadError(f"config.json has n_layers={total}, but prelude, block and coda are {p} + {k} + {c}.")
+        d_model = config.one_of("n_embd", "hidden_size") or config.need("n_embd")
+        n_heads = config.one_of("n_heads", "num_attention_heads") or config.need("n_heads")
         return LoopedConfig(
-            d_model=need(config, "n_embd"),
-            n_heads=need(config, "n_heads"),
-            d_head=head_size(config, need(config, "n_embd"), need(config, "n_heads")),
-            d_mlp=need(config, "intermediate_size"),
-            d_vocab=need(config, "padded_vocab_size"),
-            n_ctx=need(config, "block_size"),
+            d_model=d_model,
+            n_heads=n_heads,
+            d_head=head_size(config, d_model, n_heads),
+            d_mlp=config.need("intermediate_size"),
+            d_vocab=config.get("padded_vocab_size") or config.need("vocab_size"),
+            n_ctx=config.need("block_size"),
             n_key_value_heads=config.get("num_key_value_heads"),
             n_prelude=p,
             n_core=k,
             n_coda=c,
-            n_loops=need(config, "mean_recurrence"),
-            eps=need(config, "norm_eps"),
+            n_loops=config.need("mean_recurrence"),
+            eps=config.need("norm_eps"),
             injection="concat_linear",
             initial_state="truncated_normal",
-            initial_state_std=std,
-            tie_embeddings=config.get("tie_embeddings", config.get("tie_word_embeddings", False)),
+            tie_embeddings=config.one_of("tie_embeddings", "tie_word_embeddings", default=False),
             model_name=model_name,
             **self._variant(config, names),
         )
 
     @staticmethod
-    def _variant(config: Json, names: frozenset[str]) -> dict[str, Any]:
-        """The fields in which Huginn and the retrofitted models differ."""
-        first = f"transformer.{_STACKS[CORE]}.0"
-        scale = config["init_values"].get("embed_scale", 1.0)
+    def _variant(config: ConfigKeys, names: frozenset[str]) -> dict[str, Any]:
+        """The fields in which Huginn and the retrofitted models differ, and those that hang together with them."""
+        init = config.section("init_values")
+        init.harmless("embedding", "out_proj")
+        scale, first = init.get("embed_scale", 1.0), f"transformer.{_STACKS[CORE]}.0"
+        common = {"initial_state_std": init.need("std"), "embed_scale": scale}
         if f"{first}.norm_3.weight" in names:
-            base, scaling = need(config, "rope_base"), None
-            return {
+            return common | {
                 "family": "huginn",
                 "norm_placement": "residual_sandwich",
                 "loop_norm": "last",
                 "qk_bias": config.get("qk_bias", False),
                 "rotary_style": "adjacent",
-                "rotary_base": base,
-                "embed_scale": scale,
+                "rotary_base": config.need("rope_base"),
                 "initial_state_scale": scale,
             }
-        only(config, qk_bias=False)
+        config.only(qk_bias=False)
         olmo = f"{first}.attn.q_norm.weight" in names
         base, scaling = rotary(config, config.get("rope_base"))
-        return {
+        return common | {
             "family": "retrofit-olmo2" if olmo else "retrofit-llama",
             "norm_placement": "output" if olmo else "pre",
             "qk_norm": olmo,
             "rotary_base": base,
             "rotary_scaling": scaling,
-            "embed_scale": scale,
         }
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
@@ -154,5 +159,5 @@ def _check_rotary_table(cfg: LoopedConfig, table: Tensor) -> None:
     angles = torch.arange(cfg.n_ctx, dtype=torch.float32)[:, None] * inverse_frequencies(cfg)
     ours = torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]
     error = float((table.float() - ours).abs().max())
-    if error > _ROTARY_TOLERANCE:
+    if not error <= _ROTARY_TOLERANCE:  # so that NaN is refused too
         raise LoadError(f"freqs_cis differs by {error:.3g} from the rotary table of base {cfg.rotary_base}.")

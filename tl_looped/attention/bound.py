@@ -213,7 +213,7 @@ def attention_bound(
     run = model.batch(prompt, n_loops, **options)
     check_whole_run(run)
     check_one_prompt(run, tokens=2)
-    watch = _Watch(model, run.visible[0].cpu())
+    watch = _Watch(model, None if run.visible is None else run.visible[0].cpu())
     with naming_origin(model, run), model.hooks(fwd_hooks=watch.hooks()):
         model(run.tokens, run.n_loops, return_type=None, **options)
     cfg, shape = model.cfg, (run.n_loops, model.cfg.n_core)
@@ -239,7 +239,7 @@ def attention_bound(
 class _Watch:
     """Compares each core layer's attention with that of the loop before, while the model runs; float64, on the CPU."""
 
-    def __init__(self, model: LoopedModel, visible: Bool[Tensor, "query key"]):
+    def __init__(self, model: LoopedModel, visible: Bool[Tensor, "query key"] | None):
         self.model, self.visible = model, visible
         self.before_attention = model.cfg.norm_placement != "output"
         blocks = [block for block in model.transformer.blocks if isinstance(block, Block)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -28,9 +28,6 @@ from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.stability import call_distances, head_changes
-
-if TYPE_CHECKING:
-    from tl_looped.engine.config import LoopedConfig
 
 Change = Literal["tv_to_previous", "tv_to_last", "frobenius_to_previous", "frobenius_to_last"]
 
@@ -219,7 +216,9 @@ def pattern_distances(cache: LoopedCache) -> PatternDistances:
     Source:
         arXiv 2604.11791, similarity of attention patterns between all (loop, layer) pairs.
     """
-    patterns = cache.stack("pattern")  # [loop, layer, batch?, head, query, key]
+    component = "attn.hook_pattern"
+    layers = [i for i in range(cache.cfg.n_core) if cache.loops(HookSite(component, CORE, i).name)]
+    patterns = cache.stack("pattern", layers or None)  # [loop, layer, batch?, head, query, key]
     if cache.has_batch_dim:
         if patterns.shape[2] != 1:
             raise InputError(
@@ -228,11 +227,8 @@ def pattern_distances(cache: LoopedCache) -> PatternDistances:
         patterns = patterns[:, :, 0]
     if patterns.shape[-1] < 2:
         raise InputError("a single token can only look at itself: cache a prompt of two tokens or more.")
-    component = "attn.hook_pattern"
-    cfg = cast("LoopedConfig", cache.model.cfg)
-    layers = [i for i in range(cfg.n_core) if cache.loops(HookSite(component, CORE, i).name)]
     return PatternDistances(
-        made_by={"model": cfg.model_name, **cache.run.describe()},
+        made_by={"model": cache.cfg.model_name, **cache.run.describe()},
         loops=tuple(cache.loops("pattern", layers[0])),
         layers=tuple(layers),
         distance=distance_matrix(patterns.flatten(0, 1)).cpu(),

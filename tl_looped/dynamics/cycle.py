@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,9 +38,6 @@ from tl_looped.engine.runs import Prompts
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap
-
-if TYPE_CHECKING:
-    from tl_looped.engine.config import LoopedConfig
 
 RESID_POST = "hook_resid_post"
 
@@ -109,9 +106,8 @@ def similarity(cache: LoopedCache) -> Similarity:
     Raises:
         InputError: a cache without them, or states that are not finite, with loop, layer and position.
     """
-    cfg = cast("LoopedConfig", cache.model.cfg)
-    layers = [i for i in range(cfg.n_core) if cache.loops("resid_post", i)]
-    states = cache.stack("resid_post")
+    layers = [i for i in range(cache.cfg.n_core) if cache.loops("resid_post", i)]
+    states = cache.stack("resid_post", layers or None)
     states = states if cache.has_batch_dim else states[:, :, None]
     loops = cache.loops("resid_post", layers[0]) if layers else []
     check_finite(states, ("loop", "layer", "prompt", "position"), {"loop": loops, "layer": layers})
@@ -122,7 +118,7 @@ def similarity(cache: LoopedCache) -> Similarity:
             "all positions (without pos_slice), or call similarity_matrix on the states."
         )
     return Similarity(
-        made_by={"model": cfg.model_name, **cache.run.describe()},
+        made_by={"model": cache.cfg.model_name, **cache.run.describe()},
         loops=tuple(loops),
         layers=tuple(layers),
         matrix=similarity_matrix(states[:, :, mask].flatten(0, 1)).cpu(),

@@ -226,7 +226,8 @@ def _starts(
             size = torch.where(size == 0, length(wide(after)), size)
             starts = {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
         elif model.cfg.random_state:
-            states = [model.batch(prompt, run.n_loops, **{**options, "seed": seed}).state for seed in chosen]
+            drawn = [{**options, "seed": seed} for seed in chosen]
+            states = [model.batch(prompt, run.n_loops, **one).state for one in drawn]
             starts = {f"seed {seed}": one for seed, one in zip(chosen, states, strict=True) if one is not None}
         else:
             own_state = "zero" if model.cfg.initial_state == "zeros" else "the prelude's output"

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import Engine, ReturnType, check_return
 from tl_looped.engine.errors import HookNameError, InputError, nearest, resolve_index
-from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.reach import NamesFilter
+from tl_looped.engine.files import read_safetensors, write_whole
+from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.reach import HEAVY, NamesFilter
 from tl_looped.engine.runs import Run
-from tl_looped.engine.schedule import BLOCK_AXES, CODA, CORE, LOOP_AXES, MODEL_AXES, PRELUDE, HookSite
+from tl_looped.engine.schedule import DEAD_ENDS, GRAD, HookSite, find_site
 
-_GRAD = "_grad"
-_SHORT_NAMES = [name.rpartition("hook_")[2] for name in (*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES)]
+_FORMAT = "tl_looped.cache"
 
 
 class CacheWriter:
     """The hook that stores activations (or gradients) under the name that has the loop in it.
+
+    What is stored shares no memory with anything else: one tensor may pass several sites, the prelude's output comes in
+    every loop, and the first state may be the caller's own. It is copied where that is so, and else kept as it is.
 
     Args:
         store: where they go.
         device: where to keep them; None for where they are.
         pos_slice: TransformerLens's slice of positions (of queries, for patterns and scores).
         remove_batch_dim: drop a batch axis of size one.
+        others: tensors that are someone's already; None where other hooks may keep any, so that all is copied.
     """
 
     def __init__(
@@ -39,11 +46,13 @@ class CacheWriter:
         device: torch.device | str | None,
         pos_slice: Slice,
         remove_batch_dim: bool,
+        others: Iterable[Tensor] | None = None,
     ):
         self.store = store
         self.device = device
         self.pos_slice = pos_slice
         self.remove_batch_dim = remove_batch_dim
+        self._taken = None if others is None else {one.untyped_storage().data_ptr() for one in others}
 
     def save(self, tensor: Tensor, hook: LoopHookPoint) -> None:
         """A forward hook."""
@@ -51,15 +60,22 @@ class CacheWriter:
 
     def save_grad(self, grad: Tensor, hook: LoopHookPoint) -> None:
         """A backward hook."""
-        self._put(hook.name + _GRAD, grad, hook.site)
+        self._put(hook.name + GRAD, grad, hook.site)
 
     def _put(self, name: str, tensor: Tensor, site: HookSite) -> None:
         kept = tensor.detach()
         if self.pos_slice.mode != "identity":
-            kept = self.pos_slice.apply(kept, dim=site.pos_axis).clone()  # a view would hold all positions
+            kept = self.pos_slice.apply(kept, dim=site.pos_axis)
         if self.remove_batch_dim:
             kept = kept.squeeze(0)
-        self.store[name] = kept.to(self.device)
+        kept = kept.to(self.device)
+        memory = kept.untyped_storage()
+        part = memory.nbytes() != kept.numel() * kept.element_size()  # of something larger, which it would hold
+        if part or self._taken is None or memory.data_ptr() in self._taken:
+            kept = kept.clone()
+        if self._taken is not None:
+            self._taken.add(kept.untyped_storage().data_ptr())
+        self.store[name] = kept
 
 
 class LoopedCache(ActivationCache):
@@ -73,20 +89,89 @@ class LoopedCache(ActivationCache):
     cache["coda.scale", layer, None, "ln1"]   a norm's site in it
     cache["embed"]                            a site that fires once
     cache["blocks.2.loop.3.attn.hook_z"]      any full name
-    cache.stack("pattern", layer)             all cached loops, [loop, ...]
-    cache.stack("resid_post")                 all cached loops and layers, [loop, layer, ...]
+    cache.stack("pattern", layer)             all loops, [loop, ...]
+    cache.stack("resid_post")                 all loops and core layers, [loop, layer, ...]
     ========================================  =================================================================
 
     Reading a site of a loop without saying which raises, and names the loops that are cached. Gradients have the same
-    names with "_grad" behind.
+    names with "_grad" behind. Every activation is its own: editing one changes no other, and nothing of the caller's.
 
     Attributes:
         run: what made it: tokens, mask, loop count, seed and initial state.
+        cfg: the model's config.
+        kept_loops: the loops that it is of, in order: those that ran, or those asked for (`loops=` of
+            `run_with_cache`, `apply_slice_to_loops`).
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Engine, run: Run, has_batch_dim: bool = True):
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Engine,
+        run: Run,
+        has_batch_dim: bool = True,
+        loops: Iterable[int] | None = None,
+    ):
         super().__init__(cache_dict, cast(Any, model), has_batch_dim)  # TransformerLens asks for its own config
         self.run = run
+        self.cfg: LoopedConfig = model.cfg
+        kept = range(run.start, run.stop) if loops is None else {resolve_index("loop", t, run.n_loops) for t in loops}
+        self.kept_loops = tuple(sorted(kept))
+
+    def _with(self, cache_dict: dict[str, Tensor], **changes: Any) -> LoopedCache:
+        other = LoopedCache.__new__(LoopedCache)
+        other.__dict__.update({**self.__dict__, "cache_dict": cache_dict, **changes})
+        return other
+
+    def __copy__(self) -> LoopedCache:
+        return self._with(dict(self.cache_dict))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoopedCache:
+        return self._with({name: tensor.clone() for name, tensor in self.cache_dict.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}  # a pickle takes no model along; reading does not need it
+
+    def save(self, path: str | Path) -> Path:
+        """Write activations and run to one safetensors file, without the model; `load` reads it.
+
+        Raises:
+            InputError: the file can't be written.
+        """
+        run = {field.name: getattr(self.run, field.name) for field in dataclasses.fields(self.run)}
+        parts = {f"run.{name}": value for name, value in run.items() if isinstance(value, Tensor)}
+        content = {
+            "run": {name: None if isinstance(value, Tensor) else value for name, value in run.items()},
+            "cfg": self.cfg.to_dict(),
+            "loops": self.kept_loops,
+            "has_batch_dim": self.has_batch_dim,
+        }
+        tensors = {name: one.detach().cpu().contiguous().clone() for name, one in {**self.cache_dict, **parts}.items()}
+        return write_whole(path, to_safetensors(tensors, {"format": _FORMAT, "content": json.dumps(content)}))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Engine, device: torch.device | str = "cpu") -> LoopedCache:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model: the model that made it, or one of the same config.
+            device: where to put the activations.
+
+        Raises:
+            InputError: no such file, not a cache of tl_looped, or of a model of another config.
+        """
+        header, tensors = read_safetensors(path, _FORMAT, "a cache", device)
+        content = json.loads(header["content"])
+        cfg = LoopedConfig.from_dict({**content["cfg"], "model_name": model.cfg.model_name})  # names may be folders
+        if cfg != model.cfg:
+            other = [name for name, value in cfg.to_dict().items() if value != model.cfg.to_dict()[name]]
+            raise InputError(
+                f"{str(path)!r} was cached from {content['cfg']['model_name']!r}, which differs from this model in "
+                f"{', '.join(other)}: pass the model that made it."
+            )
+        run = {name: tensors.pop(f"run.{name}", value) for name, value in content["run"].items()}
+        made_by: Any = run
+        return cls(tensors, model, Run(**made_by), content["has_batch_dim"], content["loops"])
 
     def __repr__(self) -> str:
         made = ", ".join(f"{key}={value}" for key, value in self.run.describe().items())
@@ -124,39 +209,31 @@ class LoopedCache(ActivationCache):
     def _site(self, key: str | tuple[Any, ...]) -> HookSite:
         """The site that a key means, with negative layers and loops counted from the end."""
         name, *rest = (key,) if isinstance(key, str) else key
-        if "hook_" in name and not rest:
-            return HookSite.parse(name)
-        stack, short = None, name
-        for prefix in (PRELUDE, CODA):
-            if name.startswith(prefix + "."):
-                stack, short = prefix, name.removeprefix(prefix + ".")
-        kind = rest.pop(2) if len(rest) > 2 else None
-        component = _component(short, kind)
-        base = component.removesuffix(_GRAD)
-        if stack is None and base not in BLOCK_AXES:
-            if base not in LOOP_AXES:
-                if base not in MODEL_AXES:
-                    raise HookNameError(f"there is no activation {name!r}.{nearest(name, _SHORT_NAMES)}")
-                if rest:
-                    raise HookNameError(f"{component!r} fires once in a run: read it as cache[{name!r}].")
-                return HookSite(component)
+        if not isinstance(name, str) or len(rest) > 3:
+            raise HookNameError(f"{key!r} is no key: read as cache[name, layer, loop], see LoopedCache.")
+        site = find_site(name, rest.pop(2) if len(rest) > 2 else None)
+        if site.layer is not None or site.loop is not None:
+            if rest:
+                raise HookNameError(f"{name!r} says its place itself: read it as cache[{name!r}].")
+            return site
+        layer, loop = (*rest, None, None)[:2]
+        if not site.in_layer:
+            if not site.looped and rest:
+                raise HookNameError(f"{site.component!r} fires once in a run: read it as cache[{name!r}].")
             if len(rest) > 1:
-                raise HookNameError(f"{component!r} belongs to no layer: read it as cache[{name!r}, loop].")
-            return HookSite(component, loop=self._index("loop", rest[0], self.run.n_loops) if rest else None)
-        if not rest or rest[0] is None:
+                raise HookNameError(f"{site.component!r} belongs to no layer: read it as cache[{name!r}, loop].")
+            return site if layer is None else site.at(self._index("loop", layer, self.run.n_loops))
+        if layer is None:
             raise HookNameError(
-                f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{'' if stack else ', loop'}]."
+                f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{', loop' if site.looped else ''}]."
             )
-        layer = self._index("layer", rest[0], self._n_layers(stack or CORE))
-        if stack is not None:
-            if len(rest) > 1 and rest[1] is not None:
-                raise HookNameError(f"the {stack} runs once: leave the loop out of {key!r}.")
-            return HookSite(component, stack, layer)
-        loop = self._index("loop", rest[1], self.run.n_loops) if len(rest) > 1 and rest[1] is not None else None
-        return HookSite(component, CORE, layer, loop)
+        if not site.looped and loop is not None:
+            raise HookNameError(f"the {site.stack} runs once: leave the loop out of {key!r}.")
+        site = dataclasses.replace(site, layer=self._index("layer", layer, self._n_layers(site)))
+        return site if loop is None else site.at(self._index("loop", loop, self.run.n_loops))
 
-    def _n_layers(self, stack: str) -> int:
-        return cast(Engine, self.model).schedule.n_layers(stack)
+    def _n_layers(self, site: HookSite) -> int:
+        return self.cfg.schedule().n_layers(site.stack or "")
 
     @staticmethod
     def _index(name: str, value: object, size: int) -> int:
@@ -173,38 +250,56 @@ class LoopedCache(ActivationCache):
         """The loops at which a site is cached, in order."""
         return self._loops(self._site((name, layer) if layer is not None else name).at(None))
 
-    def stack(self, name: str, layer: int | None = None, layer_type: str | None = None) -> Tensor:
-        """All cached loops of a site, stacked in a new first axis, [loop, ...].
+    def stack(
+        self,
+        name: str,
+        layer: int | Sequence[int] | None = None,
+        layer_type: str | None = None,
+        loops: Iterable[int] | None = None,
+    ) -> Tensor:
+        """A site's loops, stacked in a new first axis, [loop, ...]: all `kept_loops`, in order, or it raises.
 
         Args:
             name: short name ("pattern", "state_post") or a full one without a loop.
-            layer: the core layer; None for a site of the loop itself, or for all layers, [loop, layer, ...].
+            layer: the core layer; several, or None for all of them, [loop, layer, ...]. None also for a site of the
+                loop itself.
             layer_type: "ln1", "ln2", ... for "scale" and "normalized".
+            loops: some loops instead, in this order; negative numbers count from the end.
 
         Raises:
-            HookNameError: nothing of the site is cached, or its layers do not have the same loops.
+            HookNameError: a loop or a layer of it is not cached, or no gradient reached it.
         """
-        component = _component(name, layer_type) if "." not in name else None
-        if component is not None and component.removesuffix(_GRAD) in BLOCK_AXES and layer is None:
-            sites = [HookSite(component, CORE, index) for index in range(self._n_layers(CORE))]
-            sites = [site for site in sites if self._loops(site)]
-            if len({tuple(self._loops(site)) for site in sites}) > 1:
-                raise HookNameError(f"the layers of {name!r} have different loops cached: name a layer.")
-            columns = [self._stack_loops(site) for site in sites]
-            if not columns:
-                raise HookNameError(f"{name!r} is not cached at any loop.{nearest(component, self.cache_dict)}")
-            return torch.stack(columns, dim=1)
-        key = name if layer is None else (name, layer, None, layer_type)
-        return self._stack_loops(self._site(key).at(None))
+        site = find_site(name, layer_type)
+        chosen = [*self.kept_loops] if loops is None else [self._index("loop", t, self.run.n_loops) for t in loops]
+        if not site.looped:
+            raise HookNameError(f"{site.component!r} fires once in a run, so it has no loops: read it as cache[name].")
+        if not site.in_layer or site.layer is not None or isinstance(layer, int):
+            key = name if layer is None else (name, layer, None, layer_type)
+            return self._stack_loops(self._site(key).at(None), chosen)
+        layers = range(self._n_layers(site)) if layer is None else layer
+        sites = [self._site((name, one, None, layer_type)) for one in layers]
+        if not any(map(self._loops, sites)):
+            raise HookNameError(f"{name!r} is not cached at any loop.{nearest(site.component, self.cache_dict)}")
+        return torch.stack([self._stack_loops(one, chosen) for one in sites], dim=1)
 
-    def _stack_loops(self, site: HookSite) -> Tensor:
-        loops = self._loops(site)
-        if not loops:
+    def _stack_loops(self, site: HookSite, loops: Sequence[int]) -> Tensor:
+        cached = self._loops(site)
+        if not cached:
             raise HookNameError(f"{site.name!r} is not cached at any loop.{nearest(site.name, self.cache_dict)}")
+        if missing := [t for t in loops if t not in cached]:
+            why = "; no gradient came there" if site.component.endswith(GRAD) else ""
+            raise HookNameError(
+                f"{site.name!r} is cached at the loops {_spell(cached)}, not at {_spell(missing)}{why}. A stack has "
+                f"all loops of the run or those of loops=: pass stack(..., loops={cached}) for the ones that are there."
+            )
         return torch.stack([self.cache_dict[site.at(t).name] for t in loops])
 
     def apply_slice_to_loops(self, loops: int | Iterable[int]) -> LoopedCache:
-        """The cache of some loops only (negative numbers count from the end); sites that fire once are kept."""
+        """The cache of some loops only, sharing its tensors; sites that fire once are kept.
+
+        Args:
+            loops: one or several; negative numbers count from the end.
+        """
         wanted = [loops] if isinstance(loops, int) else list(loops)
         chosen = {self._index("loop", loop, self.run.n_loops) for loop in wanted}
         kept = {}
@@ -212,12 +307,12 @@ class LoopedCache(ActivationCache):
             loop = HookSite.parse(name).loop
             if loop is None or loop in chosen:
                 kept[name] = tensor
-        return LoopedCache(kept, self.model, self.run, self.has_batch_dim)
+        return self._with(kept, kept_loops=tuple(sorted(chosen)))
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> LoopedCache:
-        """The cache of some rows of the batch, as in TransformerLens."""
+        """The cache of some rows of the batch, as in TransformerLens; a slice shares its tensors."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        return LoopedCache(sliced.cache_dict, self.model, self.run, sliced.has_batch_dim)
+        return self._with(sliced.cache_dict, has_batch_dim=sliced.has_batch_dim)
 
     def _refuse(self, what: str) -> NoReturn:
         raise InputError(
@@ -271,7 +366,7 @@ class LoopedCache(ActivationCache):
         self._refuse("logit_lens")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Keep:
     """What a run keeps; `LoopedModel.run_with_cache` says what each is."""
 
@@ -292,29 +387,35 @@ def run_with_cache(
     check_return(run, return_type, loss_per_token)
     if keep.remove_batch_dim and run.tokens.shape[0] != 1:
         raise InputError(f"remove_batch_dim needs a batch of one, got {run.tokens.shape[0]} prompts.")
-    chosen = engine.reach(run).select(keep.names_filter, keep.loops)
+    loops = None if keep.loops is None else list(keep.loops)
+    chosen = engine.reach(run).select(keep.names_filter, loops)
     store: dict[str, Tensor] = {}
-    writer = CacheWriter(store, keep.device, Slice.unwrap(keep.pos_slice), keep.remove_batch_dim)
+    alone = not any(point.handles() for point in engine.hook_dict.points())
+    others = [one for one in (run.state,) if one is not None] if alone else None
+    writer = CacheWriter(store, keep.device, Slice.unwrap(keep.pos_slice), keep.remove_batch_dim, others)
     with engine.hooks():
         for point, where in chosen:
             point.add_hook(writer.save, level=engine.context_level, where=where, reads_only=True)
-            if keep.incl_bwd:
+            if keep.incl_bwd and point.site.component not in DEAD_ENDS:
                 point.add_hook(writer.save_grad, "bwd", level=engine.context_level, where=where)
         output = engine.execute(run, return_type, loss_per_token)
         if keep.incl_bwd:
             output.backward()
-    return output, LoopedCache(store, engine, run, has_batch_dim=not keep.remove_batch_dim)
+    return output, LoopedCache(store, engine, run, not keep.remove_batch_dim, loops)
 
 
-def _component(short: str, layer_type: str | None) -> str:
-    """TransformerLens's component of a short name: "z" -> "attn.hook_z", ("scale", "ln1") -> "ln1.hook_scale"."""
-    if "hook_" in short:
-        return short
-    grad = _GRAD if short.endswith(_GRAD) else ""
-    base = short.removesuffix(_GRAD)
-    if f"hook_{base}" in LOOP_AXES or f"hook_{base}" in MODEL_AXES:
-        return f"hook_{base}{grad}"
-    return get_act_name(base, 0, layer_type).removeprefix("blocks.0.") + grad
+def caching_hooks(
+    keep: Keep, store: dict[str, Tensor]
+) -> tuple[list[tuple[HookName, HookFn]], list[tuple[HookName, HookFn]]]:
+    """(forward, backward) hooks that keep activations of runs to come in `store`, by names with the loop in them."""
+    writer = CacheWriter(store, keep.device, Slice.unwrap(keep.pos_slice), keep.remove_batch_dim)
+    wanted = keep.names_filter
+    if wanted is None:
+        names: list[HookName] = [lambda name: not name.endswith(HEAVY)]
+    else:
+        names = [wanted] if isinstance(wanted, str) or callable(wanted) else [*wanted]
+    backward = [(name, writer.save_grad) for name in names] if keep.incl_bwd else []
+    return [(name, writer.save) for name in names], backward
 
 
 def _spell(loops: list[int]) -> str:

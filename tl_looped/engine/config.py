@@ -26,6 +26,16 @@ class Llama3Rope:
     high_freq_factor: float
     original_n_ctx: int
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_number(f"rotary_scaling.{name}", getattr(self, name))
+        check_count("rotary_scaling.original_n_ctx", self.original_n_ctx)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f"rotary_scaling needs low_freq_factor < high_freq_factor, got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}."
+            )
+
 
 @dataclass(frozen=True)
 class LoopedConfig:
@@ -87,6 +97,7 @@ class LoopedConfig:
     # Embedding and head.
     embed_scale: float = 1.0
     tie_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()  # tokens that end a text, beside the tokenizer's own
 
     # Where it comes from.
     model_name: str = "custom"
@@ -108,6 +119,11 @@ class LoopedConfig:
                 raise InputError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
         for name in ("eps", "rotary_base", "initial_state_std", "initial_state_scale", "embed_scale"):
             check_number(name, getattr(self, name))
+        for name in ("qk_bias", "qk_norm", "final_norm", "exit_gate", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for token in self.eos_token_ids:
+            check_count("a token in eos_token_ids", token, minimum=0)
         if self.injection == "none" and self.initial_state != "prelude":
             raise InputError(
                 f"initial_state={self.initial_state!r} without injection would never read the tokens: "
@@ -150,8 +166,13 @@ class LoopedConfig:
         missing = sorted(needed - set(values))
         if unknown or missing:
             raise InputError(f"not a LoopedConfig: unknown fields {unknown}, missing fields {missing}.")
-        scaling = values.get("rotary_scaling")
-        return cls(**{**values, "rotary_scaling": Llama3Rope(**scaling) if scaling else None})
+        scaling, ends = values.get("rotary_scaling"), values.get("eos_token_ids", ())
+        names = {field.name for field in dataclasses.fields(Llama3Rope)}
+        if scaling and (not isinstance(scaling, dict) or set(scaling) != names):
+            raise InputError(f"rotary_scaling must have the fields {sorted(names)}, got {scaling!r}.")
+        return cls(
+            **{**values, "rotary_scaling": Llama3Rope(**scaling) if scaling else None, "eos_token_ids": tuple(ends)}
+        )
 
 
 _CHOICES = {

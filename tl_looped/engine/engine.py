@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import Direction, HookDict, HookFn, HookName
+from tl_looped.engine.numbers import wide
 from tl_looped.engine.prompts import read_rows, remember_padding
 from tl_looped.engine.reach import Reach
 from tl_looped.engine.runs import (
@@ -33,8 +34,9 @@ from tl_looped.engine.runs import (
     with_run_options,
 )
 from tl_looped.engine.schedule import HookSite, LoopSchedule
-from tl_looped.engine.tokens import PaddingSide, single_token
+from tl_looped.engine.tokens import Ids, PaddingSide, single_token, to_str_tokens, to_string
 from tl_looped.nn import Frame, LoopedTransformer
+from tl_looped.nn.weights import matrix
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -53,6 +55,7 @@ class Engine(HookedRootModule):
     hook_dict: HookDict
 
     def __init__(self, transformer: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.hook_dict = transformer.hook_dict  # pyright: ignore[reportIncompatibleVariableOverride] - context_level's
         super().__init__()
         self.cfg: LoopedConfig = transformer.cfg
         self.transformer = transformer
@@ -84,12 +87,12 @@ class Engine(HookedRootModule):
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The embedding."""
-        return self.transformer.embed.weight
+        return matrix(self.transformer.embed, "embed")
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding, a view."""
-        return self.transformer.unembed.weight.T
+        return matrix(self.transformer.unembed, "unembed").T
 
     # Text.
 
@@ -132,18 +135,17 @@ class Engine(HookedRootModule):
         """
         return self.to_tokens_with_mask(text, prepend_bos, padding_side)[0]
 
-    def to_string(self, tokens: Tensor) -> str | list[str]:
-        """Text of token ids: a string for [pos], a list for [batch, pos]."""
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
-        return self.tokenizer.batch_decode(tokens) if tokens.ndim == 2 else self.tokenizer.decode(tokens)
+    def to_string(self, tokens: Ids) -> str | list[str]:
+        """Text of token ids: a string for one id or [pos], a list of them for [batch, pos] or several lists."""
+        return to_string(self.tokenizer, tokens)
 
-    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
-        """The text of each token of one prompt."""
-        tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text.flatten()
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it can't write text: set model.tokenizer.")
-        return [str(self.tokenizer.decode([token])) for token in tokens.tolist()]
+    def to_str_tokens(self, text: str | list[str] | Ids, prepend_bos: bool | None = None) -> list[Any]:
+        """The text of each token of one prompt, given as text or token ids; of several in a list, a list for each."""
+        if isinstance(text, str):
+            return to_str_tokens(self.tokenizer, self.to_tokens(text, prepend_bos))
+        if isinstance(text, list) and not all(isinstance(one, int) for one in text):
+            return [self.to_str_tokens(one, prepend_bos) for one in text]
+        return to_str_tokens(self.tokenizer, text)
 
     def token_texts(self, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
         """The text of each token; its id where there is no tokenizer."""
@@ -236,14 +238,14 @@ class Engine(HookedRootModule):
             if state is not None and state.ndim == 3:
                 state = torch.stack([state[row][mask.to(state.device)] for row, mask in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
-        mask, visible, causal = visibility(tokens, runs.visible, real)
+        mask, visible = visibility(tokens, runs.visible, real)
         at = resolve_positions(mask, positions)
         if state is not None and state.ndim == 2:
             state = state.to(self.device)[at]
         state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
         given = runs.initial_state is not None
         ends = (runs.n_loops, runs.start, runs.stop, runs.reads_out)
-        return Run(tokens, mask, visible, causal, at, *ends, state, drawn, given)
+        return Run(tokens, mask, visible, at, *ends, state, drawn, given)
 
     # Running.
 
@@ -269,8 +271,8 @@ class Engine(HookedRootModule):
             input: text, token ids, or any other form of prompts; see `prepare`.
             n_loops: number of loops; None for the count it was trained with.
             return_type: "logits" [batch, pos, d_vocab]; "loss", the mean next-token cross entropy in nats over real
-                tokens; "both" as a pair; None for nothing, and no logits are formed. A run that stops early returns the
-                state instead.
+                tokens, in float32 at least; "both" as a pair; None for nothing, and no logits are formed. A run that
+                stops early returns the state instead.
             loss_per_token: the loss at each position, [batch, pos - 1], instead of its mean.
             start_at_loop: first loop to run; needs `initial_state`.
             stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
@@ -293,19 +295,19 @@ class Engine(HookedRootModule):
         frame = self.frame(run)
         state = self.transformer(run.tokens, frame, run.state, run.start, run.stop)
         if not run.reads_out:
-            return state
+            return state.clone()  # not the caller's own initial state, nor what a cache holds
         out = self.transformer.finish(state, frame)
         if return_type is None:
             return None
         logits = self.transformer.unembed(out)
         if return_type == "logits":
             return logits
-        loss = lm_cross_entropy_loss(logits, run.tokens, run.attention_mask, loss_per_token)
+        loss = lm_cross_entropy_loss(wide(logits), run.tokens, run.attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def frame(self, run: Run) -> Frame:
         """Rotary angles and visibility of a run, for the native model."""
-        return self.transformer.frame(run.visible, run.position_ids, run.causal)
+        return self.transformer.frame(run.visible, run.position_ids)
 
     def reach(self, run: Run) -> Reach:
         """The sites that a run calls."""
@@ -331,6 +333,15 @@ class Engine(HookedRootModule):
         return self.transformer.readout(state.to(self.device), self.frame(run))
 
     # Hooks.
+
+    @property
+    def context_level(self) -> int:
+        """How many `hooks` blocks this thread is in, as in TransformerLens."""
+        return self.hook_dict.progress.level
+
+    @context_level.setter
+    def context_level(self, level: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.hook_dict.progress.level = level
 
     def add_hook(
         self,
@@ -371,7 +382,10 @@ class Engine(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
-        """Hooks for the length of a `with` block, as in TransformerLens; names as in `add_hook`."""
+        """Hooks for the length of a `with` block, as in TransformerLens; names as in `add_hook`.
+
+        They act in the runs of the thread that made them and in no other's.
+        """
         self.context_level += 1
         try:
             for name, hook in fwd_hooks:

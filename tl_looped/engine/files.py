@@ -1,4 +1,4 @@
-"""A file that is written whole or not at all."""
+"""A file that is written whole or not at all, and one that is read as what it says it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from tl_looped.engine.errors import InputError
 
@@ -52,3 +56,22 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
     return target
+
+
+def read_safetensors(
+    path: str | Path, file_format: str, what: str, device: torch.device | str = "cpu"
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(header, tensors by name) of a safetensors file whose header names this format.
+
+    Raises:
+        InputError: no such file, or another kind of file; the message says that it is not `what`.
+    """
+    try:
+        with safe_open(Path(path), framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{str(path)!r} can't be read as {what}: {error}") from error
+    if header.get("format") != file_format:
+        raise InputError(f"{str(path)!r} is a safetensors file, but not {what} of tl_looped.")
+    return header, tensors

@@ -4,12 +4,17 @@ A looped model has one `SharedHookPoint` at each physical site: 48 layers run 12
 6,144. It is called with the loop that is running and hands a hook a light `LoopHookPoint`, whose name, loop and layer
 are those of that very call. A hook may be registered for one loop, for every loop, or for the names that a function
 accepts.
+
+Threads may run one model at the same time. A hook of a run (`run_with_hooks`, `run_with_cache`, `with model.hooks`)
+belongs to the thread that registered it and acts in that thread's runs alone; one of `model.add_hook` acts in all.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from tl_looped.engine.errors import HookNameError, InputError, nearest
-from tl_looped.engine.schedule import HookSite
+from tl_looped.engine.schedule import HookSite, points_under
 
 Direction = Literal["fwd", "bwd"]
 HookFn = Callable[..., Any]
@@ -31,11 +36,34 @@ HookName = str | Callable[[str], bool]
 Where = int | frozenset[int] | Callable[[str], bool] | None
 
 
-class Progress:
-    """How many positions of the rows came before those that are running: what all hook points of a model share."""
+_numbers = itertools.count()
+_registering = threading.Lock()  # the lists of hooks are replaced, never changed, so only their writers need it
+
+
+class _Thread(threading.local):
+    """The thread that is running; its number is no other thread's, also after it ended."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+
+_here = _Thread()
+
+
+class Progress(threading.local):
+    """Where this thread is: what all hook points of a model share.
+
+    Attributes:
+        first_position: how many positions of the rows came before those that are running.
+        level: how many `with model.hooks` blocks it is in.
+    """
 
     def __init__(self) -> None:
         self.first_position = 0
+        self.level = 0
+
+    def __reduce__(self) -> tuple[type[Progress], tuple[()]]:
+        return Progress, ()  # a copy of a model is nowhere yet
 
     @contextmanager
     def at(self, first_position: int) -> Iterator[None]:
@@ -77,8 +105,8 @@ class LoopHookPoint:
 
     @property
     def ctx(self) -> dict[Any, Any]:
-        """TransformerLens's scratch dictionary, shared by all loops of the site."""
-        return self.point.ctx
+        """TransformerLens's scratch dictionary, one for each loop; `model.clear_contexts` empties all."""
+        return self.point.ctx.setdefault(self.loop, {}) if self.point.looped else self.point.ctx
 
     def layer(self) -> int:
         """Index of the layer in its stack."""
@@ -103,12 +131,18 @@ class LoopHookPoint:
 
 @dataclass
 class LoopHandle(LensHandle):
-    """TransformerLens's record of a registered hook, with the loops at which it acts."""
+    """TransformerLens's record of a registered hook, with the loops at which it acts, and the thread (None: all)."""
 
     fn: HookFn = lambda tensor, hook: None
     where: Where = None
     reads_only: bool = False
+    thread: int | None = None
     _matched: dict[int | None, bool] = field(default_factory=dict, repr=False)
+
+    @property
+    def here(self) -> bool:
+        """Whether the hook acts in this thread's runs."""
+        return self.thread is None or self.thread == _here.number
 
     def acts_at(self, site: HookSite) -> bool:
         """Whether the hook acts at this site's loop."""
@@ -125,9 +159,11 @@ class SharedHookPoint(HookPoint):
     """The hook point at one physical site, shared by all loops: `x = point(x, loop)`.
 
     Without hooks it returns `x` and costs a function call. A forward hook `fn(x, hook=LoopHookPoint)` may return a
-    tensor of the same shape and dtype, which takes the place of `x`. A backward hook `fn(grad, hook=LoopHookPoint)` is
-    bound to the activation of the loop it saw in the forward, so a gradient is never paired with another loop; it
-    belongs to that forward's graph, and acts when the graph is run backward, also after the hook left the model.
+    tensor of the same shape and dtype, which takes the place of `x`, or write into `x`, in any way. A backward hook
+    `fn(grad, hook=LoopHookPoint)` is bound to the activation of the loop it saw in the forward, so a gradient is never
+    paired with another loop; it belongs to that forward's graph, and acts when the graph is run backward, also after
+    the hook left the model. Where the activation has no gradient by itself (a drawn state, frozen weights), a backward
+    hook gives it one.
 
     Args:
         site: the site without a loop.
@@ -160,39 +196,73 @@ class SharedHookPoint(HookPoint):
             hook: `fn(tensor, hook=LoopHookPoint)`.
             dir: "fwd" for activations, "bwd" for their gradients.
             is_permanent: whether `remove_hooks` leaves it unless told otherwise.
-            level: TransformerLens's nesting level of contexts.
+            level: TransformerLens's nesting level of contexts; with one, the hook belongs to this thread.
             prepend: before the hooks that are there, not after.
             alias_names: must be None.
             where: the loops at which it acts.
-            reads_only: the hook promises not to change its tensor, which saves a copy.
+            reads_only: the hook promises not to change its tensor, which saves a copy and a comparison.
         """
         if dir not in ("fwd", "bwd"):
             raise InputError(f"a hook's direction must be 'fwd' or 'bwd', got {dir!r}.")
         if alias_names is not None:
             raise InputError("alias_names is not supported: every loop of a site has one name.")
-        removable = RemovableHandle(self._registered)
-        self._registered[removable.id] = hook
-        handle = LoopHandle(removable, is_permanent, level, hook, fn=hook, where=where, reads_only=reads_only)
-        handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
-        handles.insert(0 if prepend else len(handles), handle)
+        with _registering:
+            removable = RemovableHandle(self._registered)
+            self._registered[removable.id] = hook
+            thread = None if level is None else _here.number
+            handle = LoopHandle(removable, is_permanent, level, hook, hook, where, reads_only, thread)
+            if dir == "fwd":
+                self.fwd_hooks = [handle, *self.fwd_hooks] if prepend else [*self.fwd_hooks, handle]
+            else:
+                self.bwd_hooks = [handle, *self.bwd_hooks] if prepend else [*self.bwd_hooks, handle]
         return handle
+
+    def remove_hooks(
+        self,
+        dir: Literal["fwd", "bwd", "both"] = "fwd",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks, as in TransformerLens; those of another thread's runs stay."""
+        if dir not in ("fwd", "bwd", "both"):
+            raise InputError(f"a hook's direction must be 'fwd', 'bwd' or 'both', got {dir!r}.")
+
+        def kept(handles: list[LensHandle]) -> list[LensHandle]:
+            stay = []
+            for handle in handles:
+                mine = not isinstance(handle, LoopHandle) or handle.here
+                if mine and (including_permanent or not handle.is_permanent) and level in (None, handle.context_level):
+                    handle.hook.remove()
+                else:
+                    stay.append(handle)
+            return stay
+
+        with _registering:
+            if dir != "bwd":
+                self.fwd_hooks = kept(self.fwd_hooks)
+            if dir != "fwd":
+                self.bwd_hooks = kept(self.bwd_hooks)
 
     def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
         """The activation after this loop's hooks."""
         if not (self.fwd_hooks or self.bwd_hooks):
             return x
-        return self._run(x, loop)[0]
+        return self._run(x, loop, compare=False)[0]
 
     def _acting(self, handles: Iterable[LensHandle], site: HookSite) -> list[LoopHandle]:
         return [
             handle
             for handle in handles
-            if isinstance(handle, LoopHandle) and handle.hook.id in self._registered and handle.acts_at(site)
+            if isinstance(handle, LoopHandle)
+            and handle.here
+            and handle.hook.id in self._registered
+            and handle.acts_at(site)
         ]
 
-    def handles(self) -> list[LoopHandle]:
-        """The registered hooks, forward and backward."""
-        return [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if isinstance(handle, LoopHandle)]
+    def handles(self, dir: Direction | None = None) -> list[LoopHandle]:
+        """The hooks of this thread's runs, forward and backward or of one direction."""
+        found = [*(self.fwd_hooks if dir != "bwd" else ()), *(self.bwd_hooks if dir != "fwd" else ())]
+        return [handle for handle in found if isinstance(handle, LoopHandle) and handle.here]
 
     def wants(self, loop: int | None = None) -> bool:
         """Whether any hook acts at this loop: what is not asked for need not be computed."""
@@ -200,34 +270,42 @@ class SharedHookPoint(HookPoint):
             return False
         return bool(self._acting([*self.fwd_hooks, *self.bwd_hooks], self.site.at(loop)))
 
-    def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, bool]:
-        """Run the hooks of this loop on `x`; return what to go on with, and whether a hook changed its numbers.
+    def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run the hooks of this loop on `x`, a value that the fast path does not form; `settle` takes both results.
 
-        A hook that puts the same numbers in place, as patching a run into itself does, changes nothing.
+        Returns:
+            What to go on with; and whether its numbers differ from `x`'s, one boolean on x's device, so that nobody
+            waits for it. None where no hook could change them and no gradient is asked for.
         """
-        final, touched = self._run(x, loop)
-        return final, touched and not torch.equal(final, x)
+        return self._run(x, loop, compare=True)
 
-    def _run(self, x: Tensor, loop: int | None) -> tuple[Tensor, bool]:
-        """The activation after its hooks, and whether one of them wrote to it or gave another.
+    def _run(self, x: Tensor, loop: int | None, compare: bool) -> tuple[Tensor, Tensor | None]:
+        """See `fire`; without `compare` the second is None.
 
         A hook that may write gets a copy: the tensor itself may be the caller's initial state, the prelude's output
         that every loop reads again, or in a cache, and none of these is to change when a hook edits in place.
         """
         here = LoopHookPoint(self, loop)
         acting = self._acting(self.fwd_hooks, here.site)
-        final = shown = x if all(handle.reads_only for handle in acting) else x.clone()
+        backward = self._acting(self.bwd_hooks, here.site) if torch.is_grad_enabled() else []
+        writes = not all(handle.reads_only for handle in acting)
+        final = x.clone() if writes else x
         for handle in acting:
             result = handle.fn(final, hook=here)
             if result is not None:
                 final = _checked(result, x, here.name)
-        written = shown is not x and (shown.is_inference() or shown._version > 0)  # inference tensors have no version
-        touched = final is not shown or written
-        backward = self._acting(self.bwd_hooks, here.site)
-        if backward and final.requires_grad:
-            final = final.view_as(final)  # a node of its own, as one tensor may pass through several sites
+                if handle is not acting[-1]:  # it may be the caller's, and the next hook may write
+                    final = final.clone()
+        changed = None
+        if compare and writes:
+            changed = _differ(final, x)
+        elif compare and backward:
+            changed = torch.zeros((), dtype=torch.bool, device=x.device)
+        if backward:
+            # A node of its own, as one tensor may pass through several sites; or a leaf where there is no graph yet.
+            final = final.view_as(final) if final.requires_grad else final.clone().requires_grad_()
             final.register_hook(partial(_run_backward, [handle.fn for handle in backward], here))
-        return final, touched
+        return final, changed
 
     def forward(self, x: Tensor, loop: int | None = None) -> Tensor:
         """The same as calling the point."""
@@ -296,33 +374,49 @@ class HookDict(dict[str, HookPoint]):
 class HookGroup:
     """The hook points of one module, as attributes: `group.hook_q(q, loop)`.
 
-    Not a module itself: `nn.Module` finds its submodules through a slow look-up, which 20 hook points a layer would
-    feel.
+    They are those that the table of `schedule` has under the group's prefix. Not a module itself: `nn.Module` finds
+    its submodules through a slow look-up, which 20 hook points a layer would feel.
 
     Args:
         registry: the model's hook points by name; the new ones are added.
         site: stack and layer of the group; its component is the prefix of theirs ("attn." for "attn.hook_q").
         looped: whether they fire once in every loop.
-        names: "hook_q", "hook_k", ...
+        without: points that this model does not have.
     """
 
-    def __init__(self, registry: HookDict, site: HookSite, looped: bool, names: Iterable[str]):
-        for name in names:
-            point = SharedHookPoint(HookSite(site.component + name, site.stack, site.layer), looped, registry.progress)
-            registry[point.name] = point
-            setattr(self, name, point)
+    def __init__(self, registry: HookDict, site: HookSite, looped: bool, without: Container[str] = ()):
+        for name in points_under(site, looped):
+            if name not in without:
+                there = HookSite(site.component + name, site.stack, site.layer)
+                point = SharedHookPoint(there, looped, registry.progress)
+                registry[point.name] = point
+                setattr(self, name, point)
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> SharedHookPoint: ...
 
 
-def same_value(value: Tensor, through: Tensor) -> Tensor:
-    """`value`'s numbers, to the bit, with the gradient of `through`.
+def settle(fast: Tensor, explicit: Callable[[], Tensor], *changed: Tensor | None) -> Tensor:
+    """What goes on from where hooks saw values that the fast path does not form: `explicit` of them if one changed.
 
-    Lets a hook see a quantity that the fast path does not form, such as an attention pattern, without changing the
-    output.
+    Else the numbers of `fast`, to the bit, with the gradient of `explicit`, so that a hook may stop it or look at it.
+
+    Args:
+        fast: the result of the fast path.
+        explicit: the same from the values that the hooks left, called only where something may hang on it.
+        changed: what `SharedHookPoint.fire` said of each value.
     """
-    if not through.requires_grad:
-        return value.detach()
-    return value.detach() + (through - through.detach())
+    asked = [one for one in changed if one is not None]
+    if not asked:
+        return fast
+    slow = explicit()
+    same = fast.detach()
+    if slow.requires_grad:
+        same = same + (slow - slow.detach())
+    return torch.where(torch.stack(asked).any(), slow, same)
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two tensors of one shape differ in a number, as a boolean on their device; NaN is NaN's equal."""
+    return ~((a == b) | ((a != a) & (b != b))).all()

@@ -80,9 +80,7 @@ class Rows:
             low, high = (int(end) for end in torch.aminmax(ids))
             if low < 0 or (d_vocab is not None and high >= d_vocab):
                 where = "" if len(self) == 1 else f"{which}: "
-                raise InputError(
-                    f"{where}token id {low if low < 0 else high} is out of the vocabulary [0, {d_vocab})."
-                )
+                raise InputError(f"{where}token id {low if low < 0 else high} is out of the vocabulary [0, {d_vocab}).")
 
 
 def remember_padding(tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
@@ -126,13 +124,12 @@ def read_rows(
         check_count("limit", limit)
     if padding_side not in (None, "left", "right"):
         raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
-    if encode is None:
 
-        def encode(text: str) -> Int[Tensor, " pos"]:
-            return tokenize(tokenizer, text, prepend_bos)[0][0]
+    def own(text: str) -> Int[Tensor, " pos"]:
+        return torch.tensor(tokenize(tokenizer, text, prepend_bos))
 
     told = attention_mask is not None and attention_mask.ndim == 2
-    found = list(islice(_Reader(tokenizer, field, encode, told).rows(prompts), limit))
+    found = list(islice(_Reader(tokenizer, field, encode or own, told).rows(prompts), limit))
     if not found:
         place = f" in {str(prompts)!r}" if isinstance(prompts, os.PathLike) else ""
         raise InputError(f"there are no prompts{place}.")

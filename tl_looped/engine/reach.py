@@ -9,12 +9,12 @@ import torch
 from tl_looped.engine.errors import HookNameError, InputError, resolve_index
 from tl_looped.engine.hooks import HookDict, SharedHookPoint
 from tl_looped.engine.runs import Run
-from tl_looped.engine.schedule import PRELUDE, HookSite
+from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, HookSite
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]
 
-_HEAVY = "attn.hook_result"  # [batch, pos, head, d_model]: cached only where it is named
+HEAVY = "attn.hook_result"  # [batch, pos, head, d_model]: cached only where it is named
 
 
 class Reach:
@@ -51,20 +51,24 @@ class Reach:
         return f"loops {self.loops.start} to {self.loops.stop - 1} run" if self.loops else "no loop runs"
 
     def check_hooks(self) -> None:
-        """Raise for a registered hook that acts nowhere in this run."""
+        """Raise for a hook of this thread that acts nowhere in this run, or that no gradient can reach."""
         points = [point for point in self.hook_dict.points() if point.fwd_hooks or point.bwd_hooks]
-        if not points:
-            return
-        if not torch.is_grad_enabled() and any(point.bwd_hooks for point in points):
+        if not torch.is_grad_enabled() and any(point.handles("bwd") for point in points):
             raise InputError("a backward hook is registered, but gradients are off: run outside torch.no_grad().")
         matched: dict[Callable[[str], bool], bool] = {}
         for point in points:
             for handle in point.handles():
-                where = handle.where
+                where, dead = handle.where, point.site.component in DEAD_ENDS and handle in point.handles("bwd")
+                name = point.site.at(where if isinstance(where, int) else None).name
                 if callable(where):
-                    matched[where] = matched.get(where, False) or any(map(handle.acts_at, self.sites(point)))
+                    reached = not dead and any(map(handle.acts_at, self.sites(point)))
+                    matched[where] = matched.get(where, False) or reached
+                elif dead:
+                    raise HookNameError(
+                        f"a backward hook is on {name!r}, which no output of the model reads, so no gradient comes "
+                        "there: take a forward hook, or hook what it is computed from."
+                    )
                 elif point not in self or (isinstance(where, int) and where not in self.loops):
-                    name = point.site.at(where if isinstance(where, int) else None).name
                     raise HookNameError(f"a hook is on {name!r}, which this run does not reach: {self._ran()}.")
         for function, found in matched.items():
             if not found:
@@ -102,7 +106,7 @@ class Reach:
 
     def _acceptor(self, names_filter: NamesFilter) -> Callable[[HookSite], bool]:
         if names_filter is None:
-            return lambda site: site.component != _HEAVY
+            return lambda site: site.component != HEAVY
         if callable(names_filter):
             return lambda site: bool(names_filter(site.name))
         wanted = {names_filter} if isinstance(names_filter, str) else set(names_filter)

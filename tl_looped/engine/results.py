@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from tl_looped.engine.config import Llama3Rope, LoopedConfig
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.files import write_whole
+from tl_looped.engine.files import read_safetensors, write_whole
 from tl_looped.engine.schedule import LoopSchedule, Pass
 
 Self = TypeVar("Self", bound="Result")
@@ -58,14 +57,7 @@ class Result:
         Raises:
             InputError: no such file, not a result of tl_looped, or the result of another class.
         """
-        try:
-            with safe_open(Path(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{str(path)!r} can't be read as a result: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise InputError(f"{str(path)!r} is a safetensors file, but not a result of tl_looped.")
+        header, tensors = read_safetensors(path, _FORMAT, "a result")
         if header["class"] != cls.__name__:
             raise InputError(
                 f"{str(path)!r} holds a {header['class']}, not a {cls.__name__}: call {header['class']}.load."

@@ -34,8 +34,7 @@ class Run:
     Attributes:
         tokens: token ids, [batch, pos].
         attention_mask: True for real tokens, [batch, pos].
-        visible: who may attend to whom, [batch or 1, query, key].
-        causal: whether `visible` is the plain causal triangle.
+        visible: who may attend to whom, [batch, query, key]; None where every token sees itself and all before it.
         position_ids: positions for the rotary embedding, [batch or 1, pos].
         n_loops: loop count of the whole run.
         start: the first loop that runs.
@@ -48,8 +47,7 @@ class Run:
 
     tokens: Int[Tensor, "batch pos"]
     attention_mask: Tensor
-    visible: Tensor
-    causal: bool
+    visible: Tensor | None
     position_ids: Tensor
     n_loops: int
     start: int
@@ -185,32 +183,33 @@ class Runs:
 
 def visibility(
     tokens: Int[Tensor, "batch pos"], given: Tensor | None, padding: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
-    """(attention_mask [batch, pos], visible [batch or 1, query, key], whether it is the plain triangle).
+) -> tuple[Tensor, Tensor | None]:
+    """(attention_mask [batch, pos], visible [batch, query, key] or None where the causal triangle does).
 
     `given` is the caller's mask, [batch, pos], or [batch, query, key] to say who sees whom in full; `padding` what the
-    tokens show. A query that would see nothing, as padding does, sees itself: patterns stay finite and sum to one.
+    tokens show. A mask of [batch, query, key] costs memory and the fastest kernels, so it is made only where real
+    tokens would else see padding: where that comes before them. Behind them it is nothing that they see. A query that
+    would see nothing, as padding at the left, sees itself: patterns stay finite and sum to one.
     """
     batch, pos = tokens.shape
     if given is not None and not bool(((given == 0) | (given == 1)).all()):
         raise InputError("attention_mask must be of zeros and ones: 1 for tokens that are seen, 0 for others.")
-    triangle = torch.ones(1, pos, pos, dtype=torch.bool, device=tokens.device).tril()
     mask = padding if given is None else given.to(tokens.device).bool()
     if mask is None:
-        return torch.ones_like(tokens, dtype=torch.bool), triangle, True
+        return torch.ones_like(tokens, dtype=torch.bool), None
     if mask.shape == (batch, pos, pos):
-        real, visible = torch.ones_like(tokens, dtype=torch.bool), mask
+        real, visible = torch.ones_like(tokens, dtype=torch.bool), mask.clone()
     elif mask.shape == (batch, pos):
-        if bool(mask.all()):
-            return mask, triangle, True
-        real, visible = mask, triangle & mask[:, None, :]
+        if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # no real token behind one that is not
+            return mask, None
+        real, visible = mask, torch.ones(pos, pos, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
     else:
         raise InputError(
             f"attention_mask must have shape {(batch, pos)}, or {(batch, pos, pos)} to say who sees whom, "
             f"got {tuple(mask.shape)}."
         )
-    blind = ~visible.any(-1, keepdim=True)
-    return real, visible | (blind & torch.eye(pos, dtype=torch.bool, device=tokens.device)), False
+    visible.diagonal(dim1=1, dim2=2).logical_or_(~visible.any(-1))
+    return real, visible
 
 
 def resolve_positions(mask: Bool[Tensor, "batch pos"], given: Tensor | None) -> Int[Tensor, "batch pos"]:

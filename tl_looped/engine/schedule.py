@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tl_looped.engine.errors import HookNameError, InputError, check_count, resolve_index
+from transformer_lens.utilities.components_utils import get_act_name
+
+from tl_looped.engine.errors import HookNameError, InputError, check_count, nearest, resolve_index
 
 CORE = "blocks"
 PRELUDE = "prelude"
@@ -34,8 +36,11 @@ KEY = ("batch", "pos", "kv_head", "d_head")
 PATTERN = ("batch", "head", "query", "key")
 NEURON = ("batch", "pos", "d_mlp")
 
+GRAD = "_grad"  # behind a name: the gradient of that activation
+
 # The one table of what there is to read and write: component -> axes of its activation, in the order in which they
-# fire (in a residual sandwich ln1_post and ln2_post come after hook_attn_out and hook_mlp_out).
+# fire (in a residual sandwich ln1_post and ln2_post come after hook_attn_out and hook_mlp_out). A module of `nn` makes
+# a hook point for each entry under its prefix, so a new line is a new point: the module then calls it.
 BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_pre": RESID,
     "ln1.hook_scale": SCALE,
@@ -80,6 +85,8 @@ MODEL_AXES: dict[str, tuple[str, ...]] = {
     "ln_final.hook_scale": SCALE,
     "ln_final.hook_normalized": RESID,
 }
+# What a run computes and reads nowhere: no gradient of the output comes there.
+DEAD_ENDS = frozenset({"hook_exit_gate"})
 
 _NAME = re.compile(
     r"(?:(?P<stack>\w*blocks|prelude|coda)\.(?:(?P<layer>\d+)\.)?)?(?:loop\.(?P<loop>\d+)\.)?(?P<component>.+)"
@@ -139,15 +146,94 @@ class HookSite:
     @property
     def axes(self) -> tuple[str, ...]:
         """Names of the activation's axes, batch first."""
-        base = self.component.removesuffix("_grad")
-        if self.layer is not None:
-            return BLOCK_AXES[base]
-        return LOOP_AXES[base] if base in LOOP_AXES else MODEL_AXES[base]
+        return _table()[self.component.removesuffix(GRAD)]
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether every layer of a stack has the site."""
+        return self.component.removesuffix(GRAD) in BLOCK_AXES
+
+    @property
+    def looped(self) -> bool:
+        """Whether the site fires in every loop, not once in a run."""
+        return self.component.removesuffix(GRAD) in LOOP_AXES or (self.in_layer and self.stack not in (PRELUDE, CODA))
 
     @property
     def pos_axis(self) -> int:
         """The axis of `axes` that counts positions (of queries, for patterns)."""
         return self.axes.index("query" if "query" in self.axes else "pos")
+
+
+def points_under(group: HookSite, looped: bool) -> list[str]:
+    """What the table has under a module's prefix: "hook_q", "hook_k", ... for the site "attn." of some layer."""
+    table = BLOCK_AXES if group.layer is not None else LOOP_AXES if looped else MODEL_AXES
+    prefix = group.component
+    return [name.removeprefix(prefix) for name in table if name.rpartition("hook_")[0] == prefix]
+
+
+def find_site(name: str, layer_type: str | None = None) -> HookSite:
+    """The site that a short or full name means; what the name does not say of layer and loop is None in it.
+
+    A short name is what comes behind "hook_" ("pattern", "state_post"), with the module where several have one
+    ("ln1.scale"); TransformerLens's other words ("attn", "mlp_post") are read too. "prelude." or "coda." may stand in
+    front, "_grad" behind.
+
+    Args:
+        name: short or full name.
+        layer_type: the module, as in TransformerLens: "ln1", "attn", "mlp", ...
+
+    Raises:
+        HookNameError: there is no such site, with the nearest names; or there are several.
+    """
+    first, _, rest = name.partition(".")
+    stack, short = (first, rest) if first in (PRELUDE, CORE, CODA) else (None, name)
+    base = short.removesuffix(GRAD)
+    grad = short[len(base) :]
+    site = HookSite.parse(name) if "hook_" in name else HookSite(_full(base, layer_type) + grad, stack)
+    component = site.component.removesuffix(GRAD)
+    if component not in _table():
+        spelled = [one for known in _table() for one in (known, *_spellings(known))]
+        raise HookNameError(f"there is no site {name!r}.{nearest(component if 'hook_' in name else base, spelled)}")
+    if site.in_layer:
+        return site if site.stack is not None else replace(site, stack=CORE)
+    if site.stack in (PRELUDE, CORE, CODA):
+        raise HookNameError(f"{component!r} belongs to no layer: leave {site.stack!r} out of {name!r}.")
+    return site
+
+
+def find_component(name: str) -> str:
+    """The component of a short name, for who goes over its layers and loops by himself.
+
+    Raises:
+        HookNameError: as `find_site`; or the name says a stack, a layer or a loop.
+    """
+    site = find_site(name)
+    if site != HookSite(site.component, CORE if site.in_layer else None) or site.component.endswith(GRAD):
+        known = site.component.removesuffix(GRAD)
+        raise HookNameError(f"{name!r} names one place, and here a site of all places is needed: pass {known!r}.")
+    return site.component
+
+
+def _table() -> dict[str, tuple[str, ...]]:
+    return {**BLOCK_AXES, **LOOP_AXES, **MODEL_AXES}
+
+
+def _spellings(component: str) -> tuple[str, str]:
+    """The short names of a component: "z" and "attn.z"."""
+    return component.rpartition("hook_")[2], component.replace("hook_", "")
+
+
+def _full(short: str, layer_type: str | None) -> str:
+    """The component of a short name, or what it would be called."""
+    module = "" if layer_type is None else f"{layer_type}."
+    found = [name for name in _table() if short in _spellings(name) and name.startswith(module)]
+    if len(found) > 1:
+        raise HookNameError(f"{short!r} is at several places: say which of {', '.join(map(repr, found))}.")
+    if found:
+        return found[0]
+    if any(map(str.isdigit, short)):  # TransformerLens would read "k0" as k of layer 0
+        return f"hook_{short}"
+    return get_act_name(short, 0, layer_type).removeprefix("blocks.0.")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tl_looped.engine.hooks import Direction, HookFn, HookName, LoopHookPoint
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
+from tl_looped.engine.tokens import Ids
 from tl_looped.nn.block import Block
 
 _FINAL_NORM = "ln_final."
@@ -292,11 +293,11 @@ class UnrolledModel(HookedRootModule):
         """See `LoopedModel.to_tokens`."""
         return self.looped.to_tokens(*args, **kwargs)
 
-    def to_str_tokens(self, *args: Any, **kwargs: Any) -> list[str]:
+    def to_str_tokens(self, *args: Any, **kwargs: Any) -> list[Any]:
         """See `LoopedModel.to_str_tokens`."""
         return self.looped.to_str_tokens(*args, **kwargs)
 
-    def to_string(self, tokens: Tensor) -> str | list[str]:
+    def to_string(self, tokens: Ids) -> str | list[str]:
         """See `LoopedModel.to_string`."""
         return self.looped.to_string(tokens)
 

@@ -88,8 +88,8 @@ class Decoder:
         Args:
             ended: rows of which nobody needs either any more.
         """
-        _, visible, causal = visibility(self.tokens, self.real, None)
-        frame = self.transformer.frame(visible, self.positions, causal)
+        _, visible = visibility(self.tokens, self.real, None)
+        frame = self.transformer.frame(visible, self.positions)
         x = self.transformer(self.tokens, frame, self.states, 0, self.n_loops)
         self.final = x[:, -1:]
         logits = self.transformer.unembed(self.transformer.finish(x, frame)[:, -1])
@@ -141,10 +141,11 @@ class CachedDecoder(Decoder):
 
     def _frame(self, start: int, stop: int) -> Frame:
         """For the positions from `start` to `stop`: some of the prompt's, or the newest."""
-        in_prompt = stop <= self.prompt.tokens.shape[1]
-        visible = self.prompt.visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
-        frame = self.transformer.frame(visible, self.positions[:, start:stop], self.prompt.causal)
-        return frame._replace(kv=self.kv)
+        visible = self.prompt.visible
+        if visible is not None:
+            in_prompt = stop <= visible.shape[1]
+            visible = visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
+        return self.transformer.frame(visible, self.positions[:, start:stop])._replace(kv=self.kv)
 
     def _run_to(self, stop: int) -> State:
         """Run what is new up to a position, all loops; what the unembedding would read."""

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import Prompts, Runs
 from tl_looped.generation.stream import GenerationStep, TokenStream, generate_stream
 
 GenerateReturn = Literal["input", "str", "tokens", "result"]
@@ -64,7 +65,7 @@ class Generated(Result):
 
 def generate(
     model: Engine,
-    input: str | list[str] | Tensor,
+    input: Prompts,
     max_new_tokens: int = 10,
     n_loops: int | None = None,
     *,
@@ -76,7 +77,7 @@ def generate(
 
     Args:
         model: the model.
-        input: text, a list of texts, or token ids [batch, pos].
+        input: prompts in any form.
         max_new_tokens, n_loops, options: as in `generate_stream`.
         return_type: "str", the prompt and the new text as the tokenizer decodes their ids, without special tokens: of
             some tokenizers the prompt comes back spaced in another way (a list of texts for a list of texts and for
@@ -98,7 +99,7 @@ def generate(
             "return_type='str', but this model has no tokenizer: pass return_type='tokens', or set model.tokenizer."
         )
     if return_type == "input":
-        return_type = "tokens" if isinstance(input, Tensor) else "str"
+        return_type = "tokens" if isinstance(input, (Tensor, Runs)) else "str"
     stream = generate_stream(model, input, max_new_tokens, n_loops, **options)
     steps = list(tqdm(stream, desc="Generating", total=max_new_tokens, unit="token", disable=not verbose))
     result = _collect(model, stream, steps)
@@ -107,7 +108,8 @@ def generate(
     if return_type == "tokens":
         return result.tokens
     texts = list(cast("tuple[str, ...]", result.text))
-    return texts[0] if len(texts) == 1 and not isinstance(input, (list, tuple)) else texts
+    several = isinstance(input, (list, tuple)) and isinstance(input[0], (str, list, tuple))
+    return texts if several or len(texts) > 1 else texts[0]
 
 
 def _collect(model: Engine, stream: TokenStream, steps: list[GenerationStep]) -> Generated:

@@ -8,6 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count
 
 _INCOMPLETE = "\ufffd"  # what decoders write for the first bytes of a character
@@ -31,7 +32,7 @@ class Stopping:
     def checked(
         cls,
         tokenizer: PreTrainedTokenizerBase | None,
-        d_vocab: int,
+        cfg: LoopedConfig,
         batch: int,
         stop_at_eos: bool,
         eos_token_id: int | Sequence[int] | None,
@@ -42,7 +43,7 @@ class Stopping:
         Raises:
             InputError: an option that contradicts another, lacks a tokenizer, or is out of range.
         """
-        eos = _eos_tokens(tokenizer, d_vocab, stop_at_eos, eos_token_id)
+        eos = _eos_tokens(tokenizer, cfg, stop_at_eos, eos_token_id)
         strings = _stop_strings(tokenizer, stop_strings)
         padding = None if tokenizer is None else tokenizer.pad_token_id
         filler = cast("int | None", padding) if padding is not None else next(iter(eos), None)
@@ -56,7 +57,7 @@ class Stopping:
 
 def _eos_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
-    d_vocab: int,
+    cfg: LoopedConfig,
     stop_at_eos: bool,
     eos_token_id: int | Sequence[int] | None,
 ) -> tuple[int, ...]:
@@ -67,19 +68,20 @@ def _eos_tokens(
             )
         return ()
     if eos_token_id is None:
-        if tokenizer is None:
+        if tokenizer is None and not cfg.eos_token_ids:
             raise InputError(
-                "this model has no tokenizer to say which token ends a text: pass eos_token_id=..., or "
+                "neither this model's config nor a tokenizer says which token ends a text: pass eos_token_id=..., or "
                 "stop_at_eos=False."
             )
-        eos_token_id = cast("int | None", tokenizer.eos_token_id)
-        return () if eos_token_id is None else (eos_token_id,)
+        written = None if tokenizer is None else cast("int | None", tokenizer.eos_token_id)
+        known = [*cfg.eos_token_ids, *([] if written is None else [written])]
+        return tuple(dict.fromkeys(token for token in known if token < cfg.d_vocab))  # the model can't say any other
     given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
     if not isinstance(given, (list, tuple)) or not given:
         raise InputError(f"eos_token_id must be a token id or a list of at least one, got {eos_token_id!r}.")
     for token in given:
-        if check_count("eos_token_id", token, minimum=0) >= d_vocab:
-            raise InputError(f"eos_token_id {token} is out of the vocabulary [0, {d_vocab}).")
+        if check_count("eos_token_id", token, minimum=0) >= cfg.d_vocab:
+            raise InputError(f"eos_token_id {token} is out of the vocabulary [0, {cfg.d_vocab}).")
     return tuple(given)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.numbers import wide
-from tl_looped.engine.runs import DEFAULT_SEED, Run
+from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run
 from tl_looped.engine.tokens import PaddingSide
 from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
 from tl_looped.generation.loop_end import ExitRule
@@ -118,7 +118,7 @@ class TokenStream(Iterator[GenerationStep]):
 
 def generate_stream(
     model: Engine,
-    input: str | list[str] | Tensor,
+    input: Prompts,
     max_new_tokens: int = 10,
     n_loops: int | None = None,
     *,
@@ -147,15 +147,16 @@ def generate_stream(
 
     Args:
         model: the model.
-        input: text, a list of texts, or token ids [batch, pos], padded at the left.
+        input: prompts in any form, padded at the left.
         max_new_tokens: the most tokens to add.
         n_loops: loops of every token; None for the count the model was trained with.
         do_sample: draw from the distribution; False takes the most probable token.
         temperature: logits are divided by it.
         top_k: draw from the k most probable tokens.
         top_p: draw from the fewest most probable tokens whose probabilities reach this sum; after `top_k`.
-        stop_at_eos: a row ends with the tokenizer's end-of-text token, if it has one, or with `eos_token_id`.
-        eos_token_id: the token, or tokens, that end a row.
+        stop_at_eos: a row ends with `eos_token_id`.
+        eos_token_id: the token, or tokens, that end a row; None: the checkpoint's own (`cfg.eos_token_ids`) and the
+            tokenizer's end-of-text token, if they have any.
         stop_strings: texts that end a row: with the token that completes one in the row's generated text. Special
             tokens count as they are written.
         seed: of the draws, and of the initial states where the model draws them; None for 0. All rows draw from one
@@ -203,7 +204,7 @@ def generate_stream(
     )
     n_positions = _check_prompt(model, prompt, max_new_tokens, attention_mask)
     batch = len(prompt.tokens)
-    stopping = Stopping.checked(model.tokenizer, model.cfg.d_vocab, batch, stop_at_eos, eos_token_id, stop_strings)
+    stopping = Stopping.checked(model.tokenizer, model.cfg, batch, stop_at_eos, eos_token_id, stop_strings)
     states = NewStates(model, prompt, n_positions, initial_state)
     if exit_rule is not None:
         _check_rule(model, exit_rule, prompt.n_loops)

@@ -267,7 +267,7 @@ def _rows(run: Run, rows: slice) -> Run:
         run,
         tokens=run.tokens[rows],
         attention_mask=run.attention_mask[rows],
-        visible=run.visible if len(run.visible) == 1 else run.visible[rows],
+        visible=None if run.visible is None else run.visible[rows],
         position_ids=run.position_ids if len(run.position_ids) == 1 else run.position_ids[rows],
         state=None if run.state is None else run.state[rows],
     )

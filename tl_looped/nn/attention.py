@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, einsum, nn
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.hooks import HookDict, HookGroup, same_value
+from tl_looped.engine.hooks import HookDict, HookGroup, settle
 from tl_looped.engine.kv import KVCache
-from tl_looped.engine.schedule import BLOCK_AXES, HookSite
+from tl_looped.engine.numbers import wide
+from tl_looped.engine.schedule import HookSite
 from tl_looped.nn.norm import RMSNorm
 from tl_looped.nn.rotary import rotate
-
-ATTENTION_HOOKS = tuple(name.removeprefix("attn.") for name in BLOCK_AXES if name.startswith("attn."))
+from tl_looped.nn.weights import is_plain, matrix
 
 
 class Frame(NamedTuple):
     """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom.
 
-    With a cache the keys are those in it and then those of this run; `causal` then needs an empty cache or one query.
+    With a cache the keys are those in it and then those of this run; a `visible` of None then needs an empty cache or
+    one query.
     """
 
     cos: Float[Tensor, "rows pos 1 d_head"]
     sin: Float[Tensor, "rows pos 1 d_head"]
-    visible: Bool[Tensor, "#batch pos key"]  # [row, query, key]
-    causal: bool  # whether `visible` is the plain causal triangle, or its last row
+    visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
     kv: KVCache | None = None  # keys and values of earlier positions
 
 
@@ -35,14 +36,15 @@ class Attention(nn.Module):
     r"""o(softmax(q kᵀ / sqrt(d_head)) v), with rotary on q and k and as many key-value heads as the config says.
 
     The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where
-    they are hooked, and take its place only where a hook changed them; so watching changes nothing, to the bit.
+    they are hooked, scores in float32 at least, and take its place only where a hook changed them; so watching changes
+    nothing, to the bit.
     """
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
         self.cfg = cfg
         self.layer = (site.stack, site.layer)
-        self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, ATTENTION_HOOKS)
+        self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped)
         n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
         self.k = nn.Linear(cfg.d_model, n_key, bias=cfg.qk_bias)
@@ -52,28 +54,28 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(n_query, cfg.eps)
             self.k_norm = RMSNorm(n_key, cfg.eps)
 
-    def _by_head(self, linear: nn.Linear) -> Float[Tensor, "heads d_model d_head"]:
-        return linear.weight.unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
+    def _by_head(self, name: str) -> Float[Tensor, "heads d_model d_head"]:
+        return matrix(getattr(self, name), f"attn.{name}").unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
 
     @property
     def W_Q(self) -> Float[Tensor, "heads d_model d_head"]:
         """Query weights by head, a view."""
-        return self._by_head(self.q)
+        return self._by_head("q")
 
     @property
     def W_K(self) -> Float[Tensor, "kv_heads d_model d_head"]:
         """Key weights by key-value head, a view."""
-        return self._by_head(self.k)
+        return self._by_head("k")
 
     @property
     def W_V(self) -> Float[Tensor, "kv_heads d_model d_head"]:
         """Value weights by key-value head, a view."""
-        return self._by_head(self.v)
+        return self._by_head("v")
 
     @property
     def W_O(self) -> Float[Tensor, "heads d_head d_model"]:
         """Output weights by head, a view."""
-        return self.o.weight.unflatten(1, (-1, self.cfg.d_head)).permute(1, 2, 0)
+        return matrix(self.o, "attn.o").unflatten(1, (-1, self.cfg.d_head)).permute(1, 2, 0)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None
@@ -104,8 +106,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The weighted values of each head, z."""
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        mask = None if frame.causal else frame.visible[:, None]
-        triangle = frame.causal and q.shape[2] == k.shape[2]  # torch would put a lone query at the first key
+        mask = None if frame.visible is None else frame.visible[:, None]
+        triangle = mask is None and q.shape[2] == k.shape[2]  # torch would put a lone query at the first key
         grouped = k.shape[1] != q.shape[1]
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
         if self.hooks.hook_attn_scores.wants(loop) or self.hooks.hook_pattern.wants(loop):
@@ -124,19 +126,25 @@ class Attention(nn.Module):
         """Show the scores and the pattern to their hooks; the given z, unless a hook changed them."""
         group = q.shape[1] // k.shape[1]
         k, v = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (k, v))
-        scores = q @ k.transpose(-1, -2) * self.cfg.d_head**-0.5
-        scores = scores.masked_fill(~frame.visible[:, None], float("-inf"))
-        scores, scores_edited = self.hooks.hook_attn_scores.fire(scores, loop)
-        wide = scores if scores.element_size() >= 4 else scores.float()
-        pattern, pattern_edited = self.hooks.hook_pattern.fire(wide.softmax(-1).to(v.dtype), loop)
-        explicit = pattern @ v
-        return explicit if scores_edited or pattern_edited else same_value(z, explicit)
+        if frame.visible is None:
+            queries, keys = q.shape[2], k.shape[2]
+            hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
+        else:
+            hidden = ~frame.visible[:, None]
+        scores = (wide(q) @ wide(k).transpose(-1, -2) * self.cfg.d_head**-0.5).masked_fill(hidden, float("-inf"))
+        scores, scores_changed = self.hooks.hook_attn_scores.fire(scores, loop)
+        pattern, pattern_changed = self.hooks.hook_pattern.fire(scores.softmax(-1).to(v.dtype), loop)
+        return settle(z, lambda: pattern @ v, scores_changed, pattern_changed)
 
     def _through_result(
         self, out: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"], loop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Show each head's contribution to its hooks; the given output, unless a hook changed one."""
-        result = einsum("bphd,hdm->bphm", z, self.W_O)
-        result, edited = self.hooks.hook_result.fire(result, loop)
-        explicit = result.sum(2)
-        return explicit if edited else same_value(out, explicit)
+        if is_plain(self.o):
+            result, bias = einsum("bphd,hdm->bphm", z, self.W_O), self.o.bias
+        else:  # an adapter: the module itself, which is taken to be affine, on one head at a time
+            bias = self.o(torch.zeros_like(z[:1, :1]).flatten(-2))
+            alone = torch.eye(z.shape[2], dtype=torch.bool, device=z.device)[:, :, None]
+            result = torch.stack([self.o(z.where(head, 0).flatten(-2)) - bias for head in alone], dim=2)
+        result, changed = self.hooks.hook_result.fire(result, loop)
+        return settle(out, lambda: result.sum(2) if bias is None else result.sum(2) + bias, changed)

@@ -10,10 +10,8 @@ from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
 from tl_looped.engine.schedule import HookSite
 from tl_looped.nn.attention import Attention, Frame
-from tl_looped.nn.norm import NORM_HOOKS, RMSNorm
-
-BLOCK_HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
-MLP_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
+from tl_looped.nn.norm import RMSNorm
+from tl_looped.nn.weights import matrix
 
 
 class MLP(nn.Module):
@@ -21,7 +19,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
-        self.hooks = HookGroup(registry, HookSite("mlp.", site.stack, site.layer), looped, MLP_HOOKS)
+        self.hooks = HookGroup(registry, HookSite("mlp.", site.stack, site.layer), looped)
         self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
         self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
         self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
@@ -29,17 +27,17 @@ class MLP(nn.Module):
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights, a view."""
-        return self.gate.weight.T
+        return matrix(self.gate, "mlp.gate").T
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights, a view."""
-        return self.up.weight.T
+        return matrix(self.up, "mlp.up").T
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights, a view."""
-        return self.down.weight.T
+        return matrix(self.down, "mlp.down").T
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], loop: int | None) -> Float[Tensor, "batch pos d_model"]:
         """Apply to every position."""
@@ -60,11 +58,11 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(name: str) -> RMSNorm:
-            hooks = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped, NORM_HOOKS)
+            hooks = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped)
             return RMSNorm(cfg.d_model, cfg.eps, hooks)
 
         self.placement = cfg.norm_placement
-        self.hooks = HookGroup(registry, site, looped, BLOCK_HOOKS)
+        self.hooks = HookGroup(registry, site, looped)
         self.attn = Attention(cfg, registry, site, looped)
         self.mlp = MLP(cfg, registry, site, looped)
         if self.placement != "output":

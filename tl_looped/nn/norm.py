@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped.engine.hooks import HookGroup, same_value
-
-NORM_HOOKS = ("hook_scale", "hook_normalized")
+from tl_looped.engine.hooks import HookGroup, settle
+from tl_looped.engine.numbers import wide
 
 
 class RMSNorm(nn.Module):
@@ -45,9 +44,8 @@ class RMSNorm(nn.Module):
         self, out: Float[Tensor, "*dims d"], x: Float[Tensor, "*dims d"], loop: int | None, hooks: HookGroup
     ) -> Float[Tensor, "*dims d"]:
         """Show the scale and the normalised vectors to their hooks; the given output, unless a hook changed them."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        scale, scale_edited = hooks.hook_scale.fire(scale, loop)
-        normalized, normalized_edited = hooks.hook_normalized.fire(wide / scale, loop)
-        explicit = normalized.to(x.dtype) * self.weight
-        return explicit if scale_edited or normalized_edited else same_value(out, explicit)
+        x_wide = wide(x)
+        scale = (x_wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        scale, scale_changed = hooks.hook_scale.fire(scale, loop)
+        normalized, normalized_changed = hooks.hook_normalized.fire(x_wide / scale, loop)
+        return settle(out, lambda: normalized.to(x.dtype) * self.weight, scale_changed, normalized_changed)

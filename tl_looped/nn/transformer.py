@@ -9,6 +9,7 @@ logits = unembed(final_norm(coda(loop_norm(x))))     loop_norm here only where i
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from itertools import islice
 
 import torch
@@ -20,10 +21,8 @@ from tl_looped.engine.hooks import HookDict, HookGroup
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.attention import Frame
 from tl_looped.nn.block import Block
-from tl_looped.nn.norm import NORM_HOOKS, RMSNorm
+from tl_looped.nn.norm import RMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
-
-LOOP_HOOKS = ("hook_state_pre", "hook_injection", "hook_state_post")
 
 
 class LoopedTransformer(nn.Module):
@@ -40,31 +39,30 @@ class LoopedTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.hook_dict = HookDict()
-        self.hooks = self._group("", False, ("hook_embed", "hook_state_init"))
+        self.hooks = self._group("", looped=False)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
-        names = LOOP_HOOKS if cfg.injection == "none" else (*LOOP_HOOKS, "hook_injection_in")
-        self.loop_hooks = self._group("", True, names)
+        absent = {"hook_injection_in": cfg.injection == "none", "hook_exit_gate": not cfg.exit_gate}
+        self.loop_hooks = self._group("", looped=True, without=[name for name, is_so in absent.items() if is_so])
         if cfg.injection == "concat_linear":
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
-        self.loop_norm_hooks = self._group("ln_loop.", True, NORM_HOOKS) if cfg.loop_norm == "each" else None
+        self.loop_norm_hooks = self._group("ln_loop.", looped=True) if cfg.loop_norm == "each" else None
         if cfg.exit_gate:
             self.exit_gate = nn.Linear(cfg.d_model, 1)
-            self.gate_hooks = self._group("", True, ("hook_exit_gate",))
-        self.coda_norm_hooks = self._group("ln_coda.", False, NORM_HOOKS) if cfg.loop_norm == "last" else None
+        self.coda_norm_hooks = self._group("ln_coda.", looped=False) if cfg.loop_norm == "last" else None
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
         if cfg.loop_norm != "none" or cfg.final_norm:
-            hooks = self._group("ln_final.", False, NORM_HOOKS) if cfg.final_norm else None
+            hooks = self._group("ln_final.", looped=False) if cfg.final_norm else None
             self.ln_final = RMSNorm(cfg.d_model, cfg.eps, hooks)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.tie_embeddings:
             self.unembed.weight = self.embed.weight
         self._frequencies = component_frequencies(cfg)
 
-    def _group(self, prefix: str, looped: bool, names: tuple[str, ...]) -> HookGroup:
+    def _group(self, prefix: str, looped: bool, without: Container[str] = ()) -> HookGroup:
         # ln_loop and ln_coda are the final norm's weights at other sites, with hook points of their own.
-        return HookGroup(self.hook_dict, HookSite(prefix), looped, names)
+        return HookGroup(self.hook_dict, HookSite(prefix), looped, without)
 
     def _stack(self, name: str, n_layers: int, looped: bool) -> nn.ModuleList:
         sites = (HookSite("", name, layer) for layer in range(n_layers))
@@ -85,13 +83,13 @@ class LoopedTransformer(nn.Module):
                 std = 1.0 if name == "embed.weight" else 1 / math.sqrt(weight.shape[1])
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
-    def frame(self, visible: Bool[Tensor, "#batch pos key"], positions: Int[Tensor, "rows pos"], causal: bool) -> Frame:
+    def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
         dtype = self.embed.weight.dtype
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
         cos, sin = rotary_angles(self._frequencies, positions)
-        return Frame(cos.to(dtype), sin.to(dtype), visible, causal)
+        return Frame(cos.to(dtype), sin.to(dtype), visible)
 
     def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""
@@ -131,8 +129,8 @@ class LoopedTransformer(nn.Module):
         if self.loop_norm_hooks is not None:
             x = self.ln_final(x, t, self.loop_norm_hooks)
         x = self.loop_hooks.hook_state_post(x, t)
-        if self.cfg.exit_gate and self.gate_hooks.hook_exit_gate.wants(t):
-            self.gate_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
+        if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
+            self.loop_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
         return x
 
     def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:

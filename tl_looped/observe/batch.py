@@ -108,7 +108,8 @@ class Batch:
 
     def _note_extremes(self, site: HookSite, x: Tensor) -> None:
         if x.is_floating_point():
-            self._extremes.append((site, *x.flatten(1).aminmax(dim=1)))  # both NaN where one is
+            low, high = x.flatten(1).aminmax(dim=1)  # both NaN where one is
+            self._extremes.append((site, low, high))
 
     def _others(self, site: HookSite, x: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """What an activation is compared with."""
@@ -136,7 +137,8 @@ class Batch:
         """The first site seen that holds NaN or infinity, and the row; None where none does."""
         if not self._extremes:
             return None
-        low, high = (torch.stack([one[i] for one in self._extremes]).cpu() for i in (1, 2))
+        low = torch.stack([low for _, low, _ in self._extremes]).cpu()
+        high = torch.stack([high for _, _, high in self._extremes]).cpu()
         wrong = ~high.isfinite()
         scores = torch.tensor([site.component == SCORES for site, _, _ in self._extremes])
         wrong |= ~low.isfinite() & ~scores[:, None]

@@ -168,11 +168,8 @@ class Observed(Result):
             "once": [(None, None, None, None)],
         }
         depth, stack, layer, loop = zip(*rows[self.kinds[name]], strict=True)
-        numbers = {"depth": depth, "layer": layer, "loop": loop}
-        table = {key: pd.array(list(values), dtype="Int64") for key, values in numbers.items()}
-        return pd.DataFrame({"depth": table["depth"], "stack": list(stack), **table})[
-            ["depth", "stack", "layer", "loop"]
-        ]
+        depth, layer, loop = (pd.array(list(numbers), dtype="Int64") for numbers in (depth, layer, loop))
+        return pd.DataFrame({"depth": depth, "stack": list(stack), "layer": layer, "loop": loop})
 
     def plot(self, name: str | None = None, group: Group = "depth", *, log: bool = False) -> go.Figure:
         """One measure's mean over prompts (and over its own axes, such as heads), with its quartiles over prompts.

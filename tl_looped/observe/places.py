@@ -5,20 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tl_looped.engine.errors import InputError, nearest
-from tl_looped.engine.schedule import BLOCK_AXES, CORE, LOOP_AXES, MODEL_AXES, HookSite, LoopSchedule
-
-_COMPONENTS = (*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES)
-
-
-def component_of(name: str) -> str:
-    """TransformerLens's component of a short name: "z" -> "attn.hook_z", "state_post" -> "hook_state_post"."""
-    for candidate in (name, f"hook_{name}", f"attn.hook_{name}", f"mlp.hook_{name}"):
-        if candidate in _COMPONENTS:
-            return candidate
-    short = [one.rpartition("hook_")[2] for one in _COMPONENTS]
-    raise InputError(f"there is no site {name!r}.{nearest(name, short)}")
-
+from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 
 PlaceKind = Literal["depth", "loop", "once"]
 
@@ -40,9 +27,9 @@ class Places:
     @classmethod
     def of(cls, component: str, schedule: LoopSchedule) -> Places:
         """The places of a component in a schedule."""
-        if component in BLOCK_AXES:
+        if HookSite(component).in_layer:
             return cls(component, "depth", tuple(HookSite(component, *call) for call in schedule.layer_calls()))
-        if component in LOOP_AXES:
+        if HookSite(component).looped:
             return cls.of_loops(component, schedule)
         return cls(component, "once", (HookSite(component),))
 

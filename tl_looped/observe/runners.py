@@ -15,9 +15,9 @@ from tl_looped.engine.errors import InputError, check_count, nearest
 from tl_looped.engine.identity import digest, identity
 from tl_looped.engine.prompts import Rows, read_rows
 from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs
-from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule, Pass
+from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule, Pass, find_component
 from tl_looped.observe.measure import READOUT
-from tl_looped.observe.places import Places, component_of
+from tl_looped.observe.places import Places
 from tl_looped.observe.watching import See, first_not_finite, watch
 
 
@@ -89,7 +89,7 @@ class LoopedRunner:
         """See `Runner`."""
         if site == READOUT:
             return Places.of_loops(READOUT, self.schedule)
-        places = Places.of(component_of(site), self.schedule)
+        places = Places.of(find_component(site), self.schedule)
         for name in places.names:
             self.engine.hook_dict.shared(name)
         return places
@@ -162,7 +162,7 @@ class FeedforwardRunner:
         """See `Runner`."""
         if site == READOUT:
             raise InputError("read-outs by loop are those of a looped model, and this one has no loops")
-        places = Places.of(component_of(site), self.schedule)
+        places = Places.of(find_component(site), self.schedule)
         known: Mapping[str, object] = getattr(self.model, "hook_dict", {})
         for name in places.names:
             if name not in known:

@@ -68,7 +68,7 @@ def watch(
             reading = False
         see(HookSite(READOUT, loop=hook.loop), out)
 
-    frame = engine.frame(run) if READOUT in names else None
+    frame = engine.frame(run)
     with engine.hooks():
         for name in names:
             site = HookSite("hook_state_post") if name == READOUT else HookSite.parse(name)

@@ -10,18 +10,17 @@ from typing import Literal, get_args
 import pandas as pd
 import torch
 from torch import Tensor
-from transformer_lens.utilities.components_utils import get_act_name
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError, nearest, resolve_index
-from tl_looped.engine.schedule import BLOCK_AXES, CORE, LOOP_AXES, MODEL_AXES, HookSite
+from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.schedule import CORE, HookSite, find_component
 
 Axis = Literal["source_loop", "loop", "layer", "pos", "head", "neuron", "key"]
 When = Literal["at", "from", "clamp", "every"]
 
 # Axis of a sweep -> axis of an activation, for those that pick a place inside it.
 _INNER = {"pos": ("pos", "query"), "head": ("head", "kv_head"), "neuron": ("d_mlp",), "key": ("key",)}
-_SITES = {"state": "hook_state_pre", "initial_state": "hook_state_init", "embed": "hook_embed"}
+_SITES = {"state": "hook_state_pre", "initial_state": "hook_state_init"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,7 @@ class Group:
 
 def component(site: str) -> str:
     """TransformerLens's component of a site's short name; "state" is the one entering a loop, before injection."""
-    if site in _SITES:
-        return _SITES[site]
-    known = {**BLOCK_AXES, **LOOP_AXES, **MODEL_AXES}
-    full = site if "hook_" in site else f"hook_{site}"
-    if full not in known:
-        full = site if "hook_" in site else get_act_name(site, 0).removeprefix("blocks.0.")
-    if full not in known:
-        shorts = [*_SITES, *(name.rpartition("hook_")[2] for name in known)]
-        raise InputError(f"there is no site {site!r} to patch.{nearest(site, shorts)}")
-    return full
+    return _SITES[site] if site in _SITES else find_component(site)
 
 
 class Plan:
@@ -82,9 +72,8 @@ class Plan:
     ):
         self.cfg, self.n_loops, self.when = cfg, n_loops, when
         self.component = component(site)
-        self.layered = self.component in BLOCK_AXES
-        self.looped = self.layered or self.component in LOOP_AXES
-        self.inner_axes = HookSite(self.component, CORE if self.layered else None, 0 if self.layered else None).axes
+        there = HookSite(self.component)
+        self.layered, self.looped, self.inner_axes = there.in_layer, there.looped, there.axes
         self.axes = tuple(axes)
         self.source_loop = None if source_loop is None else resolve_index("source_loop", source_loop, n_loops)
         self._check(site)

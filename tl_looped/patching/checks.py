@@ -74,7 +74,9 @@ def check_source(source: Source, run: Run) -> None:
 
 def _same_course(theirs: Run, run: Run) -> bool:
     pairs = ((theirs.position_ids, run.position_ids), (theirs.visible, run.visible))
-    return theirs.start == run.start and all(torch.equal(one.cpu(), other.cpu()) for one, other in pairs)
+    return theirs.start == run.start and all(
+        one is other if one is None or other is None else torch.equal(one.cpu(), other.cpu()) for one, other in pairs
+    )
 
 
 class Metrics:

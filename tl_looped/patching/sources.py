@@ -76,8 +76,11 @@ class Source:
 
     def _check_sight(self, name: str, run: Run) -> None:
         """Raise where a pattern would give queries of the patched run keys that they do not see, such as padding."""
-        theirs, ours = (one.visible.cpu() for one in (self.run or run, run))
-        if theirs.shape[-2:] != ours.shape[-2:] or not bool((theirs == ours).all()):
+        theirs, ours = (self.run or run).visible, run.visible
+        same = theirs is None and ours is None  # both see all up to themselves
+        if theirs is not None and ours is not None and theirs.shape[-2:] == ours.shape[-2:]:
+            same = bool((theirs.cpu() == ours.cpu()).all())
+        if not same:
             raise InputError(
                 f"in the source of {name!r} queries see other keys than in the patched prompts: take both without "
                 "padding, and with the same attention_mask."

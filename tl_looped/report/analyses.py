@@ -21,8 +21,7 @@ from tl_looped.dynamics import (
 )
 from tl_looped.engine.numbers import median
 from tl_looped.model import LoopedModel
-from tl_looped.observe import collect
-from tl_looped.observe.observed import Observed
+from tl_looped.observe import Observed, observe
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.stages import STAGE_MEASURES, neuron_shares
 from tl_looped.viz.curves import Group
@@ -53,8 +52,8 @@ def loop_analyses(
     measures = [DISTANCE, COSINE_TO_END, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
     per_token = [DISTANCE.name, COSINE_TO_END.name]
     options = {"seed": seed, "progress": progress}
-    ends = collect(model, prompts, measures, long_run, per_token=per_token, **options)
-    stages = collect(model, prompts, STAGE_MEASURES, n_loops, **options)
+    ends = observe(model, prompts, long_run, measures=measures, per_token=per_token, **options)
+    stages = observe(model, prompts, n_loops, measures=STAGE_MEASURES, **options)
     first = torch.tensor([max(prompts, key=len)])
     return [
         _convergence(model, ends, prompts, first, long_run, seed),
@@ -172,8 +171,8 @@ def _stages(model: LoopedModel, stages: Observed) -> Section:
     )
 
 
-def _curves(collected: Observed, name: str, group: Group, caption: str) -> str:
+def _curves(observed: Observed, name: str, group: Group, caption: str) -> str:
     """A measure's figure; a sentence where it is undefined, as entropies over one token are."""
-    if not bool(collected[name].isfinite().any()):
-        return f'<p class="note">{escape(collected.labels[name])}: not defined for these prompts.</p>'
-    return figure(collected.plot(name, group, log=group == "layer"), caption)
+    if not bool(observed[name].isfinite().any()):
+        return f'<p class="note">{escape(observed.labels[name])}: not defined for these prompts.</p>'
+    return figure(observed.plot(name, group, log=group == "layer"), caption)

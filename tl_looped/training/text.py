@@ -120,8 +120,7 @@ def text_loss(
     """Mean next-token cross entropy after the last loop, in nats; the initial state is drawn from `seed`, or afresh."""
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    visible = torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
-    frame = model.frame(visible, positions[:1], causal=True)
+    frame = model.frame(None, positions[:1])
     state = random_state(model.cfg, positions, seed, torch.float32) if model.cfg.random_state else None
     logits = model.readout(model(tokens, frame, state, 0, n_loops), frame)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
