@@ -22,7 +22,7 @@ export WANDB_MODE := disabled
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test lint browser benchmarks clean
+.PHONY: help install demo test test-numbers lint browser benchmarks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,11 @@ demo: $(STAMP) ## write report.html with the embedded model
 
 test: lint browser ## check style and types, then run the tests and the docstrings' examples
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile tests tl_looped --doctest-modules
+
+# What compares printed or stored numbers: processors, kernels and threads round them in another way.
+NUMBERS := tests/test_readme.py tests/test_parity.py tests/test_gradients.py
+test-numbers: $(STAMP) ## run the tests of numbers, with ATEN_CPU_CAPABILITY and TL_LOOPED_TEST_THREADS as they are set
+	$(BIN)/python -m pytest --quiet $(NUMBERS) tl_looped --doctest-modules
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check

@@ -356,7 +356,7 @@ def test_a_pattern_that_is_not_finite_is_named():
     model = make(**TINY["llama"])
     with torch.no_grad():
         model.transformer.injection.weight.fill_(1e30)
-    with pytest.raises(InputError, match="not finite, from 'blocks.0.loop.0.ln1.hook_scale' on"):
+    with pytest.raises(InputError, match="not finite, from 'blocks.0.loop.0.ln1.hook_scale' .* on"):
         attention_stability(model, tokens_for(model, batch=1), 3)
 
 

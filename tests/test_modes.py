@@ -26,7 +26,7 @@ from tl_looped.dynamics import (
 from tl_looped.lens import fit_tuned_lens, loop_agreement, loop_lens, trace_exits, view_prompt
 from tl_looped.observe import observe
 from tl_looped.patching import Receiver, Sender, attribution_sweep, mean, patch_sweep, path_patch, zero
-from tl_looped.report.data import observe as read_prompts
+from tl_looped.report.data import collect as read_prompts
 from tl_looped.report.prompts import Prompt
 from tl_looped.stages import ablation_effect, massive_activations
 

@@ -12,7 +12,8 @@ import torch
 from helpers import TINY, hook_count, make, noise_like, tiny, word_tokenizer
 from torch import Tensor
 
-from tl_looped import InputError, LoopedModel
+from tl_looped import InputError, LoopedModel, lens
+from tl_looped.lens import AGREEMENT, ENTROPY, loop_lens
 from tl_looped.observe import Measure, Observed, observe
 
 LOOPS = 3
@@ -177,3 +178,21 @@ def test_what_can_not_be_observed() -> None:
         observe(model.unrolled(2), [[1, 2]], measures=[LOSS])
     with pytest.raises(InputError, match="observe has no argument 'sed'. Nearest: 'seed'"):
         observe(model, PROMPTS, measures=[STATE], sed=3)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_lens_over_many_prompts_is_the_lens(family: str) -> None:
+    """The same numbers from the lens on one prompt, and as statistics over many."""
+    model = tiny(family, torch.float64)
+    measures = [ENTROPY, lens.KL_TO_FINAL, lens.KL_TO_PREVIOUS, AGREEMENT, lens.LOSS]
+    found = run(model, measures)
+    for row, prompt in enumerate(PROMPTS):
+        one = loop_lens(model, torch.tensor([prompt]), LOOPS, positions=None)
+        for name in ("entropy", "kl_to_final", "kl_to_previous"):
+            wanted = getattr(one, name)[:, 0].mean(-1)
+            torch.testing.assert_close(found[name][row], wanted, atol=1e-10, rtol=0, equal_nan=True)
+        top = one.top_ids[:, 0, :, 0]
+        torch.testing.assert_close(found["agreement"][row], (top == top[-1]).double().mean(-1))
+        if len(prompt) > 1:
+            losses = [model(torch.tensor([prompt]), t + 1, return_type="loss") for t in range(LOOPS)]
+            torch.testing.assert_close(found["loss"][row], torch.stack(losses), atol=1e-10, rtol=0)

@@ -441,13 +441,17 @@ def test_means_that_do_not_fit(refused: Refused) -> None:
 
 
 def test_a_mean_of_patterns_for_prompts_with_padding(refused: Refused) -> None:
-    """Their queries would see padding, as the reference's see real tokens there."""
-    model = make(tokenizer=word_tokenizer())
-    source = mean(model, ["a b c", "d e f"])
-    sweep(model, ["a b c", "f e d"], source, site="pattern")
-    with refused("in the source of 'blocks.0.loop.0.attn.hook_pattern' queries see other keys than in the patched"):
-        sweep(model, ["a b c", "a b"], source, site="pattern")
-    sweep(model, ["a b c", "a b"], source, site="v")
+    """Queries behind padding would see it, as the reference's see real tokens there; before it nothing is wrong."""
+    for side in ("left", "right"):
+        model = make(tokenizer=word_tokenizer(padding_side=side))
+        source = mean(model, ["a b c", "d e f"])
+        sweep(model, ["a b c", "f e d"], source, site="pattern")
+        sweep(model, ["a b c", "a b"], source, site="v")
+        if side == "right":
+            sweep(model, ["a b c", "a b"], source, site="pattern")
+            continue
+        with refused("in the source of 'blocks.0.loop.0.attn.hook_pattern' queries see other keys than in the patched"):
+            sweep(model, ["a b c", "a b"], source, site="pattern")
 
 
 def test_a_reference_of_prompts_of_different_lengths(refused: Refused) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from transformer_lens.utilities.components_utils import get_act_name
 
@@ -111,7 +111,7 @@ class HookSite:
     layer: int | None = None
     loop: int | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The hook name, e.g. "blocks.2.loop.3.attn.hook_z"."""
         parts = [str(part) for part in (self.stack, self.layer) if part is not None]
@@ -127,21 +127,11 @@ class HookSite:
             HookNameError: when the name does not have the form of a hook name. Whether a model has such a site is for
                 the model to say.
         """
-        match = _NAME.fullmatch(name)
-        if match is None or not _COMPONENT.fullmatch(match["component"]):
-            raise HookNameError(
-                f"{name!r} does not have the form of a hook name, such as 'blocks.2.loop.3.attn.hook_z', "
-                "'loop.3.hook_state_post' or 'prelude.0.hook_resid_post'."
-            )
-        layer, loop = (int(match[part]) if match[part] is not None else None for part in ("layer", "loop"))
-        site = cls(match["component"], match["stack"], layer, loop)
-        if site.name != name:  # leading zeros would give one site two names
-            raise HookNameError(f"{name!r} is not written as hook names are: the same site is {site.name!r}.")
-        return site
+        return _parsed(name)
 
     def at(self, loop: int | None) -> HookSite:
         """The same site at another loop, or with None its name for every loop."""
-        return replace(self, loop=loop)
+        return self if loop == self.loop else _at(self, loop)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -234,6 +224,29 @@ def _full(short: str, layer_type: str | None) -> str:
     if any(map(str.isdigit, short)):  # TransformerLens would read "k0" as k of layer 0
         return f"hook_{short}"
     return get_act_name(short, 0, layer_type).removeprefix("blocks.0.")
+
+
+# Names and sites are asked for at every firing of a hook, so each is made once.
+
+
+@lru_cache(maxsize=2**16)
+def _parsed(name: str) -> HookSite:
+    match = _NAME.fullmatch(name)
+    if match is None or not _COMPONENT.fullmatch(match["component"]):
+        raise HookNameError(
+            f"{name!r} does not have the form of a hook name, such as 'blocks.2.loop.3.attn.hook_z', "
+            "'loop.3.hook_state_post' or 'prelude.0.hook_resid_post'."
+        )
+    layer, loop = (int(match[part]) if match[part] is not None else None for part in ("layer", "loop"))
+    site = HookSite(match["component"], match["stack"], layer, loop)
+    if site.name != name:  # leading zeros would give one site two names
+        raise HookNameError(f"{name!r} is not written as hook names are: the same site is {site.name!r}.")
+    return site
+
+
+@lru_cache(maxsize=2**16)
+def _at(site: HookSite, loop: int | None) -> HookSite:
+    return replace(site, loop=loop)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ from tl_looped.lens.exits import exit_distribution as exit_distribution
 from tl_looped.lens.exits import threshold_exit as threshold_exit
 from tl_looped.lens.exits import weighted_logits as weighted_logits
 from tl_looped.lens.lens import loop_lens as loop_lens
+from tl_looped.lens.measures import AGREEMENT as AGREEMENT
+from tl_looped.lens.measures import ENTROPY as ENTROPY
+from tl_looped.lens.measures import KL_TO_FINAL as KL_TO_FINAL
+from tl_looped.lens.measures import KL_TO_PREVIOUS as KL_TO_PREVIOUS
+from tl_looped.lens.measures import LOSS as LOSS
 from tl_looped.lens.measures import entropy as entropy
 from tl_looped.lens.measures import kl_divergence as kl_divergence
 from tl_looped.lens.measures import token_rank as token_rank

@@ -7,6 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.engine.numbers import wide
+from tl_looped.observe.measure import READOUT, Measure
+
+LogProbs = Float[Tensor, "batch pos d_vocab"]
 
 
 def log_probs_of(logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
@@ -47,3 +50,36 @@ def token_rank(scores: Float[Tensor, "*dims d_vocab"], ids: Int[Tensor, "*dims t
     """
     given = scores.gather(-1, ids)
     return torch.stack([(~(scores <= one[..., None])).sum(-1) for one in given.unbind(-1)], dim=-1)
+
+
+# Over many prompts, with `tl_looped.observe.observe`: of what the model would say if it stopped after each loop.
+
+
+def _kl_from(log_probs: LogProbs, other: LogProbs) -> Float[Tensor, "batch pos"]:
+    return kl_divergence(other, log_probs)
+
+
+def _same_top(log_probs: LogProbs, other: LogProbs) -> Float[Tensor, "batch pos"]:
+    return (log_probs.argmax(-1) == other.argmax(-1)).to(log_probs.dtype)
+
+
+def surprise(log_probs: LogProbs, next_tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+    """−log p of the token that comes next, in nats; NaN where none does (−1)."""
+    found = -log_probs.gather(-1, next_tokens.clamp(min=0)[..., None])[..., 0]
+    return found.masked_fill(next_tokens < 0, float("nan"))
+
+
+ENTROPY = Measure("entropy", "entropy of the read-out", "nats", READOUT, entropy, axes=("pos",))
+"""How undecided each loop's read-out is; see `entropy`."""
+
+KL_TO_FINAL = Measure("kl_to_final", "KL(last loop ‖ loop)", "nats", READOUT, _kl_from, "last", ("pos",))
+"""How far each loop's read-out is from the last loop's."""
+
+KL_TO_PREVIOUS = Measure("kl_to_previous", "KL(loop before ‖ loop)", "nats", READOUT, _kl_from, "previous", ("pos",))
+"""How much each loop changes the read-out."""
+
+AGREEMENT = Measure("agreement", "same top token as the last loop", "", READOUT, _same_top, "last", ("pos",))
+"""Share of tokens of which a loop's top token is the last loop's."""
+
+LOSS = Measure("loss", "loss", "nats", READOUT, surprise, axes=("pos",), reads_tokens=True)
+"""Next-token cross entropy of the model if it stopped after each loop; each prompt counts once."""

@@ -218,7 +218,7 @@ class _Fitter:
         self.n_loops = model.cfg.schedule(n_loops).n_loops()
         self.asked = tuple(layers) if isinstance(layers, Iterable) else layers  # it is read for every batch
         d, device = model.cfg.d_model, model.device
-        probe = model.batch(torch.zeros(1, 1, dtype=torch.long), self.n_loops)
+        probe = model.batch(torch.zeros(1, 1, dtype=torch.long), self.n_loops, attention_mask=torch.ones(1, 1))
         self.layers = choose_reads(model, probe, site, None, self.asked, None).layers or (0,)
         shape = (self.n_loops if per_loop else 1, len(self.layers))
         dtype = wide_dtype(model.dtype)
