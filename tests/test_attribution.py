@@ -392,7 +392,7 @@ def test_half_precision_gives_about_the_same(name: str) -> None:
         ({"metric": lambda x: x.argmax(-1).sum(-1)}, "in a way that can be differentiated"),
         (
             {"site": "exit_gate", "axes": ("loop",)},
-            "no gradient reached 'loop.0.hook_exit_gate': nothing that the metric",
+            "a backward hook is on 'loop.0.hook_exit_gate', which no output of the model reads",
         ),
         ({"site": "resid_pre", "axes": ("head", "loop")}, "site 'resid_pre' has no axis 'head'"),
         ({"metric": lambda x: x.sum()}, r"must return shape \(2,\) with reduce='none'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -143,16 +144,14 @@ def _gradients(
     def keep(grad: Tensor, hook: LoopHookPoint) -> None:
         grads[hook.name] = grad
 
-    def leaf(x: Tensor, hook: LoopHookPoint) -> Tensor:
-        if fraction and hook.name == "hook_embed":
-            x = x + fraction * (source.values(hook.site, x) - x)
-        return x.detach().requires_grad_()
+    def move(x: Tensor, hook: LoopHookPoint) -> Tensor:
+        return x + fraction * (source.values(hook.site, x) - x)
 
-    leaves: list[tuple[HookName, HookFn]] = [("hook_state_init", leaf)]
-    if model.transformer.needs_input(run.state is not None):
-        # where the state is the prelude's output itself, the embedding is the one leaf
-        leaves = [("hook_embed", leaf)] + (leaves if run.state is not None else [])
-    with frozen_weights(model), torch.enable_grad(), model.hooks(leaves, [(site.name, keep) for site in sites]):
+    reads_tokens = model.transformer.needs_input(run.state is not None)
+    if run.state is not None:
+        run = replace(run, state=run.state.detach())  # the caller's own may ask for gradients
+    moves: list[tuple[HookName, HookFn]] = [("hook_embed", move)] if fraction and reads_tokens else []
+    with frozen_weights(model), torch.enable_grad(), model.hooks(moves, [(site.name, keep) for site in sites]):
         value = metrics(model.execute(run)).sum()
     if not value.requires_grad:
         raise InputError("the metric does not depend on the logits in a way that can be differentiated.")
