@@ -299,10 +299,10 @@ class Engine(HookedRootModule):
         state = self.transformer(run.tokens, frame, run.state, run.start, run.stop)
         if not run.reads_out:
             return state.clone()  # not the caller's own initial state, nor what a cache holds
-        out = self.transformer.finish(state, frame)
         if return_type is None:
+            self.transformer.finish(state, frame)  # for the hooks on what comes after the loops
             return None
-        logits = self.transformer.unembed(out)
+        logits = self.transformer.readout(state, frame)
         if return_type == "logits":
             return logits
         loss = lm_cross_entropy_loss(wide(logits), run.tokens, run.attention_mask, loss_per_token)
