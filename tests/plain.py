@@ -133,6 +133,8 @@ class Plain:
         elif cfg.initial_state != "prelude":
             assert state is not None
             x = state
+        if not x.requires_grad:
+            x = x.detach().clone().requires_grad_()  # a state that no weight made has a gradient all the same
         x = see("hook_state_init", x)
         for t in range(n_loops):
             x = see(f"loop.{t}.hook_state_pre", x)

@@ -100,6 +100,7 @@ def test_the_published_families(family: str):
     model.zero_grad()
 
 
+@torch.no_grad()
 def test_the_plain_model_sees_what_the_parity_data_hold():
     """So that plain.py is itself held to the public reference code."""
     model = parity("huginn", torch.float64)
