@@ -19,18 +19,20 @@ export PIP_RETRIES ?= 10
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE := disabled
+# Compiled modules are kept: the tests start Python many times.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install demo test test-numbers lint browser benchmarks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s%s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make .venv with the package (editable) and all that its tests need
 
 # torch comes first, alone: asked for by another package, it would come in its newest release and with CUDA's gigabytes.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tl_looped needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	@echo "Installing into $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
@@ -44,12 +46,16 @@ demo: $(STAMP) ## write report.html with the embedded model
 	@echo "The report is $(abspath $(REPORT)): open it in a browser"
 
 test: lint browser ## check style and types, then run the tests and the docstrings' examples
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile tests tl_looped --doctest-modules
+	$(PYTEST) tests tl_looped --doctest-modules
 
-# What compares printed or stored numbers: processors, kernels and threads round them in another way.
-NUMBERS := tests/test_readme.py tests/test_parity.py tests/test_gradients.py
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# What compares printed, stored, fitted or chosen numbers: processors, kernels and threads round them in another way.
+NUMBERS = $(foreach name,readme parity plain gradients model text lens exit dynamics attention stages report_,\
+	$(or $(wildcard tests/test_$(name)*.py),$(error there is no tests/test_$(name)*.py)))
+
+# Annotations are checked by `make test`; more threads than cores should sleep, not spin.
 test-numbers: $(STAMP) ## run the tests of numbers, with ATEN_CPU_CAPABILITY and TL_LOOPED_TEST_THREADS as they are set
-	$(BIN)/python -m pytest --quiet $(NUMBERS) tl_looped --doctest-modules
+	JAXTYPING_DISABLE=1 OMP_WAIT_POLICY=passive $(PYTEST) --quiet $(NUMBERS) tl_looped --doctest-modules
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check

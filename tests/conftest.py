@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 # `make test-numbers` asks for them, as no test may depend on that.
 torch.set_num_threads(int(os.environ.get("TL_LOOPED_TEST_THREADS", "1")))
 
-# No deadline: the cores may be shared. In CI the examples are the same in every run.
-hypothesis.settings.register_profile("tl_looped", deadline=None, derandomize="CI" in os.environ)
+# No deadline: the cores may be shared. Examples are the same in every run, here and elsewhere. To look for new ones:
+# pytest --hypothesis-profile=search.
+hypothesis.settings.register_profile("tl_looped", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("tl_looped")
 
 

@@ -228,22 +228,11 @@ class SharedHookPoint(HookPoint):
             raise InputError(f"a hook's direction must be 'fwd', 'bwd' or 'both', got {dir!r}.")
         if not (self.fwd_hooks or self.bwd_hooks):
             return
-
-        def kept(handles: list[LensHandle]) -> list[LensHandle]:
-            stay = []
-            for handle in handles:
-                mine = not isinstance(handle, LoopHandle) or handle.here
-                if mine and (including_permanent or not handle.is_permanent) and level in (None, handle.context_level):
-                    handle.hook.remove()
-                else:
-                    stay.append(handle)
-            return stay
-
         with _registering:
             if dir != "bwd":
-                self.fwd_hooks = kept(self.fwd_hooks)
+                self.fwd_hooks = _without(self.fwd_hooks, including_permanent, level)
             if dir != "fwd":
-                self.bwd_hooks = kept(self.bwd_hooks)
+                self.bwd_hooks = _without(self.bwd_hooks, including_permanent, level)
 
     def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
         """The activation after this loop's hooks."""
@@ -314,6 +303,18 @@ class SharedHookPoint(HookPoint):
     def forward(self, x: Tensor, loop: int | None = None) -> Tensor:
         """The same as calling the point."""
         return self(x, loop)
+
+
+def _without(handles: list[LensHandle], including_permanent: bool, level: int | None) -> list[LensHandle]:
+    """The handles that stay, once those of this thread at a level (None: any) are removed."""
+    stay = []
+    for handle in handles:
+        mine = not isinstance(handle, LoopHandle) or handle.here
+        if mine and (including_permanent or not handle.is_permanent) and level in (None, handle.context_level):
+            handle.hook.remove()
+        else:
+            stay.append(handle)
+    return stay
 
 
 def _checked(result: object, x: Tensor, name: str) -> Tensor:

@@ -124,12 +124,9 @@ def read_rows(
         check_count("limit", limit)
     if padding_side not in (None, "left", "right"):
         raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
-
-    def own(text: str) -> Int[Tensor, " pos"]:
-        return torch.tensor(tokenize(tokenizer, text, prepend_bos))
-
+    encode = encode or (lambda text: torch.tensor(tokenize(tokenizer, text, prepend_bos)))
     told = attention_mask is not None and attention_mask.ndim == 2
-    found = list(islice(_Reader(tokenizer, field, encode or own, told).rows(prompts), limit))
+    found = list(islice(_Reader(tokenizer, field, encode, told).rows(prompts), limit))
     if not found:
         place = f" in {str(prompts)!r}" if isinstance(prompts, os.PathLike) else ""
         raise InputError(f"there are no prompts{place}.")
