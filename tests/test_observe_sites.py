@@ -196,3 +196,13 @@ def test_the_lens_over_many_prompts_is_the_lens(family: str) -> None:
         if len(prompt) > 1:
             losses = [model(torch.tensor([prompt]), t + 1, return_type="loss") for t in range(LOOPS)]
             torch.testing.assert_close(found["loss"][row], torch.stack(losses), atol=1e-10, rtol=0)
+
+
+def test_a_read_out_that_overflows_is_not_left_out_of_a_mean() -> None:
+    """Every state is finite, the logits are not: the mean over the other tokens would be a number, and wrong."""
+    model = make(**TINY["ouro"])
+    with torch.no_grad():
+        model.transformer.unembed.weight[3] = 3e38
+    with pytest.raises(InputError, match="prompt 0: activations are not finite, from 'loop.0.readout', the log prob"):
+        run(model, [LOSS], prompts=[[2, 3, 4]])
+    assert bool(run(model, [STATE], prompts=[[2, 3, 4]])["state"].isfinite().all())

@@ -115,6 +115,8 @@ def test_changed_padding_is_not_trusted():
         InputError, match="tokens that to_tokens filled in as padding were changed: pass attention_mask="
     ):
         model(tokens)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+    assert torch.equal(model.batch(tokens, attention_mask=mask).attention_mask, mask.bool())  # the mend that it names
 
 
 def test_only_padding(model):
@@ -130,6 +132,30 @@ def test_logits_at_the_last_real_token(model):
     for side in ("left", "right"):
         torch.testing.assert_close(model.last_logits(texts, padding_side=side), alone, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(model(texts)[:, -1], alone)  # padding, where rows are filled at the right
+
+
+def test_a_full_mask_does_not_make_padding_count(model):
+    """Who sees whom is the mask's to say; which tokens are in the loss, the prompts'."""
+    texts = ["a b c", "d e f g h"]
+    for side in ("left", "right"):
+        run = model.batch(texts, padding_side=side)
+        causal = torch.ones(5, 5, dtype=torch.bool).tril() & run.attention_mask[:, None, :]
+        full = model.batch(texts, padding_side=side, attention_mask=causal)
+        assert torch.equal(full.attention_mask, run.attention_mask) and torch.equal(full.position_ids, run.position_ids)
+        torch.testing.assert_close(
+            model(texts, padding_side=side, attention_mask=causal, return_type="loss"),
+            model(texts, padding_side=side, return_type="loss"),
+        )
+
+
+def test_rows_keep_their_places_whatever_the_side():
+    model = tiny("llama")
+    for side in ("left", "right"):
+        runs = model.prepare([[5, 6], [7, 8, 9], [4]], padding_side=side)
+        tokens, real = runs.rows.padded()
+        for row in range(3):
+            assert torch.equal(tokens[row, runs.rows.places(row)], runs.rows.unpadded(row))
+            assert torch.equal(runs.rows.places(row), real[row].nonzero()[:, 0])
 
 
 # Dialects.
@@ -213,6 +239,13 @@ def test_a_state_by_position():
             torch.testing.assert_close(last[row], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_state_that_ends_before_the_positions():
+    model = tiny("llama")
+    options = {"initial_state": torch.zeros(3, model.cfg.d_model), "position_ids": torch.tensor([[0, 1, 7]])}
+    with pytest.raises(InputError, match="position_ids go up to 7, but initial_state has 3 positions: pass"):
+        model([[4, 5, 6]], **options)
+
+
 # Errors.
 
 
@@ -238,6 +271,14 @@ def test_a_state_by_position():
         (["a b"], {"attention_mask": torch.ones(1, 3)}, r"attention_mask must have the shape of the tokens, \(1, 2\)"),
         (["a b"], {"attention_mask": torch.tensor([[2, 1]])}, "attention_mask must be of zeros and ones"),
         (Path("nowhere.txt"), {}, "there is no file 'nowhere.txt'"),
+        ({"input_ids": []}, {}, "there are no prompts"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, "attention_mask of prompt 0 must be .* each of its 2"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1, 2]]},
+            {},
+            "attention_mask of prompt 0 must be of zeros and ones",
+        ),
+        ({"input_ids": [[1], [2]], "attention_mask": [[1]]}, {}, "input_ids has 2 prompts, attention_mask 1"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

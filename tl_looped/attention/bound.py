@@ -31,10 +31,11 @@ from torch import Tensor
 
 from tl_looped.attention.distances import pattern_distance
 from tl_looped.attention.patterns import checked_pattern
-from tl_looped.engine.checks import check_eval, check_finite, check_one_prompt, check_whole_run
+from tl_looped.engine.checks import check_eval, check_finite
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import check_one_prompt, check_whole_run
 from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block

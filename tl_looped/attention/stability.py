@@ -21,9 +21,10 @@ from tl_looped.attention.distances import (
 )
 from tl_looped.attention.patterns import checked_pattern
 from tl_looped.engine.cache import LoopedCache
-from tl_looped.engine.checks import check_eval, check_number, check_one_prompt, check_whole_run
+from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import check_one_prompt, check_whole_run
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import naming_origin

@@ -22,19 +22,11 @@ from tl_looped.dynamics.measures import DISTANCE
 from tl_looped.dynamics.steps import N_LOOPS, cosine_to
 from tl_looped.dynamics.tokens import observe_tokens, place_table
 from tl_looped.engine.cache import LoopedCache
-from tl_looped.engine.checks import (
-    check_axes,
-    check_eval,
-    check_finite,
-    check_floats,
-    check_number,
-    check_same_shape,
-    check_whole_run,
-)
+from tl_looped.engine.checks import check_axes, check_eval, check_finite, check_floats, check_number, check_same_shape
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import unit
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts
+from tl_looped.engine.runs import Prompts, check_whole_run
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap

@@ -17,11 +17,11 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor
 
 from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.engine.checks import check_eval, check_finite, check_number, check_one_prompt
+from tl_looped.engine.checks import check_eval, check_finite, check_number
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import length, ratio
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Run, check_one_prompt
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.dynamics import spectrum_plane

@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.dynamics.steps import N_LOOPS, accelerations, step_angles, step_changes, step_norms
-from tl_looped.engine.checks import check_eval, check_one_prompt, check_whole_run
+from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import check_one_prompt, check_whole_run
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import naming_origin

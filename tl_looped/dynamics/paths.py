@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.engine.checks import check_eval, check_finite, check_number, check_one_prompt, check_whole_run
+from tl_looped.engine.checks import check_eval, check_finite, check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import length, met_from, ratio, unit, wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Run, check_one_prompt, check_whole_run
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.dynamics import path_curves
 

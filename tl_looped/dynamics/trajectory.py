@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.engine.checks import check_eval, check_finite, check_floats, check_one_prompt, check_whole_run
+from tl_looped.engine.checks import check_eval, check_finite, check_floats
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import ratio, wide
 from tl_looped.engine.results import Result
+from tl_looped.engine.runs import check_one_prompt, check_whole_run
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.dynamics import trajectory_figure

@@ -1,18 +1,14 @@
-"""What analyses ask of their input before they work: numbers in range, modes, runs, axes, states that are finite."""
+"""What analyses ask of their input before they work: numbers in range, modes, axes, states that are finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_looped.engine.errors import InputError
-
-if TYPE_CHECKING:
-    from tl_looped.engine.runs import Run
 
 
 def check_number(
@@ -45,36 +41,13 @@ def check_number(
     return float(number)
 
 
-# Models and runs.
+# Models.
 
 
 def check_eval(model: nn.Module) -> None:
     """Raise for a model in training mode, where a drawn state is another one in every run."""
     if any(module.training for module in model.modules()):
         raise InputError("the model is in training mode: call model.eval() first, or a drawn state makes runs differ.")
-
-
-def check_whole_run(run: Run, loops: int = 2) -> None:
-    """Raise unless a run goes from the first loop to the last, and has at least so many."""
-    if run.start or run.stop != run.n_loops:
-        raise InputError("all loops are looked at: leave out start_at_loop and stop_at_loop.")
-    if run.n_loops < loops:
-        raise InputError(f"this compares loops, and the run has {run.n_loops}: pass n_loops of at least {loops}.")
-
-
-def check_one_prompt(run: Run, tokens: int = 1) -> None:
-    """Raise unless a run is of one prompt without padding, of at least so many tokens."""
-    prompts, found = run.tokens.shape
-    if prompts != 1:
-        raise InputError(
-            f"this looks at one prompt, got {prompts}: call it for each, or take measures with tl_looped.observe."
-        )
-    if not bool(run.attention_mask.all()):
-        raise InputError("the prompt has padding, which would count as tokens: pass it without.")
-    if found < tokens:
-        raise InputError(
-            f"the prompt has {found} token, and this needs {tokens}: a single token can only look at itself."
-        )
 
 
 # Tensors.

@@ -230,17 +230,21 @@ class Engine(HookedRootModule):
         else:
             tokens = torch.stack([runs.rows.unpadded(row) for row in rows])
             real = torch.ones_like(tokens, dtype=torch.bool)
-            _, layout = runs.rows.padded()
-            kept = [(row, layout[row]) for row in rows]
             positions, state = runs.position_ids, runs.initial_state
+            kept = [(row, runs.rows.places(row)) for row in rows]
             if positions is not None:
-                positions = torch.stack([positions[row][mask.to(positions.device)] for row, mask in kept])
+                positions = torch.stack([positions[row, at.to(positions.device)] for row, at in kept])
             if state is not None and state.ndim == 3:
-                state = torch.stack([state[row][mask.to(state.device)] for row, mask in kept])
+                state = torch.stack([state[row, at.to(state.device)] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
         mask, visible = visibility(tokens, runs.visible, real)
         at = resolve_positions(mask, positions)
         if state is not None and state.ndim == 2:
+            if int(at.max()) >= len(state):
+                raise InputError(
+                    f"position_ids go up to {int(at.max())}, but initial_state has {len(state)} positions: pass "
+                    "[batch, pos, d_model], or a longer state."
+                )
             state = state.to(self.device)[at]
         state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
         given = runs.initial_state is not None

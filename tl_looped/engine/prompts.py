@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +46,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Positions of the longest row."""
         return max(map(len, self.ids))
@@ -53,6 +54,11 @@ class Rows:
     def unpadded(self, row: int) -> Int[Tensor, " pos"]:
         """The real tokens of a row."""
         return self.ids[row][self.real[row]]
+
+    def places(self, row: int) -> Int[Tensor, " pos"]:
+        """Where the real tokens of a row stand in `padded()`."""
+        before = self.longest - len(self.ids[row]) if self.padding_side == "left" else 0
+        return self.real[row].nonzero()[:, 0] + before
 
     def padded(self, rows: Sequence[int] | None = None) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
         """Rows as one tensor, and which of its tokens are real; all of them, or some."""
@@ -263,7 +269,7 @@ class _Reader:
         if ids.ndim != 2 or ids.numel() == 0:
             raise InputError(f"tokens must be [batch, pos] with at least one token, got shape {tuple(ids.shape)}.")
         pad = self._padding()
-        if told is not None and told.shape == ids.shape:
+        if told is not None and told.shape == ids.shape and not self.mask_given:
             if pad is not None and not bool(ids[~told].eq(pad).all()):
                 raise InputError(
                     "tokens that to_tokens filled in as padding were changed: pass attention_mask= to say which "
@@ -284,10 +290,12 @@ class _Reader:
             )
         ids, mask = encoded["input_ids"], encoded.get("attention_mask")
         ids, mask = ([one] if _flat(one) else one for one in (ids, ids if mask is None else mask))
+        if len(ids) != len(mask):
+            raise InputError(f"input_ids has {len(ids)} prompts, attention_mask {len(mask)}: one for each is needed.")
         for index, (row, real) in enumerate(zip(ids, mask, strict=True)):
             row = torch.as_tensor(row)
             _check_integers(row, f"input_ids of prompt {index}")
-            told = torch.as_tensor(real).cpu().bool() if "attention_mask" in encoded else None
+            told = _told(torch.as_tensor(real).cpu(), row, index) if "attention_mask" in encoded else None
             yield self._ids(row, f"prompt {index}") if told is None else (row.long().cpu(), told)
 
     def _padding(self) -> int | None:
@@ -364,12 +372,24 @@ def _is_chat(values: Sequence[Any]) -> bool:
 
 def _flat(values: Any) -> bool:
     """Whether this is one row of numbers, and not a list of rows."""
-    return values.ndim == 1 if isinstance(values, (Tensor, np.ndarray)) else not isinstance(values[0], (list, Tensor))
+    if isinstance(values, (Tensor, np.ndarray)):
+        return values.ndim == 1
+    return len(values) > 0 and not isinstance(values[0], (Sequence, Tensor, np.ndarray))
 
 
 def _check_integers(ids: Tensor, what: str) -> None:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"{what} must be integers, got dtype {ids.dtype}: pass token ids, or text.")
+
+
+def _told(mask: Tensor, ids: Tensor, index: int) -> Bool[Tensor, " pos"]:
+    """The mask that came with a prompt's ids, checked."""
+    if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(
+            f"attention_mask of prompt {index} must be of zeros and ones, one for each of its {len(ids)} input_ids, "
+            f"got {_shown(mask.tolist())}."
+        )
+    return mask.bool()
 
 
 def _kind(prompts: object) -> str:

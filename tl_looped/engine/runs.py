@@ -186,10 +186,11 @@ def visibility(
 ) -> tuple[Tensor, Tensor | None]:
     """(attention_mask [batch, pos], visible [batch, query, key] or None where the causal triangle does).
 
-    `given` is the caller's mask, [batch, pos], or [batch, query, key] to say who sees whom in full; `padding` what the
-    tokens show. A mask of [batch, query, key] costs memory and the fastest kernels, so it is made only where real
-    tokens would else see padding: where that comes before them. Behind them it is nothing that they see. A query that
-    would see nothing, as padding at the left, sees itself: patterns stay finite and sum to one.
+    `given` is the caller's mask, [batch, pos], or [batch, query, key] to say who sees whom in full; `padding`, True for
+    real tokens, what is known without it, and beside a full mask what still tells which tokens count. A mask of
+    [batch, query, key] costs memory and the fastest kernels, so it is made only where real tokens would else see
+    padding: where that comes before them. Behind them it is nothing that they see. A query that would see nothing, as
+    padding at the left, sees itself: patterns stay finite and sum to one.
     """
     batch, pos = tokens.shape
     if given is not None and not bool(((given == 0) | (given == 1)).all()):
@@ -198,7 +199,8 @@ def visibility(
     if mask is None:
         return torch.ones_like(tokens, dtype=torch.bool), None
     if mask.shape == (batch, pos, pos):
-        real, visible = torch.ones_like(tokens, dtype=torch.bool), mask.clone()
+        real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
+        visible = mask.clone()
     elif mask.shape == (batch, pos):
         if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # no real token behind one that is not
             return mask, None
@@ -280,3 +282,26 @@ def resolve_state(
     if seed is None and not training:
         seed = DEFAULT_SEED
     return random_state(cfg, positions, seed, dtype), seed
+
+
+def check_whole_run(run: Run, loops: int = 2) -> None:
+    """Raise unless a run goes from the first loop to the last, and has at least so many."""
+    if run.start or run.stop != run.n_loops:
+        raise InputError("all loops are looked at: leave out start_at_loop and stop_at_loop.")
+    if run.n_loops < loops:
+        raise InputError(f"this compares loops, and the run has {run.n_loops}: pass n_loops of at least {loops}.")
+
+
+def check_one_prompt(run: Run, tokens: int = 1) -> None:
+    """Raise unless a run is of one prompt without padding, of at least so many tokens."""
+    prompts, found = run.tokens.shape
+    if prompts != 1:
+        raise InputError(
+            f"this looks at one prompt, got {prompts}: call it for each, or take measures with tl_looped.observe."
+        )
+    if not bool(run.attention_mask.all()):
+        raise InputError("the prompt has padding, which would count as tokens: pass it without.")
+    if found < tokens:
+        raise InputError(
+            f"the prompt has {found} token, and this needs {tokens}: a single token can only look at itself."
+        )

@@ -157,23 +157,24 @@ class Batch:
             compared = [call.others.get(measure.compare, ()) for call in calls]
             inputs = [_joined([call.x for call in calls]), *(_joined(list(one)) for one in zip(*compared, strict=True))]
             if component == READOUT:
-                result = self._of_readouts(measure, inputs)
+                result = self._of_readouts(measure, inputs, self.places[READOUT].sites[calls[0].place])
             else:
                 result = self._apply(measure, inputs, self.next_tokens.repeat(len(calls), 1))
             self._reduce(measure, [call.place for call in calls], result.unflatten(0, (len(calls), -1)))
 
-    def _of_readouts(self, measure: Measure, inputs: list[Tensor]) -> Tensor:
+    def _of_readouts(self, measure: Measure, inputs: list[Tensor], site: HookSite) -> Tensor:
         """A measure of log probabilities, which exist for some positions at a time."""
         batch, n_pos = inputs[0].shape[:2]
         size = max(1, CHUNK // (batch * self.runner.vocabulary))
-        pieces = [slice(begin, begin + size) for begin in range(0, n_pos, size)]
-        return torch.cat(
-            [
-                self._apply(measure, [self.runner.log_probs(x[:, piece]) for x in inputs], self.next_tokens[:, piece])
-                for piece in pieces
-            ],
-            dim=1,
-        )
+        results = []
+        for piece in (slice(begin, begin + size) for begin in range(0, n_pos, size)):
+            said = [self.runner.log_probs(x[:, piece]) for x in inputs]
+            highest = (
+                said[0].flatten(1).amax(1)
+            )  # NaN where one is, as where logits overflow: a mean would leave it out
+            self._extremes.append((site, highest, highest))
+            results.append(self._apply(measure, said, self.next_tokens[:, piece]))
+        return torch.cat(results, dim=1)
 
     def _apply(self, measure: Measure, inputs: list[Tensor], next_tokens: Tensor) -> Tensor:
         """What a measure gives, as floats."""

@@ -102,6 +102,8 @@ def first_not_finite(engine: Engine, run: Run) -> tuple[str, int] | None:
 
 def spell_place(name: str) -> str:
     """A hook name, with its layer and loop in words."""
+    if name.endswith(READOUT):
+        return f"{name!r}, the log probabilities of what the model would say"
     site = HookSite.parse(name)
     numbers = {"layer": site.layer, "loop": site.loop}
     where = ", ".join(f"{part} {number}" for part, number in numbers.items() if number is not None)

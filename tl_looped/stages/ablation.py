@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.engine.checks import check_eval, check_finite, check_number, check_one_prompt, check_whole_run
+from tl_looped.engine.checks import check_eval, check_finite, check_number
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import median, wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts
+from tl_looped.engine.runs import Prompts, check_one_prompt, check_whole_run
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe import Measure, observe
