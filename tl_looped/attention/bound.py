@@ -119,7 +119,7 @@ def _for_queries(W_K: Tensor, n_heads: int) -> Tensor:
     return W_K.repeat_interleave(n_heads // len(W_K), dim=0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionBound(Result):
     """Proposition 4.2 beside what happened, for one prompt, in Frobenius norms of each head's pattern.
 

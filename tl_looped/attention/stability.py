@@ -40,7 +40,7 @@ _LABELS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionStability(Result):
     """How each head's pattern changes over loops, for one prompt.
 
@@ -162,7 +162,7 @@ def attention_stability(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PatternDistances(Result):
     """Frobenius distances between the patterns of all core layers in all loops, for one prompt.
 

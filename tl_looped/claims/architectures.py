@@ -88,7 +88,7 @@ class Sizes:
             raise InputError(f"d_model {self.d_model} must be a multiple of twice n_heads, {2 * self.n_heads}.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ArchitectureStudy(Result):
     """One cell for each architecture, initialisation and seed.
 

@@ -38,7 +38,7 @@ _DRIFT = 5.0  # where the spectrum is dense, the slope goes on for some more dri
 _NO_FIT = (math.nan, math.nan, 0, 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Convergence(Result):
     """For every series of distances: whether it came to rest, from which loop on, and how fast.
 

@@ -59,7 +59,7 @@ def similarity_matrix(states: Float[Tensor, "call *dims d_model"]) -> Float[Tens
     return (flat @ flat.T / (defined @ defined.T)).clamp(-1, 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Similarity(Result):
     """Cosine between the residual streams of all (loop, layer) pairs.
 
@@ -144,7 +144,7 @@ def loop_similarity(
 # Fixed points of the layers.
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Distinctness(Result):
     """Whether the fixed points of a loop's layers are distinct, at every token.
 

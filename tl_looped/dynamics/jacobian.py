@@ -32,7 +32,7 @@ Complexes = npt.NDArray[np.complex128]
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class JacobianSpectrum(Result):
     """The leading eigenvalues of a loop's Jacobian at one state, the largest first.
 

@@ -246,7 +246,7 @@ def _counts(labels: Tensor) -> Float[Tensor, "behaviour"]:
     return torch.stack([(labels == i).sum() for i in range(len(BEHAVIOURS))]).double()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LimitBehaviour(Result):
     """The limit behaviour of every token in every core layer.
 

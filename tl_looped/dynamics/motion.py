@@ -27,7 +27,7 @@ from tl_looped.viz.motion import motion_curves
 _NAMES = ("step", "angle", "acceleration", "step_change")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoopMotion(Result):
     """The steps of one core layer's output from loop to loop, for one prompt; NaN where a step has none before it.
 

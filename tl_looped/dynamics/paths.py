@@ -72,7 +72,7 @@ def noise_around(
     return (wide(state) + noise * sizes[..., None] * direction).to(state.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PathIndependence(Result):
     """Whether runs of one prompt from several initial states meet.
 

@@ -74,7 +74,7 @@ def pca(states: Float[Tensor, "*dims d_model"], n_components: int = 2) -> Compon
     return Components(mean.to(dtype), directions.to(dtype), scores.to(dtype), explained.to(dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trajectory(Result):
     """Where the latent states of some tokens go, layer by layer and loop by loop.
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -19,7 +22,9 @@ from tl_looped.engine.engine import Engine, ReturnType, check_return
 from tl_looped.engine.errors import HookNameError, InputError, nearest, resolve_index
 from tl_looped.engine.files import read_safetensors, write_whole
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.numbers import wide
 from tl_looped.engine.reach import HEAVY, NamesFilter
+from tl_looped.engine.results import AnyResult
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import DEAD_ENDS, GRAD, HookSite, find_site
 
@@ -78,7 +83,7 @@ class CacheWriter:
         self.store[site.name + suffix] = kept
 
 
-class LoopedCache(ActivationCache):
+class LoopedCache(AnyResult, ActivationCache):
     """Activations of one run, by site and loop.
 
     ========================================  =================================================================
@@ -131,6 +136,42 @@ class LoopedCache(ActivationCache):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # a pickle takes no model along; reading does not need it
 
+    @property
+    def made_by(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride] - told by the run
+        """Model, loop count and initial state."""
+        return {"model": self.cfg.model_name, **self.run.describe()}
+
+    def _contents(self) -> dict[str, Any]:
+        return self.cache_dict
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each activation: name, component, stack, layer, loop, shape, and its root mean square."""
+        rows = []
+        for name, tensor in self.cache_dict.items():
+            site = HookSite.parse(name)
+            place = {"component": site.component, "stack": site.stack, "layer": site.layer, "loop": site.loop}
+            rms = float(wide(tensor).square().mean().sqrt()) if tensor.is_floating_point() else float("nan")
+            rows.append({"name": name, **place, "shape": tuple(tensor.shape), "rms": rms})
+        table = pd.DataFrame(rows, columns=["name", "component", "stack", "layer", "loop", "shape", "rms"])
+        return table.astype({"layer": "Int64", "loop": "Int64"})
+
+    def plot(self, name: str = "resid_post") -> go.Figure:
+        """The root mean square of a site's activations over loops, a line for each core layer.
+
+        Args:
+            name: of a site that loops, short or in full, such as "attn_out" or "state_post".
+
+        Raises:
+            HookNameError: it is not cached at any loop.
+        """
+        table, component = self.to_dataframe(), find_site(name).component
+        table = table.query(f"component == {component!r} and loop.notna()").sort_values("loop")
+        if table.empty:
+            raise HookNameError(f"{name!r} is not cached at any loop, so there is nothing to draw over loops.")
+        by_layer = None if table.layer.isna().all() else "layer"
+        title = f"Root mean square of {name}: {self.cfg.model_name}"
+        return px.line(table, x="loop", y="rms", color=by_layer, markers=True, title=title)
+
     def save(self, path: str | Path) -> Path:
         """Write activations and run to one safetensors file, without the model; `load` reads it.
 
@@ -149,7 +190,9 @@ class LoopedCache(ActivationCache):
         return write_whole(path, to_safetensors(tensors, {"format": _FORMAT, "content": json.dumps(content)}))
 
     @classmethod
-    def load(cls, path: str | Path, model: Engine, device: torch.device | str = "cpu") -> LoopedCache:
+    def load(  # pyright: ignore[reportIncompatibleMethodOverride] - a cache needs its model
+        cls, path: str | Path, model: Engine, device: torch.device | str = "cpu"
+    ) -> LoopedCache:
         """Read what `save` wrote.
 
         Args:

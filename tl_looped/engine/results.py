@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pandas as pd
+import plotly.graph_objects as go
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -17,16 +22,18 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.files import read_safetensors, write_whole
 from tl_looped.engine.schedule import LoopSchedule, Pass
 
-Self = TypeVar("Self", bound="Result")
+Self = TypeVar("Self", bound="AnyResult")
 
 _FORMAT = "tl_looped.result"
+_MOST_ROWS = 12  # of the table in a notebook
 # The classes that a file may name besides the result's own; never looked up by import.
 _PARTS: dict[str, type] = {part.__name__: part for part in (LoopSchedule, Pass, LoopedConfig, Llama3Rope)}
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """Base of all results: a frozen dataclass of tensors, plain values, tuples, lists and dictionaries of them.
+class AnyResult:
+    """What every result can do: say what it is, be shown, be a table or a picture, be kept in a file.
+
+    Results of this library are `Result`s; a cache and a patching result, which are TransformerLens's too, are these.
 
     Attributes:
         made_by: model, loop count, initial state or seed, and the options of the call that made it.
@@ -34,9 +41,38 @@ class Result:
 
     made_by: dict[str, Any]
 
+    def __repr__(self) -> str:
+        made = ", ".join(f"{name}={value}" for name, value in self.made_by.items() if _is_short(value))
+        parts = [f"{name} {[*value.shape]}" for name, value in self._contents().items() if isinstance(value, Tensor)]
+        return f"{type(self).__name__}({made})" + "".join(f"\n    {line}" for line in _lines(parts))
+
+    def _repr_html_(self) -> str:
+        first, *_ = repr(self).splitlines()
+        tensors = {name: value for name, value in self._contents().items() if isinstance(value, Tensor)}
+        rows = [
+            {"": name, "shape": " × ".join(map(str, value.shape)), **_range(value)}
+            for name, value in islice(tensors.items(), _MOST_ROWS)
+        ]
+        table = pd.DataFrame(rows).to_html(index=False, border=0) if rows else ""
+        more = f"<i>and {len(tensors) - _MOST_ROWS} more</i>" if len(tensors) > _MOST_ROWS else ""
+        return f"<div><code>{html.escape(first)}</code>{table}{more}</div>"
+
+    def _contents(self) -> dict[str, Any]:
+        """What it holds, by name."""
+        fields = dataclasses.fields(cast(Any, self))
+        return {field.name: getattr(self, field.name) for field in fields}
+
     def to_dataframe(self) -> pd.DataFrame:
         """The numbers as a table, one row for each cell."""
         raise NotImplementedError(f"{type(self).__name__} has no table.")
+
+    def plot(self, *args: Any, **kwargs: Any) -> go.Figure:
+        """The numbers as a picture."""
+        raise NotImplementedError(f"{type(self).__name__} has no picture.")
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        """Show `plot(...)` where one is: under a notebook's cell, or in a browser."""
+        self.plot(*args, **kwargs).show()
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one file: its tensors as safetensors, the rest as JSON in its header.
@@ -45,8 +81,7 @@ class Result:
             InputError: the file can't be written.
         """
         tensors: dict[str, Tensor] = {}
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        content = {name: _encode(value, name, tensors) for name, value in fields.items()}
+        content = {name: _encode(value, name, tensors) for name, value in self._contents().items()}
         header = {"format": _FORMAT, "class": type(self).__name__, "content": json.dumps(content)}
         return write_whole(path, to_safetensors(tensors, metadata=header))
 
@@ -63,13 +98,38 @@ class Result:
                 f"{str(path)!r} holds a {header['class']}, not a {cls.__name__}: call {header['class']}.load."
             )
         content = json.loads(header["content"])
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(cast(Any, cls))}
         if set(content) != names:
             raise InputError(
                 f"{str(path)!r} was written by another version of {cls.__name__}: it differs in "
                 f"{', '.join(sorted(set(content) ^ names))}."
             )
         return cls(**{name: _decode(value, tensors) for name, value in content.items()})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(AnyResult):
+    """Base of results: a frozen dataclass of tensors, plain values, tables, tuples, lists and dictionaries of them."""
+
+    made_by: dict[str, Any]
+
+
+def _is_short(value: Any) -> bool:
+    return value is not None and isinstance(value, (str, int, float)) and len(str(value)) <= 40
+
+
+def _lines(parts: Sequence[str]) -> list[str]:
+    """Parts in lines of a readable length, six at most."""
+    lines = textwrap.wrap(", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts), 100)
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+    return lines if len(lines) <= 6 else [*lines[:6], "..."]
+
+
+def _range(values: Tensor) -> dict[str, str]:
+    """The smallest and largest number, in text; empty where there is none."""
+    finite = values[values.isfinite()] if values.is_floating_point() else values.flatten()
+    low, high = ("", "") if not finite.numel() else (f"{finite.min().item():.4g}", f"{finite.max().item():.4g}")
+    return {"least": low, "most": high}
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -89,6 +149,8 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if type(value).__name__ in _PARTS:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"class": type(value).__name__, **_encode(fields, name, tensors)}
+    if isinstance(value, pd.DataFrame):
+        return {"table": {str(name): column.tolist() for name, column in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{name}: a {type(value).__name__} can't be kept in a result.")
@@ -102,6 +164,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
+    if "table" in value:
+        return pd.DataFrame(value["table"])
     if "tuple" in value:
         return tuple(_decode(part, tensors) for part in value["tuple"])
     parts = {key: _decode(part, tensors) for key, part in value["dict"].items()}

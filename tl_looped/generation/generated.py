@@ -20,7 +20,7 @@ from tl_looped.generation.stream import GenerationStep, TokenStream, generate_st
 GenerateReturn = Literal["input", "str", "tokens", "result"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Generated(Result):
     """Generated text, and how it came about.
 

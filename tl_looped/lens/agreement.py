@@ -31,7 +31,7 @@ from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.agreement import agreement_heatmaps
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoopAgreement(Result):
     """Every loop's read-out of the state against every other's.
 

@@ -19,7 +19,7 @@ from tl_looped.viz.readout import PLACES, lens_heatmap, readout_heatmap
 from tl_looped.viz.style import show_token
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoopLensResult(Result):
     """What a model would say at every loop (and layer). Measures have `axes`; at padding they are NaN, or −1 for ids.
 

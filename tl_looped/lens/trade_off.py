@@ -41,7 +41,7 @@ _THRESHOLDS = 24  # how many a curve has
 _LEAST = 1e-30  # as a threshold: one is above 0, a statistic may be 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExitTrace(Result):
     """How exit rules see one run: their statistics after every loop, and what stopping there would cost.
 
@@ -126,6 +126,10 @@ class ExitTrace(Result):
         frame |= {name: self.statistics[i].flatten() for i, name in enumerate(self.rules)}
         return pd.DataFrame({name: column.numpy() for name, column in frame.items()})
 
+    def plot(self) -> go.Figure:
+        """What each rule saves and costs; see `ExitCurves.plot`."""
+        return self.curves().plot()
+
     def _index(self, name: str) -> int:
         if name not in self.rules:
             raise InputError(f"this trace has the rules {list(self.rules)}, not {name!r}: trace that rule too.")
@@ -141,7 +145,7 @@ class ExitTrace(Result):
         return sorted(set(values[places].tolist()))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExitCurves(Result):
     """Loops saved against what that costs, one point for each rule and threshold; means over `n_tokens` tokens.
 

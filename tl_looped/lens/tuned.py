@@ -25,7 +25,7 @@ from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.tuned import lens_losses
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TunedLens(Result):
     """Translators x → x + x W + b, read out by the direct lens. Made by `fit_tuned_lens`.
 

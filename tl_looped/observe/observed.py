@@ -27,7 +27,7 @@ from tl_looped.viz.curves import Group, grouped_curves
 _SAVE_EVERY = 5.0  # seconds; and whenever a call ends
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Observed(Result):
     """Measures at every place of every prompt: each layer call, each loop, or once, by what the measure reads.
 

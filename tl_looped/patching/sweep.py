@@ -16,6 +16,7 @@ from transformer_lens.patching import PatchingResult
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, LoopHookPoint
+from tl_looped.engine.results import AnyResult
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
@@ -26,8 +27,8 @@ from tl_looped.patching.sources import Source, as_source
 from tl_looped.viz.patching import patching_heatmap
 
 
-@dataclass
-class LoopPatchingResult(PatchingResult):
+@dataclass(repr=False)
+class LoopPatchingResult(PatchingResult, AnyResult):
     """TransformerLens's PatchingResult, with what made it.
 
     Attributes:
@@ -39,6 +40,8 @@ class LoopPatchingResult(PatchingResult):
     site: str = ""
     made_by: dict[str, Any] = field(default_factory=dict)
     str_tokens: list[str] | None = None
+
+    __repr__ = AnyResult.__repr__
 
     def __getitem__(self, metric_name: str) -> LoopPatchingResult:
         """One metric's result, with what made it."""

@@ -39,7 +39,7 @@ def activation_ratios(resid: Float[Tensor, "*dims pos d_model"]) -> Float[Tensor
     return size / median(size.flatten(-2))[..., None, None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MassiveActivations(Result):
     """The largest entries of the residual stream, each (position, dimension) once, by its largest ratio to the median.
 
@@ -227,7 +227,7 @@ def _silenced(
     return [site.at(loop) for loop in chosen]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AblationEffect(Result):
     """Measures with and without one MLP, at every layer call, averaged over prompts and over heads or positions.
 

@@ -75,7 +75,7 @@ class _Judged(NamedTuple):
     p_permutation: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CurveAlignment(Result):
     """How much a curve over a loop's layers resembles a curve over a feedforward model's layers.
 
@@ -183,7 +183,7 @@ def _correlations(curves: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.where(constant[0] | constant[1], np.nan, found.clip(-1, 1))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoopAlignment(Result):
     """How much each loop's curve resembles a feedforward model's; NaN for a loop with a layer without value.
 

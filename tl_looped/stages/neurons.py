@@ -107,7 +107,7 @@ def largest_kurtosis(d_vocab: int) -> float:
     return (d_vocab**2 - 3 * d_vocab + 3) / (d_vocab - 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeuronShares(Result):
     """Prediction and suppression neurons of every MLP layer, in the order prelude, core, coda.
 
