@@ -116,14 +116,14 @@ def test_readout_heatmap_writes_tokens_where_there_is_room(n_loops: int, n_posit
 
 
 def test_readout_curves_have_units():
-    prob, rank = torch.tensor([0.1, 0.9]), torch.tensor([12, 1])
+    prob, rank = torch.tensor([0.1, 0.9]), torch.tensor([11, 0])
     fig = viz.readout_curves(prob, rank, torch.tensor([1.5, 0.2]), torch.tensor([2.0, 0.0]), "<4>")
-    assert [trace(fig, i)["y"] for i in range(4)] == [[0.1, 0.9], [12, 1], [1.5, 0.2], [2.0, 0.0]]
+    assert [trace(fig, i)["customdata"] for i in range(4)] == [[0.1, 0.9], [11, 0], [1.5, 0.2], [2.0, 0.0]]
     titles = [layout(fig)[axis]["title"]["text"] for axis in ("yaxis", "yaxis2", "yaxis3")]
     assert titles == ["probability", "rank (log scale)", "nats"]
     assert layout(fig)["annotations"][0]["text"] == "Probability of &lt;4&gt;"
     low, high = layout(fig)["yaxis2"]["range"]
-    assert low > high  # rank 1 at the top
+    assert low > high  # rank 0 at the top
 
 
 def test_state_convergence_marks_the_last_position_and_the_median():

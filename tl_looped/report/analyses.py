@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from tl_looped.dynamics import (
 from tl_looped.engine.numbers import median
 from tl_looped.model import LoopedModel
 from tl_looped.observe import Observed, observe
+from tl_looped.report.data import ReportData
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.stages import STAGE_MEASURES, neuron_shares
 from tl_looped.viz.curves import Group
@@ -31,29 +30,22 @@ LONG_RUN = 128
 
 
 def loop_analyses(
-    model: LoopedModel,
-    token_ids: Sequence[Sequence[int]],
-    n_loops: int | None = None,
-    long_run: int = LONG_RUN,
-    seed: int | None = None,
-    progress: bool = False,
+    model: LoopedModel, data: ReportData, long_run: int = LONG_RUN, progress: bool = False
 ) -> list[Section]:
     """Four sections, measured on the report's prompts.
 
     Args:
         model: the model.
-        token_ids: of each prompt.
-        n_loops: loops for the stages; None for the count it was trained with.
+        data: the prompts, and with how many loops and which seed they were read.
         long_run: loops after which a state counts as the end; at least 8.
-        seed: of a drawn initial state.
         progress: whether to show bars.
     """
-    prompts = [list(ids) for ids in token_ids]
+    prompts, seed = [list(reading.token_ids) for reading in data.readings], data.seed
     measures = [DISTANCE, COSINE_TO_END, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
     per_token = [DISTANCE.name, COSINE_TO_END.name]
     options = {"seed": seed, "progress": progress}
     ends = observe(model, prompts, long_run, measures=measures, per_token=per_token, **options)
-    stages = observe(model, prompts, n_loops, measures=STAGE_MEASURES, **options)
+    stages = observe(model, data.runs, measures=STAGE_MEASURES, progress=progress)
     first = torch.tensor([max(prompts, key=len)])
     return [
         _convergence(model, ends, prompts, first, long_run, seed),

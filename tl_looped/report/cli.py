@@ -168,8 +168,7 @@ def _report(options: argparse.Namespace) -> int:
     chains = not prompts and name in CHAIN_MODELS
     extra = readout_sections(model, data)
     if model.cfg.n_loops > 1:
-        ids = [reading.token_ids for reading in data.readings]
-        extra += loop_analyses(model, ids, data.n_loops, options.long_run, data.seed, progress=True)
+        extra += loop_analyses(model, data, options.long_run, progress=True)
     extra += [chain_patching(model, CHAIN_TO_PATCH, options.n_loops)] if chains else []
     write_whole(target, report_page(data, options.command, extra))
     print(f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")

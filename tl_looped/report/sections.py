@@ -116,7 +116,7 @@ def _tokens(reading: Reading) -> str:
         f'<span>{_token(token)}<span class="place">{i}</span></span>' for i, token in enumerate(reading.tokens)
     )
     answer = _token(reading.answer, is_answer=True)
-    if reading.answer_given:
+    if reading.prompt.answer is not None:
         source = f"The answer {answer} was given with the prompt."
     else:
         source = f"No answer was given, so the model’s own top token after the last loop is tracked: {answer}."
@@ -132,7 +132,7 @@ def _tokens(reading: Reading) -> str:
 def _readout_table(reading: Reading) -> str:
     """Top tokens and measures at the last position; of many loops some, and all of them behind a click."""
     n_loops = len(reading.answer_prob)
-    columns = ["after loop", f"probability of {_token(reading.answer, is_answer=True)}", "its rank"]
+    columns = ["after loop", f"probability of {_token(reading.answer, is_answer=True)}", "its rank (0: on top)"]
     columns += ["entropy (nats)", "KL to the last loop (nats)"]
     columns += [f"top {i}" for i in range(1, reading.top_probs.shape[-1] + 1)]
 

@@ -94,13 +94,13 @@ def answer_in_words(reading: Reading) -> str:
     ranks = reading.answer_rank.tolist()
     last, prob = len(ranks) - 1, percent(float(reading.answer_prob[-1]))
     end = f"after the last loop its probability is {prob}"
-    if ranks[-1] != 1:
+    if ranks[-1] != 0:
         top = f"“{show_token(reading.top_tokens[-1][-1][0])}”"
-        seen = [t for t, rank in enumerate(ranks) if rank == 1]
+        seen = [t for t, rank in enumerate(ranks) if rank == 0]
         before = f" It was the top token after loop {seen[-1]}, and lost that place." if seen else ""
         return f"{answer} is not the top token at the end: {end}, rank {ranks[-1]:,}; the top token is {top}.{before}"
     settled = last
-    while settled > 0 and ranks[settled - 1] == 1:
+    while settled > 0 and ranks[settled - 1] == 0:
         settled -= 1
     if settled == 0:
         return f"{answer} is the top token after every loop, from loop 0 on; {end}."

@@ -169,7 +169,7 @@ def readout_curves(
 
     Args:
         answer_prob: probability of the answer.
-        answer_rank: its rank; 1 is the top token.
+        answer_rank: its rank; 0 is the top token.
         entropy: of the read-out, in nats.
         kl_to_final: KL(read-out of the last loop ‖ read-out of the loop), in nats.
         answer: the answer's text.
@@ -182,7 +182,7 @@ def readout_curves(
         horizontal_spacing=0.09,
         subplot_titles=[
             f"Probability of {shown}",
-            f"Rank of {shown} (1 = top token)",
+            f"Rank of {shown} (0 = top token)",
             "Entropy, and distance to the last loop",
         ],
     )
@@ -192,8 +192,11 @@ def readout_curves(
         line = {"color": color, "width": 2, "dash": dash}
         marker = {"size": 7 if n_loops <= 32 else 4, "symbol": symbol}
         style = {"line": line, "marker": marker, "mode": "lines+markers", "showlegend": column == 3}
-        hover = f"loop %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>"
-        fig.add_trace(go.Scatter(x=loops, y=values, name=name, hovertemplate=hover, **style), row=1, col=column)
+        hover = f"loop %{{x}}: %{{customdata:.4g}} {unit}<extra>{name}</extra>"
+        # A logarithmic axis has no place for rank 0.
+        y = [1 + value for value in values] if name == "rank" else values
+        trace = go.Scatter(x=loops, y=y, customdata=values, name=name, hovertemplate=hover, **style)
+        fig.add_trace(trace, row=1, col=column)
 
     draw(1, numbers(answer_prob), "probability", BLUE, "solid", "circle", "")
     draw(2, numbers(answer_rank), "rank", BLUE, "solid", "circle", "")
@@ -202,14 +205,14 @@ def readout_curves(
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops, "after loop"))
     fig.update_yaxes(title={"text": "probability"}, range=[-0.04, 1.04], row=1, col=1)
-    top = max(2, int(answer_rank.max()))
-    ranks = [rank for rank in (1, 2, 3, 5, 10, 20, 50, 100, 1_000, 10_000, 100_000) if rank <= top * 1.5]
+    top = 1 + max(1, int(answer_rank.max()))
+    ranks = [rank for rank in (0, 1, 2, 5, 10, 20, 50, 100, 1_000, 10_000, 100_000) if rank < top * 1.5]
     fig.update_yaxes(
         title={"text": "rank (log scale)"},
         type="log",
         range=[math.log10(top * 1.3), math.log10(0.85)],  # the top token is drawn at the top
         tickmode="array",
-        tickvals=ranks,
+        tickvals=[1 + rank for rank in ranks],
         ticktext=[f"{rank:,}" for rank in ranks],
         row=1,
         col=2,
