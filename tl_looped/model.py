@@ -48,6 +48,8 @@ class LoopedModel(CachingHooks, Engine):
         tokenizer: a tokenizer of transformers, or None for token ids only.
     """
 
+    transformer: LoopedTransformer  # pyright: ignore[reportIncompatibleVariableOverride] - never set to another kind
+
     # Making and keeping models.
 
     @classmethod

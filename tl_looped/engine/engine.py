@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import Direction, HookDict, HookFn, HookName
+from tl_looped.engine.network import Frame, Network, matrix
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.prompts import read_rows, remember_padding
 from tl_looped.engine.reach import Reach
@@ -35,8 +36,6 @@ from tl_looped.engine.runs import (
 )
 from tl_looped.engine.schedule import HookSite, LoopSchedule
 from tl_looped.engine.tokens import Ids, PaddingSide, single_token, to_str_tokens, to_string
-from tl_looped.nn import Frame, LoopedTransformer
-from tl_looped.nn.weights import matrix
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -54,7 +53,7 @@ class Engine(HookedRootModule):
 
     hook_dict: HookDict
 
-    def __init__(self, transformer: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(self, transformer: Network, tokenizer: PreTrainedTokenizerBase | None = None):
         self.hook_dict = transformer.hook_dict  # pyright: ignore[reportIncompatibleVariableOverride] - context_level's
         super().__init__()
         self.cfg: LoopedConfig = transformer.cfg

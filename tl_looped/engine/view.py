@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -239,7 +239,7 @@ class UnrolledModel(CachingHooks, HookedRootModule):
         reason = broken_readout(self.looped.cfg)
         if reason is not None:
             raise AttributeError(f"this view has no ln_final: {reason}.")
-        return self.looped.transformer.ln_final
+        return cast(nn.Module, self.looped.transformer.ln_final)
 
     @property
     def unembed(self) -> nn.Linear:

@@ -12,11 +12,11 @@ from torch import Tensor
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.kv import KVCache
+from tl_looped.engine.network import Frame
 from tl_looped.engine.runs import Run, visibility
 from tl_looped.engine.schedule import CORE
 from tl_looped.engine.state import draw_noise
 from tl_looped.generation.loop_end import ExitRule, LoopEnd
-from tl_looped.nn import Frame
 
 StatePolicy = Literal["fresh", "zeros", "carry"]
 Watch = Callable[[LoopEnd, int], object]

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, einsum, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup, settle
-from tl_looped.engine.kv import KVCache
+from tl_looped.engine.network import Frame, is_plain, matrix
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.schedule import HookSite
 from tl_looped.nn.norm import RMSNorm
 from tl_looped.nn.rotary import rotate
-from tl_looped.nn.weights import is_plain, matrix
-
-
-class Frame(NamedTuple):
-    """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom.
-
-    With a cache the keys are those in it and then those of this run; a `visible` of None then needs an empty cache or
-    one query.
-    """
-
-    cos: Float[Tensor, "rows pos 1 d_head"]
-    sin: Float[Tensor, "rows pos 1 d_head"]
-    visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
-    kv: KVCache | None = None  # keys and values of earlier positions
 
 
 class Attention(nn.Module):

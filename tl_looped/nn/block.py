@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.network import Frame, matrix
 from tl_looped.engine.schedule import HookSite
-from tl_looped.nn.attention import Attention, Frame
+from tl_looped.nn.attention import Attention
 from tl_looped.nn.norm import RMSNorm
-from tl_looped.nn.weights import matrix
 
 
 class MLP(nn.Module):

@@ -18,21 +18,18 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.network import Frame, Network
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
-from tl_looped.nn.attention import Frame
 from tl_looped.nn.block import Block
 from tl_looped.nn.norm import RMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
 
 
-class LoopedTransformer(nn.Module):
+class LoopedTransformer(Network):
     """A looped decoder-only transformer. Users hold it through `tl_looped.LoopedModel`, which checks their input.
 
     Args:
         cfg: what to build.
-
-    Attributes:
-        hook_dict: its hook points by name; see `tl_looped.engine.schedule` for the names.
     """
 
     def __init__(self, cfg: LoopedConfig):
@@ -142,10 +139,6 @@ class LoopedTransformer(nn.Module):
             x = block(x, frame)
         return self.ln_final(x) if self.cfg.final_norm else x
 
-    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the model if it stops with this state."""
-        return self.unembed(self.finish(state, frame))
-
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or for the injection."""
         return self.cfg.injection != "none" or not state_given
@@ -163,17 +156,3 @@ class LoopedTransformer(nn.Module):
         if x is None:
             raise ValueError("unreachable: a run without a state reads the tokens")
         return (self.hooks.hook_state_init(x) if start == 0 else x), e
-
-    def forward(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
-        start: int,
-        stop: int,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The state after loops start, ..., stop - 1, from `state`, or from e where it is None."""
-        x, e = self.begin(tokens, frame, state, start)
-        for t in range(start, stop):
-            x = self.loop(x, e, frame, t)
-        return x

@@ -16,11 +16,11 @@ from transformer_lens.patching import PatchingResult
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, LoopHookPoint
+from tl_looped.engine.network import Frame
 from tl_looped.engine.results import AnyResult
 from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
-from tl_looped.nn import Frame
 from tl_looped.patching.cells import Axis, Group, Plan, When
 from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source, rows_that_fit
 from tl_looped.patching.sources import Source, as_source
