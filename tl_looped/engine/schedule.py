@@ -111,6 +111,9 @@ class HookSite:
     layer: int | None = None
     loop: int | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @cached_property
     def name(self) -> str:
         """The hook name, e.g. "blocks.2.loop.3.attn.hook_z"."""
