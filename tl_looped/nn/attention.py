@@ -91,7 +91,8 @@ class Attention(nn.Module):
         """The weighted values of each head, z."""
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         mask = None if frame.visible is None else frame.visible[:, None]
-        triangle = mask is None and q.shape[2] == k.shape[2]  # torch would put a lone query at the first key
+        # Torch would put a lone query at the first key. (The comparison itself would stay a symbol in torch.compile.)
+        triangle = True if mask is None and q.shape[2] == k.shape[2] else False  # noqa: SIM210
         grouped = k.shape[1] != q.shape[1]
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
         if self.hooks.hook_attn_scores.wants(loop) or self.hooks.hook_pattern.wants(loop):
