@@ -18,7 +18,7 @@ from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import cosine, length, ratio
 from tl_looped.engine.runs import DEFAULT_SEED, Run
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
-from tl_looped.lens import entropy, kl_divergence
+from tl_looped.lens.measures import entropy, kl_divergence
 from tl_looped.model import LoopedModel
 from tl_looped.report.prompts import Prompt
 from tl_looped.viz import LayerAttention

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.lens import ExitTrace, loop_agreement, loop_lens, trace_exits
+from tl_looped.lens import logit_lens, readout_agreement, trace_exits
 from tl_looped.model import LoopedModel
 from tl_looped.report.data import READ_POSITIONS, Reading, ReportData, spread
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.report.words import percent
 from tl_looped.viz import show_token
-from tl_looped.viz.agreement import agreement_heatmaps
+from tl_looped.viz.readout import agreement_heatmaps
 from tl_looped.viz.style import shorten
 
 _MOST_LOOPS = 32  # drawn in a heatmap of loops and layers
@@ -43,7 +43,7 @@ def lens_section(model: LoopedModel, data: ReportData) -> Section:
         f"{' Of so many loops and layers some are shown, evenly spaced.' if some else ''}</p>"
     ]
     for i, reading in enumerate(data.readings, start=1):
-        result = loop_lens(
+        result = logit_lens(
             model,
             _input(reading),
             data.n_loops,
@@ -60,9 +60,9 @@ def lens_section(model: LoopedModel, data: ReportData) -> Section:
     return Section("What each layer would say, loop by loop", "".join(parts))
 
 
-def _input(reading: Reading) -> str | Tensor:
+def _input(reading: Reading) -> str | list[int]:
     """A prompt as it was asked for: what of it is padding depends on that."""
-    return torch.tensor([reading.token_ids]) if reading.prompt.text is None else reading.prompt.text
+    return list(reading.token_ids) if reading.prompt.text is None else reading.prompt.text
 
 
 def top_tokens_in_words(reading: Reading) -> str:
@@ -87,7 +87,7 @@ def top_tokens_in_words(reading: Reading) -> str:
 def _agreement(model: LoopedModel, data: ReportData) -> str:
     loops = spread(data.n_loops, _MOST_COMPARED)
     results = [
-        loop_agreement(
+        readout_agreement(
             model,
             _input(reading),
             data.n_loops,
@@ -132,7 +132,15 @@ def agreement_in_words(shares: Float[Tensor, " loop"], n: int) -> str:
 
 def exits_section(model: LoopedModel, data: ReportData) -> Section:
     """What rules that stop tokens early would save and cost on the report's prompts."""
-    trace = _trace(model, data)
+    trace = trace_exits(
+        model,
+        [_input(reading) for reading in data.readings],
+        data.n_loops,
+        positions=slice(-READ_POSITIONS, None),
+        batch_size=1,
+        padding_side="left",
+        seed=data.seed,
+    )
     curves = trace.curves()
     best = curves.most_saved(_AGREE).to_dict("records")
     rows = [
@@ -162,24 +170,6 @@ def exits_section(model: LoopedModel, data: ReportData) -> Section:
             "whose top token is the full run’s; higher is better. Right: how far the read-out is from the full run’s; "
             "lower is better.",
         ),
-    )
-
-
-def _trace(model: LoopedModel, data: ReportData) -> ExitTrace:
-    longest = max(len(reading.token_ids) for reading in data.readings)
-    tokens, mask = torch.zeros(2, len(data.readings), longest, dtype=torch.long)
-    for row, reading in enumerate(data.readings):
-        run = model.batch(_input(reading), data.n_loops)
-        tokens[row, -run.tokens.shape[1] :] = run.tokens[0]
-        mask[row, -run.tokens.shape[1] :] = run.attention_mask[0]
-    return trace_exits(
-        model,
-        tokens,
-        n_loops=data.n_loops,
-        positions=slice(-READ_POSITIONS, None),
-        batch_size=1,
-        seed=data.seed,
-        attention_mask=mask,
     )
 
 

@@ -1,4 +1,4 @@
-"""Read-outs after every loop: which tokens, how probable, how sure."""
+"""Read-outs after every loop: which tokens, how probable, how sure, how far they agree, and what exits cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
@@ -13,13 +14,18 @@ from torch import Tensor
 
 from tl_looped.viz.style import (
     BLUE,
+    DARK_BLUE,
     GREEN,
+    GREY,
+    INK,
     ORANGE,
+    PINK,
     PLOT_WIDTH,
     PROBABILITY_SCALE,
     base_layout,
     curve_axes,
     heatmap_axes,
+    layer_colors,
     loop_axis,
     numbers,
     plotly_text,
@@ -29,6 +35,18 @@ from tl_looped.viz.style import (
 )
 
 _MOST_ROWS_WITH_TEXT = 40
+_MOST_LOOPS_WITH_TEXT = 8
+_NATS_SCALE = [[0.0, "#FFFFFF"], [0.5, "#F3B98A"], [1.0, "#8C2D04"]]
+# A rule looks the same in every figure, whichever others are there.
+_LOOKS = {
+    "gate": (DARK_BLUE, "x"),
+    "KL": (BLUE, "circle"),
+    "latent difference": (ORANGE, "diamond"),
+    "acceleration": (GREEN, "square"),
+    "entropy": (PINK, "triangle-up"),
+    "stable top token": (INK, "cross"),
+}
+_OTHER = (GREY, "cross")
 PLACES = {
     "resid_pre": "entering core layer",
     "resid_mid": "between attention and MLP of core layer",
@@ -72,7 +90,7 @@ def readout_heatmap(
     ]
     fig = _top_token_cells(top_probs, top_tokens, headings)
     fig.update_xaxes(**token_axis(tokens, title="position (label: the token read there)"))
-    fig.update_yaxes(**_row_axis("loop" if place else "after loop", passed), autorange="reversed")
+    fig.update_yaxes(**_counted("loop" if place else "after loop", passed), autorange="reversed")
     return _titled(fig, place)
 
 
@@ -99,7 +117,7 @@ def lens_heatmap(
     fig.update_xaxes(
         title={"text": PLACES[site]}, tickmode="array", tickvals=columns, ticktext=[str(n) for n in layers]
     )
-    fig.update_yaxes(**_row_axis("loop", loops), autorange="reversed")
+    fig.update_yaxes(**_counted("loop", loops), autorange="reversed")
     return _titled(fig, title)
 
 
@@ -107,8 +125,8 @@ def _titled(fig: go.Figure, title: str) -> go.Figure:
     return fig.update_layout(title={"text": plotly_text(title), "font": {"size": 14}}) if title else fig
 
 
-def _row_axis(title: str, loops: Sequence[int]) -> dict[str, Any]:
-    """Rows are counted; their labels are the loops."""
+def _counted(title: str, loops: Sequence[int]) -> dict[str, Any]:
+    """An axis of a heatmap: cells are counted, their labels are the loops."""
     ticks = loop_axis(len(loops), title)
     shown = list(range(0, len(loops), ticks["dtick"]))
     return {"title": ticks["title"], "tickmode": "array", "tickvals": shown, "ticktext": [str(loops[i]) for i in shown]}
@@ -217,3 +235,146 @@ def readout_curves(
     fig.update_yaxes(title={"text": "nats"}, rangemode="tozero", row=1, col=3)
     legend = {"orientation": "h", "x": 1, "y": -0.24, "xanchor": "right", "yanchor": "top"}
     return base_layout(fig, height=350, legend=legend, margin={"l": 70, "r": 20, "t": 50, "b": 80})
+
+
+def agreement_heatmaps(
+    agreement: Float[Tensor, "loop loop"], kl: Float[Tensor, "loop loop"], loops: Sequence[int]
+) -> go.Figure:
+    """Two matrices over pairs of loops.
+
+    Args:
+        agreement: share of positions with the same top token.
+        kl: KL(row ‖ column), in nats.
+        loops: which loops they are.
+    """
+    fig = make_subplots(
+        rows=1,
+        cols=2,
+        horizontal_spacing=0.2,
+        subplot_titles=["Same top token (share of positions)", "KL(row ‖ column), nats"],
+    )
+    names = list(loops)
+    share = "loops %{customdata[0]} and %{customdata[1]}: the same at %{z:.2%}<extra></extra>"
+    nats = "KL(loop %{customdata[0]} ‖ loop %{customdata[1]}) = %{z:.4g} nats<extra></extra>"
+    panels = ((agreement, PROBABILITY_SCALE, 1.0, share, _share), (kl, _NATS_SCALE, None, nats, _nats))
+    for column, (values, scale, top, hover, written) in enumerate(panels, start=1):
+        shown = numbers(values)
+        fig.add_trace(
+            go.Heatmap(
+                z=shown,
+                customdata=[[[row, other] for other in names] for row in names],
+                hovertemplate=hover,
+                text=[[written(value) for value in row] for row in shown],
+                texttemplate="%{text}" if len(names) <= _MOST_LOOPS_WITH_TEXT else None,
+                colorscale=scale,
+                zmin=0,
+                zmax=top,
+                xgap=1,
+                ygap=1,
+                colorbar={
+                    "thickness": 12,
+                    "x": 0.41 if column == 1 else 1.0,
+                    "outlinecolor": DARK_BLUE,
+                    "tickformat": ".0%" if column == 1 else "",
+                },
+            ),
+            row=1,
+            col=column,
+        )
+    fig.update_xaxes(**_counted("loop (column)", names))
+    fig.update_yaxes(**_counted("loop (row)", names), autorange="reversed")
+    base_layout(fig, height=420)
+    heatmap_axes(fig)
+    return fig
+
+
+def _share(value: float | None) -> str:
+    """A share in whole percents, which is not written as all where some are missing."""
+    if value is None:
+        return ""
+    return ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
+
+
+def _nats(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "<0.001" if 0 < value < 0.001 else f"{value:.2g}"
+
+
+def exit_curves(points: pd.DataFrame, n_loops: int) -> go.Figure:
+    """Two panels over the mean number of loops saved: agreement with the full run, and KL to it; a line for each rule.
+
+    Args:
+        points: columns rule, unit, threshold, saved, kl (nats), agreement (a share).
+        n_loops: loops of the full run.
+    """
+    fig = make_subplots(
+        rows=1,
+        cols=2,
+        horizontal_spacing=0.12,
+        subplot_titles=["Same top token as the full run", "KL(full run ‖ read-out at the exit), nats"],
+    )
+    for rule, rows in points.groupby("rule", sort=False):
+        color, symbol = _LOOKS.get(str(rule), _OTHER)
+        rows = rows.sort_values(["saved", "threshold"])
+        custom = rows[["threshold"]].to_numpy().tolist()
+        unit = rows["unit"].iloc[0]
+        for column, measure in ((1, "agreement"), (2, "kl")):
+            fig.add_trace(
+                go.Scatter(
+                    x=rows["saved"].tolist(),
+                    y=rows[measure].tolist(),
+                    customdata=custom,
+                    name=str(rule),
+                    legendgroup=str(rule),
+                    showlegend=column == 1,
+                    mode="lines+markers",
+                    line={"color": color, "width": 2},
+                    marker={"size": 7, "symbol": symbol},
+                    hovertemplate=f"threshold %{{customdata[0]:.3g}} {unit}<br>%{{x:.2f}} loops saved: %{{y:.4g}}"
+                    f"<extra>{rule}</extra>",
+                ),
+                row=1,
+                col=column,
+            )
+    curve_axes(fig)
+    most = n_loops - 1  # a token that stops after loop 0 saves all others
+    fig.update_xaxes(title={"text": f"loops saved of {n_loops}, mean over tokens"}, range=[-0.05 * most, 1.05 * most])
+    lowest = min([*points["agreement"].tolist(), 0.9])
+    span = [lowest - 0.05 * (1 - lowest), 1 + 0.05 * (1 - lowest)]
+    fig.update_yaxes(title={"text": "share of tokens"}, range=span, tickformat=".0%", row=1, col=1)
+    fig.update_yaxes(title={"text": "nats"}, rangemode="tozero", row=1, col=2)
+    return base_layout(
+        fig, height=400, legend={"orientation": "h", "y": -0.25}, margin={"l": 70, "r": 20, "t": 50, "b": 90}
+    )
+
+
+def lens_losses(
+    direct: Float[Tensor, "loop layer"], tuned: Float[Tensor, "loop layer"], layers: Sequence[int], site: str
+) -> go.Figure:
+    """Two lines for each layer over loops: the direct lens dashed, the tuned lens solid.
+
+    Args:
+        direct, tuned: mean KL(run ‖ lens) on held-out prompts, in nats.
+        layers: which core layers they are.
+        site: what is read.
+    """
+    fig = go.Figure()
+    n_loops = len(direct)
+    for i, (layer, color) in enumerate(zip(layers, layer_colors(len(layers)), strict=True)):
+        what = "state" if site == "state" else f"layer {layer}"
+        for name, values, dash in (("direct", direct, "dash"), ("tuned", tuned, "solid")):
+            fig.add_trace(
+                go.Scatter(
+                    x=list(range(n_loops)),
+                    y=numbers(values[:, i]),
+                    name=f"{what}, {name}",
+                    mode="lines+markers",
+                    line={"color": color, "dash": dash, "width": 2},
+                    hovertemplate=f"loop %{{x}}: %{{y:.4g}} nats<extra>{what}, {name}</extra>",
+                )
+            )
+    curve_axes(fig)
+    fig.update_xaxes(**loop_axis(n_loops))
+    fig.update_yaxes(title={"text": "KL(run ‖ lens) on held-out prompts, nats"}, rangemode="tozero")
+    return base_layout(fig, height=400)
