@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import pandas as pd
 import torch
@@ -29,9 +29,6 @@ Targets = str | int | Sequence[str | int] | Tensor | None
 
 FINAL = "final top token"
 PER_ROW = "target"
-
-_SITES = ("state", "resid_pre", "resid_mid", "resid_post")
-_KINDS = ("exact", "direct", "coda", "tuned")
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ def choose_reads(
     Raises:
         InputError: runs of a part, a site, loop, layer or position that there is not, or layers of the state.
     """
-    if site not in _SITES:
-        raise InputError(f"site must be one of {', '.join(map(repr, _SITES))}, got {site!r}.")
+    if site not in get_args(LensSite):
+        raise InputError(f"site must be one of {', '.join(map(repr, get_args(LensSite)))}, got {site!r}.")
     if not runs.whole:
         raise InputError("a lens reads whole runs: leave out start_at_loop and stop_at_loop.")
     if site == "state" and layers is not None:
@@ -109,8 +106,8 @@ def _indices(name: str, given: Iterable[int] | None, size: int) -> tuple[int, ..
 
 def check_kind(model: LoopedModel, kind: LensKind, translated: bool) -> None:
     """An error for a lens that there is not, or that the model can't have."""
-    if kind not in _KINDS:
-        raise InputError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}.")
+    if kind not in get_args(LensKind):
+        raise InputError(f"kind must be one of {', '.join(map(repr, get_args(LensKind)))}, got {kind!r}.")
     if kind == "coda" and not model.cfg.n_coda:
         raise InputError(f"{model.cfg.model_name} has no coda: pass kind='exact' or kind='direct'.")
     if (kind == "tuned") != translated:

@@ -194,29 +194,17 @@ def readout_curves(
     """
     n_loops = len(answer_prob)
     shown = plotly_text(shorten(answer))
-    fig = make_subplots(
-        rows=1,
-        cols=3,
-        horizontal_spacing=0.09,
-        subplot_titles=[
-            f"Probability of {shown}",
-            f"Rank of {shown} (1 = top token)",
-            "Entropy, and distance to the last loop",
-        ],
-    )
-    loops = list(range(n_loops))
-
-    def draw(column: int, values: list[float], name: str, color: str, dash: str, symbol: str, unit: str) -> None:
-        line = {"color": color, "width": 2, "dash": dash}
-        marker = {"size": 7 if n_loops <= 32 else 4, "symbol": symbol}
-        style = {"line": line, "marker": marker, "mode": "lines+markers", "showlegend": column == 3}
-        hover = f"loop %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>"
-        fig.add_trace(go.Scatter(x=loops, y=values, name=name, hovertemplate=hover, **style), row=1, col=column)
-
-    draw(1, numbers(answer_prob), "probability", BLUE, "solid", "circle", "")
-    draw(2, numbers(answer_rank), "rank", BLUE, "solid", "circle", "")
-    draw(3, numbers(entropy), "entropy", GREEN, "solid", "circle", "nats")
-    draw(3, numbers(kl_to_final), "KL(last ‖ this loop)", ORANGE, "dash", "diamond", "nats")
+    titles = (f"Probability of {shown}", f"Rank of {shown} (1 = top token)", "Entropy, and distance to the last loop")
+    fig = _panels(0.09, *titles)
+    loops, size = list(range(n_loops)), 7 if n_loops <= 32 else 4
+    for column, values, name, color, dash, symbol, unit in (
+        (1, answer_prob, "probability", BLUE, "solid", "circle", ""),
+        (2, answer_rank, "rank", BLUE, "solid", "circle", ""),
+        (3, entropy, "entropy", GREEN, "solid", "circle", "nats"),
+        (3, kl_to_final, "KL(last ‖ this loop)", ORANGE, "dash", "diamond", "nats"),
+    ):
+        line = _line(loops, numbers(values), name, f"loop %{{x}}: %{{y:.4g}} {unit}", color, dash, symbol, size)
+        fig.add_trace(line.update(showlegend=column == 3), row=1, col=column)
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops, "after loop"))
     fig.update_yaxes(title={"text": "probability"}, range=[-0.04, 1.04], row=1, col=1)
@@ -237,6 +225,32 @@ def readout_curves(
     return base_layout(fig, height=350, legend=legend, margin={"l": 70, "r": 20, "t": 50, "b": 80})
 
 
+def _panels(spacing: float, *titles: str) -> go.Figure:
+    return make_subplots(rows=1, cols=len(titles), horizontal_spacing=spacing, subplot_titles=titles)
+
+
+def _line(
+    x: list[Any],
+    y: list[Any],
+    name: str,
+    hover: str,
+    color: str,
+    dash: str = "solid",
+    symbol: str = "circle",
+    size: int = 6,
+) -> go.Scatter:
+    """A line with markers; `hover` is the text of its points."""
+    return go.Scatter(
+        x=x,
+        y=y,
+        name=name,
+        mode="lines+markers",
+        line={"color": color, "width": 2, "dash": dash},
+        marker={"size": size, "symbol": symbol},
+        hovertemplate=f"{hover}<extra>{name}</extra>",
+    )
+
+
 def agreement_heatmaps(
     agreement: Float[Tensor, "loop loop"], kl: Float[Tensor, "loop loop"], loops: Sequence[int]
 ) -> go.Figure:
@@ -247,12 +261,7 @@ def agreement_heatmaps(
         kl: KL(row ‖ column), in nats.
         loops: which loops they are.
     """
-    fig = make_subplots(
-        rows=1,
-        cols=2,
-        horizontal_spacing=0.2,
-        subplot_titles=["Same top token (share of positions)", "KL(row ‖ column), nats"],
-    )
+    fig = _panels(0.2, "Same top token (share of positions)", "KL(row ‖ column), nats")
     names = list(loops)
     share = "loops %{customdata[0]} and %{customdata[1]}: the same at %{z:.2%}<extra></extra>"
     nats = "KL(loop %{customdata[0]} ‖ loop %{customdata[1]}) = %{z:.4g} nats<extra></extra>"
@@ -290,15 +299,11 @@ def agreement_heatmaps(
 
 def _share(value: float | None) -> str:
     """A share in whole percents, which is not written as all where some are missing."""
-    if value is None:
-        return ""
-    return ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
+    return "" if value is None else ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
 
 
 def _nats(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "<0.001" if 0 < value < 0.001 else f"{value:.2g}"
+    return "" if value is None else "<0.001" if 0 < value < 0.001 else f"{value:.2g}"
 
 
 def exit_curves(points: pd.DataFrame, n_loops: int) -> go.Figure:
@@ -308,35 +313,15 @@ def exit_curves(points: pd.DataFrame, n_loops: int) -> go.Figure:
         points: columns rule, unit, threshold, saved, kl (nats), agreement (a share).
         n_loops: loops of the full run.
     """
-    fig = make_subplots(
-        rows=1,
-        cols=2,
-        horizontal_spacing=0.12,
-        subplot_titles=["Same top token as the full run", "KL(full run ‖ read-out at the exit), nats"],
-    )
+    fig = _panels(0.12, "Same top token as the full run", "KL(full run ‖ read-out at the exit), nats")
     for rule, rows in points.groupby("rule", sort=False):
-        color, symbol = _LOOKS.get(str(rule), _OTHER)
         rows = rows.sort_values(["saved", "threshold"])
-        custom = rows[["threshold"]].to_numpy().tolist()
-        unit = rows["unit"].iloc[0]
+        hover = f"threshold %{{customdata[0]:.3g}} {rows['unit'].iloc[0]}<br>%{{x:.2f}} loops saved: %{{y:.4g}}"
+        color, symbol = _LOOKS.get(str(rule), _OTHER)
         for column, measure in ((1, "agreement"), (2, "kl")):
-            fig.add_trace(
-                go.Scatter(
-                    x=rows["saved"].tolist(),
-                    y=rows[measure].tolist(),
-                    customdata=custom,
-                    name=str(rule),
-                    legendgroup=str(rule),
-                    showlegend=column == 1,
-                    mode="lines+markers",
-                    line={"color": color, "width": 2},
-                    marker={"size": 7, "symbol": symbol},
-                    hovertemplate=f"threshold %{{customdata[0]:.3g}} {unit}<br>%{{x:.2f}} loops saved: %{{y:.4g}}"
-                    f"<extra>{rule}</extra>",
-                ),
-                row=1,
-                col=column,
-            )
+            line = _line(rows["saved"].tolist(), rows[measure].tolist(), str(rule), hover, color, "solid", symbol, 7)
+            line.update(customdata=rows[["threshold"]].to_numpy().tolist(), legendgroup=rule, showlegend=column == 1)
+            fig.add_trace(line, row=1, col=column)
     curve_axes(fig)
     most = n_loops - 1  # a token that stops after loop 0 saves all others
     fig.update_xaxes(title={"text": f"loops saved of {n_loops}, mean over tokens"}, range=[-0.05 * most, 1.05 * most])
@@ -364,16 +349,8 @@ def lens_losses(
     for i, (layer, color) in enumerate(zip(layers, layer_colors(len(layers)), strict=True)):
         what = "state" if site == "state" else f"layer {layer}"
         for name, values, dash in (("direct", direct, "dash"), ("tuned", tuned, "solid")):
-            fig.add_trace(
-                go.Scatter(
-                    x=list(range(n_loops)),
-                    y=numbers(values[:, i]),
-                    name=f"{what}, {name}",
-                    mode="lines+markers",
-                    line={"color": color, "dash": dash, "width": 2},
-                    hovertemplate=f"loop %{{x}}: %{{y:.4g}} nats<extra>{what}, {name}</extra>",
-                )
-            )
+            name, hover = f"{what}, {name}", "loop %{x}: %{y:.4g} nats"
+            fig.add_trace(_line(list(range(n_loops)), numbers(values[:, i]), name, hover, color, dash))
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops))
     fig.update_yaxes(title={"text": "KL(run ‖ lens) on held-out prompts, nats"}, rangemode="tozero")
