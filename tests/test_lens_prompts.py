@@ -79,7 +79,9 @@ def test_the_form_of_a_viewed_prompt_changes_nothing(tmp_path: Path) -> None:
 def test_held_out_prompts_take_every_form(tmp_path: Path) -> None:
     model = reader("huginn")
     options = {"steps": 1, "progress": False, "seed": 3}
-    wanted = fit_tuned_lens(model, TEXTS[:2], held_out=TEXTS[2:], **options).held_out_direct_loss
+    lens = fit_tuned_lens(model, TEXTS[:2], held_out=TEXTS[2:], **options)
+    wanted = lens.held_out_direct_loss
+    assert (lens.made_by["initial_state"], lens.made_by["held_out_prompts"]) == ("seed 3", 4)
     for name, prompts in forms(model, tmp_path, TEXTS[2:]).items():
         held_out = model.prepare(TEXTS[2:], seed=3) if name == "prepared runs" else prompts()
         found = fit_tuned_lens(model, TEXTS[:2], held_out=held_out, **options).held_out_direct_loss

@@ -157,7 +157,7 @@ def fit_tuned_lens(
         made_by={
             "model": model.cfg.model_name,
             "fingerprint": fingerprint(model),
-            "n_loops": runs.n_loops,
+            **model.batch_of(runs, [0]).describe(),
             "prompts": len(train.rows),
             "held_out_prompts": len(rest.rows),
             "steps": steps,
