@@ -23,7 +23,7 @@ from tl_looped.dynamics import (
     path_independence,
     trajectory,
 )
-from tl_looped.lens import fit_tuned_lens, loop_agreement, loop_lens, trace_exits, view_prompt
+from tl_looped.lens import fit_tuned_lens, logit_lens, readout_agreement, trace_exits, view_prompt
 from tl_looped.observe import observe
 from tl_looped.patching import Receiver, Sender, attribution_sweep, mean, patch_sweep, path_patch, zero
 from tl_looped.report.data import collect as read_prompts
@@ -54,8 +54,8 @@ ANALYSES: list[Call] = [
     lambda model, tokens: path_independence(model, tokens, seeds=[0, 1]),
     trajectory,
     lambda model, tokens: fit_tuned_lens(model, tokens.expand(5, -1), steps=1),
-    loop_agreement,
-    loop_lens,
+    readout_agreement,
+    logit_lens,
     trace_exits,
     view_prompt,
     lambda model, tokens: observe(model, tokens, measures=[STEP]),

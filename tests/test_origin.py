@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_looped import InputError
 from tl_looped.attention import attention_bound, attention_stability
 from tl_looped.dynamics import loop_jacobian_spectrum, loop_similarity, path_independence, trajectory
-from tl_looped.lens import loop_agreement, loop_lens, trace_exits
+from tl_looped.lens import logit_lens, readout_agreement, trace_exits
 from tl_looped.observe.watching import first_not_finite
 from tl_looped.stages import neuron_shares
 
@@ -53,7 +53,7 @@ def test_a_lens_refuses_what_is_not_a_number() -> None:
     model = tiny("llama")
     message = "the read-out of 'loop.1.hook_state_post' is not a number"
     with model.hooks(fwd_hooks=[(PLACE, poison)]), pytest.raises(InputError, match=message):
-        loop_lens(model, tokens_for(model), LOOPS)
+        logit_lens(model, tokens_for(model), LOOPS)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_a_lens_refuses_what_is_not_a_number() -> None:
         loop_similarity,
         trajectory,
         path_independence,
-        loop_lens,
-        loop_agreement,
+        logit_lens,
+        readout_agreement,
         trace_exits,
         lambda model, tokens: neuron_shares(model),
     ],
