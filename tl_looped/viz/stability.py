@@ -18,10 +18,10 @@ from tl_looped.viz.style import (
     ORANGE,
     base_layout,
     curve_axes,
+    heading,
     heatmap_axes,
     loop_axis,
     numbers,
-    plotly_text,
 )
 
 # White is no change.
@@ -89,7 +89,7 @@ def head_changes(
     fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
     legend = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
     height = 190 + min(max(24 * n_rows, 90), 800)
-    base_layout(fig, height, title=_title(title), legend=legend, margin={"l": 120, "r": 20, "t": 80, "b": 60})
+    base_layout(fig, height, title=heading(title), legend=legend, margin={"l": 120, "r": 20, "t": 80, "b": 60})
     heatmap_axes(fig)
     return fig
 
@@ -175,8 +175,4 @@ def bound_scatter(
     fig.update_xaxes(title={"text": f"change of the pattern ‖Aₜ − Aₜ₋₁‖ (Frobenius norm{note})"}, **log)
     fig.update_yaxes(title={"text": "bound ½ · (2Bκ / √d_head) · ‖Xₜ − Xₜ₋₁‖"}, **log)
     legend = {"orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top"}
-    return base_layout(fig, 520, title=_title(title), legend=legend, margin={"l": 80, "r": 20, "t": 60, "b": 110})
-
-
-def _title(text: str) -> dict[str, object]:
-    return {"text": plotly_text(text), "font": {"size": 15}}
+    return base_layout(fig, 520, title=heading(title), legend=legend, margin={"l": 80, "r": 20, "t": 60, "b": 110})
