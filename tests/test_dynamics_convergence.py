@@ -154,6 +154,18 @@ def test_two_errors_cover_the_rate(kind: str, dtype: torch.dtype):
     assert len(within) > 0.6 * asked and sum(within) >= 0.9 * len(within)
 
 
+@pytest.mark.parametrize("kind", ["shrinking", "swinging", "normal"])
+def test_two_errors_cover_the_rate_of_wide_random_maps(kind: str):
+    """In which many components are nearly as slow as the slowest."""
+    within = []
+    for rate, loops, _ in itertools.product((0.5, 0.6, 0.7, 0.8, 0.9), (32, 64, 128), range(8)):
+        matrix, offset = contraction(kind, rate, 64), torch.randn(64, dtype=torch.float64)
+        found = settled(to_end(iterate(matrix, offset, loops)))
+        if not found.rate.isnan():
+            within.append(abs(found.rate.item() - math.log(rate)) <= 2 * found.rate_error.item())
+    assert len(within) > 70 and sum(within) >= 0.9 * len(within)
+
+
 def test_the_error_of_scatter_is_the_slopes():
     """Not the intercept's, which is many times as large where the fitted loops are far from loop 0."""
     t = torch.arange(256, dtype=torch.float64)

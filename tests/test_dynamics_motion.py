@@ -25,7 +25,7 @@ def test_it_is_what_the_states_of_all_loops_say(family: str, layer: int) -> None
     found = state_motion(model, PROMPTS, LOOPS, layer=layer, progress=False)
     assert found.places["prompt"].tolist() == [0] * 3 + [1] * 5 + [2] * 3
     with torch.no_grad():
-        caches = [model.run_with_cache([prompt], LOOPS, names_filter="hook_resid_post")[1] for prompt in PROMPTS]
+        caches = [model.run_with_cache([prompt], LOOPS)[1] for prompt in PROMPTS]
     for token, prompt in enumerate(found.places["prompt"].tolist()):
         x = list(caches[prompt].stack("resid_post", layer)[:, 0, int(found.places["pos"][token])])
         for t in range(LOOPS):
