@@ -24,16 +24,12 @@ from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe import Measure
 from tl_looped.observe.observation import BATCH_SIZE, observe
 from tl_looped.observe.observed import Observed
-from tl_looped.viz.stability import call_distances, head_changes
+from tl_looped.viz.calls import call_matrix
+from tl_looped.viz.stability import CHANGE_SCALE, head_changes
 
 Change = Literal["tv_to_previous", "tv_to_last", "frobenius_to_previous", "frobenius_to_last"]
 
-_LABELS: dict[str, str] = {
-    "tv_to_previous": "total variation<br>to the previous loop",
-    "tv_to_last": "total variation<br>to the last loop",
-    "frobenius_to_previous": "Frobenius distance<br>to the previous loop",
-    "frobenius_to_last": "Frobenius distance<br>to the last loop",
-}
+_MEASURES = dict(zip(get_args(Change), STABILITY, strict=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +65,7 @@ class AttentionStability(Result):
         """One row for each loop, core layer and head: loop, layer, head and the four changes."""
         places = np.indices(self.tv_to_last.shape).reshape(3, -1)
         columns = dict(zip(("loop", "layer", "head"), places, strict=True))
-        return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _LABELS})
+        return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _MEASURES})
 
     def heads(self) -> pd.DataFrame:
         """One row for each core layer and head: layer, head, score, settles_at (NaN for never)."""
@@ -92,8 +88,8 @@ class AttentionStability(Result):
         prompts = len(self.per_prompt[change])
         which += f", mean over {prompts} prompts" if prompts > 1 else ""
         title = f"Attention over loops: {self.made_by.get('model', '')}, {which}"
-        top = 1.0 if change.startswith("tv") else None
-        return head_changes(getattr(self, change), self.settles_at, self.tolerance, _LABELS[change], title, top)
+        top, label = 1.0 if change.startswith("tv") else None, f"{_MEASURES[change].unit}<br>{_MEASURES[change].label}"
+        return head_changes(getattr(self, change), self.settles_at, self.tolerance, label, title, top)
 
 
 def stability_of(observed: Observed, *, position: int | None = None, tolerance: float = 0.05) -> AttentionStability:
@@ -109,7 +105,7 @@ def stability_of(observed: Observed, *, position: int | None = None, tolerance: 
         InputError: the measures are missing, or no prompt has two tokens.
     """
     check_number("tolerance", tolerance, low_too=True)
-    per_prompt = {name: observed.prompts_by_loop(one.name) for name, one in zip(_LABELS, STABILITY, strict=True)}
+    per_prompt = {name: observed.prompts_by_loop(one.name) for name, one in _MEASURES.items()}
     changes = {name: values.nanmean(0) for name, values in per_prompt.items()}
     if not bool(changes["tv_to_last"].isfinite().any()):
         raise InputError("no prompt has two tokens, and a single token can only look at itself: pass longer prompts.")
@@ -209,7 +205,8 @@ class PatternDistances(Result):
         shown = self.mean() if chosen is None else self.distance[chosen]
         which = f"mean of {len(self.distance)} heads" if chosen is None else f"head {chosen}"
         title = f"Distance of attention patterns, {which}: {self.made_by.get('model', '')}"
-        return call_distances(shown, self.loops, self.layers, title)
+        look = ("the distances", "Frobenius<br>distance", CHANGE_SCALE, (0.0, None))
+        return call_matrix(shown, self.loops, self.layers, title, *look)
 
 
 def pattern_distances_of(cache: LoopedCache) -> PatternDistances:

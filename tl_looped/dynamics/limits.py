@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_looped.dynamics.measures import COSINE_TO_END
-from tl_looped.dynamics.tokens import core_series, place_table, prepare_long
+from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.checks import check_loop_axis, check_number, undefined_series
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.numbers import wide
@@ -287,7 +287,7 @@ def limits_of(observed: Observed, *, rule: LimitRule | None = None, name: str = 
         InputError: what `classify_limits` refuses; or the measure was not kept for every token.
     """
     rule = LimitRule() if rule is None else rule
-    cosines, places = core_series(observed, name)
+    cosines, places = observed.tokens_by_loop(name)
     labels, period, amplitude = classify_limits(cosines, rule)
     return LimitBehaviour(
         made_by={**observed.made_by, "rule": dataclasses.asdict(rule)},

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_looped.dynamics.measures import MOTION
-from tl_looped.dynamics.tokens import core_series, place_table, prepare_long
+from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.errors import resolve_index
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
@@ -63,7 +63,7 @@ def motion_of(observed: Observed, *, layer: int = -1) -> StateMotion:
     Raises:
         InputError: no such layer, or a measure was not kept for every token.
     """
-    values = {one.name: core_series(observed, one.name) for one in MOTION}
+    values = {one.name: observed.tokens_by_loop(one.name) for one in MOTION}
     places = values["step"][1]
     index = resolve_index("layer", layer, values["step"][0].shape[1])
     steps = {name: series[:, index] for name, (series, _) in values.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_looped.dynamics.measures import DISTANCE
-from tl_looped.dynamics.tokens import core_series, place_table, prepare_long
+from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.checks import check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import held_to_end, met_from, wide
@@ -170,7 +170,7 @@ def convergence_of(
     Raises:
         InputError: what `settled` refuses; or the measure was not kept for every token.
     """
-    values, places = core_series(observed, name)
+    values, places = observed.tokens_by_loop(name)
     found = settled(values, tolerance, hold=hold, axes=("layer", "token"))
     made_by = {**observed.made_by, "tolerance": tolerance, "hold": hold}
     return replace(found, made_by=made_by, places=places)
@@ -218,17 +218,11 @@ def _check(tolerance: float, hold: float) -> None:
 
 def _fits(distances: Float[Tensor, "loop *dims"]) -> dict[str, Tensor]:
     """The fields of `Convergence` that come from the fit."""
-    n, shape = len(distances), distances.shape[1:]
-    columns = distances.reshape(n, -1).double().numpy()
-    eps = torch.finfo(distances.dtype).eps
-    found = [_fit(columns[:, i], eps) for i in range(columns.shape[1])]
-    rate, error, start, stop = (np.array(part).reshape(tuple(shape)) for part in zip(*found, strict=True))
-    return {
-        "rate": torch.from_numpy(rate).to(distances.dtype),
-        "rate_error": torch.from_numpy(error).to(distances.dtype),
-        "fit_start": torch.from_numpy(start),
-        "fit_stop": torch.from_numpy(stop),
-    }
+    columns, eps = distances.double().reshape(len(distances), -1).T.numpy(), torch.finfo(distances.dtype).eps
+    found = torch.tensor([_fit(column, eps) for column in columns], dtype=torch.float64)
+    rate, error, start, stop = found.T.reshape(4, *distances.shape[1:])
+    fit = {"rate": rate.to(distances.dtype), "rate_error": error.to(distances.dtype)}
+    return {**fit, "fit_start": start.long(), "fit_stop": stop.long()}
 
 
 def _fit(d: np.ndarray, eps: float) -> tuple[float, float, int, int]:

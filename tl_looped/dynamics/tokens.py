@@ -7,14 +7,12 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.engine.checks import check_eval
-from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.errors import check_count
 from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs, check_one_prompt, check_whole_run
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.observed import Observed
 
 N_LOOPS = 128
 """Loops after which the paper takes a state for the fixed point: what runs where the caller does not say."""
@@ -41,24 +39,6 @@ def one_prompt(model: LoopedModel, runs: Runs, loops: int = 1) -> Run:
     check_whole_run(run, loops)
     check_one_prompt(run)
     return run
-
-
-def core_series(
-    observed: Observed, name: str
-) -> tuple[Float[Tensor, "loop layer token"], dict[str, Int[Tensor, " token"]]]:
-    """A measure of the core layers for every token of every prompt, and each token's prompt and position.
-
-    Args:
-        observed: from `observe(..., per_token=[name])`.
-        name: of a measure with one number for each token and layer.
-
-    Raises:
-        InputError: the measure was not kept for every token, is not one number for each, or a prompt has not run.
-    """
-    values, places = observed.tokens_by_loop(name)
-    if values.ndim != 3:
-        raise InputError(f"{name!r} must have one number for each token and layer, not {observed.axes[name]}.")
-    return values, places
 
 
 def place_table(shape: Sequence[int], axes: Sequence[str], places: Mapping[str, Tensor]) -> pd.DataFrame:

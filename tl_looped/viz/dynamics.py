@@ -95,7 +95,6 @@ def convergence_curves(
         converged: 1.0, 0.0 or NaN, for the legend.
         tolerance: drawn as a line.
         layered: whether the middle axis is layers, or of size one without a meaning.
-        title: of the figure.
 
     Raises:
         InputError: no distance above zero.
@@ -128,7 +127,6 @@ def similarity_heatmap(
     Args:
         matrix: call = loop · layers + layer. Where a cosine is negative, white is 0 and the scale goes from -1 to 1.
         loops, layers: which they are.
-        title: of the figure.
 
     Raises:
         InputError: no finite value.
@@ -145,7 +143,6 @@ def cycle_histogram(smallest: Float[Tensor, " token"], threshold: float, title: 
     Args:
         smallest: NaN for a token without fixed points; they are counted in a note.
         threshold: from which on the points count as one, drawn as a line.
-        title: of the figure.
 
     Raises:
         InputError: no token has fixed points.
@@ -196,7 +193,6 @@ def trajectory_figure(
         scores: coordinates; all panels have the same components.
         explained: share of the variance along each.
         positions, tokens: what the panels show.
-        title: of the figure.
     """
     n_loops, _, n_tokens, _ = scores.shape
     names = [f"position {p}: {plotly_text(shorten(token))}" for p, token in zip(positions, tokens, strict=True)]
@@ -278,7 +274,6 @@ def limit_curves(
         behaviours: their names.
         threshold: how far below 1 a cosine may be to count as at rest, drawn as a line.
         names: what each token is called.
-        title: of the figure.
 
     Raises:
         InputError: no token has a label.
@@ -316,7 +311,6 @@ def path_curves(
         distances: the largest between any two runs, relative L2; zero is a gap.
         tolerance: drawn as a line.
         tokens: the token at each position.
-        title: of the figure.
 
     Raises:
         InputError: no distance above zero.
@@ -347,7 +341,6 @@ def motion_curves(
         step: relative L2; zero is a gap.
         angle: radians.
         last: which tokens are the last of their prompts; of several the median is drawn.
-        title: of the figure.
 
     Raises:
         InputError: no step above zero.
@@ -377,7 +370,6 @@ def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: 
 
     Args:
         real, imag: their parts.
-        title: of the figure.
     """
     turn = torch.linspace(0, 2 * math.pi, 181, dtype=torch.float64)
     circle = {"x": numbers(turn.cos()), "y": numbers(turn.sin()), "mode": "lines", "hoverinfo": "skip"}
