@@ -193,7 +193,7 @@ class LatentRule(ThresholdRule):
 
 
 class AccelerationRule(ThresholdRule):
-    """Stop where the step changes little: ‖Δ_t − Δ_{t−1}‖ / ‖x_{t+1}‖ with Δ_t = x_{t+1} − x_t, as in `accelerations`.
+    """Stop where the step changes little: ‖Δ_t − Δ_{t−1}‖ / ‖x_{t+1}‖ with Δ_t = x_{t+1} − x_t, as in `acceleration`.
 
     Not defined after the first loop. The paper calls it acceleration, and its rule second-order; it takes the length as
     it is, and waits for two loops in a row. Dividing by the state's norm, as `LatentRule` does, lets one threshold

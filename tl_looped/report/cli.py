@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tl_looped.claims import study_architectures
 from tl_looped.claims.architectures import INITIALISATION_WORDS, LAYERS
-from tl_looped.dynamics import N_LOOPS
 from tl_looped.dynamics.limits import FEWEST_LOOPS
+from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.errors import InputError, LoopedError, check_count
 from tl_looped.engine.files import check_output, write_whole
 from tl_looped.model import LoopedModel
