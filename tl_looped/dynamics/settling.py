@@ -247,7 +247,8 @@ def _fit(d: np.ndarray, eps: float) -> tuple[float, float, int, int]:
         earlier = np.arange(start // 2, start) - (start // 2 + start - 1) / 2
         before = earlier / (earlier @ earlier)
         turn = abs(before @ np.log(d[start // 2 : start]) - slope)
-        parts.append(_TURN * max(0.0, turn - 2 * scatter * math.hypot(np.linalg.norm(weights), np.linalg.norm(before))))
+        by_chance = 2 * scatter * math.hypot(np.linalg.norm(weights), np.linalg.norm(before))
+        parts.append(_TURN * max(0.0, float(turn) - by_chance))
     if d[-1] == 0 and slope < 0:
         left = np.exp(slope * (len(d) - 1 - loops))  # how large the end's own distance is beside each fitted one
         parts.append(float(np.dot(np.abs(weights), -np.log1p(-left))))
