@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.dynamics.measures import step_cosine, step_norm
+from tl_looped.dynamics.measures import cosine_to, step_norm
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
@@ -189,7 +189,7 @@ def _read(model: LoopedModel, runs: Runs, row: int, prompt: Prompt, lens: LogitL
             patterns[site.name] = x[0].float().cpu()
             return
         if states:
-            steps.append((step_norm(x[0], states[0]).cpu(), step_cosine(x[0], states[0]).cpu()))
+            steps.append((step_norm(x[0], states[0]).cpu(), cosine_to(x[0], states[0]).cpu()))
         states[:] = [x[0]]
 
     names = [_pattern_name(*site, loop) for site, loops in sites.items() for loop in loops]
