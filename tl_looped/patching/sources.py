@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ Values = Callable[[HookSite, Tensor], Tensor]
 """From a site (with its loop) and the activation there to what takes its place; broadcasts against the activation."""
 
 
+@dataclass(frozen=True, eq=False)
 class Source:
     """What a patch writes. Make one with `zero`, `fixed` or `mean_source`; a LoopedCache serves as one directly.
 
-    Args:
+    Attributes:
         name: for results.
         values: the function that gives the values.
         run: the run they come from, where they come from one; it must match the patched run.
@@ -34,21 +36,12 @@ class Source:
             for all cells of a batch.
     """
 
-    def __init__(
-        self,
-        name: str,
-        values: Values,
-        run: Run | None = None,
-        cache: LoopedCache | None = None,
-        spreads: bool = False,
-        constant: bool = False,
-    ):
-        self.name = name
-        self.values = values
-        self.run = run
-        self.cache = cache
-        self.spreads = spreads
-        self.constant = constant
+    name: str
+    values: Values
+    run: Run | None = None
+    cache: LoopedCache | None = None
+    spreads: bool = False
+    constant: bool = False
 
     def require(self, names: Sequence[str], run: Run | None = None) -> None:
         """Raise for a name that the cache does not have, or not for all prompts and positions of the patched run.
