@@ -26,11 +26,11 @@ from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import length, median
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
+from tl_looped.observe.watching import watch
 from tl_looped.viz.study import study_panels
 
 Norm = Literal["pre", "residual_sandwich", "output_sandwich"]
@@ -330,11 +330,11 @@ def _states(model: LoopedModel, tokens: Tensor, seed: int | None) -> Float[Tenso
     cfg = model.cfg
     states = torch.empty(cfg.n_loops, cfg.n_core, *tokens.shape, cfg.d_model)
 
-    def keep(x: Tensor, hook: LoopHookPoint) -> None:
-        states[hook.loop, hook.layer()] = x
+    def keep(site: HookSite, x: Tensor) -> None:
+        states[site.loop, site.layer] = x
 
-    hooks = [(HookSite("hook_resid_post", CORE, layer).name, keep) for layer in range(cfg.n_core)]
-    model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_loop=cfg.n_loops, seed=seed)
+    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(cfg.n_core)]
+    watch(model, model.batch(tokens, seed=seed), names, keep, only_loops=True)
     return states.flatten(2, 3)
 
 

@@ -16,7 +16,7 @@ from tl_looped.engine.errors import InputError, LoopedError, check_count
 from tl_looped.engine.files import check_output, write_whole
 from tl_looped.model import LoopedModel
 from tl_looped.report.analyses import LONG_RUN, loop_analyses
-from tl_looped.report.check import check
+from tl_looped.report.checking import check
 from tl_looped.report.data import collect
 from tl_looped.report.patching import chain_patching
 from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built_in
