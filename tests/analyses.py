@@ -30,7 +30,7 @@ def total(logits: Tensor) -> Tensor:
 
 NEEDS: dict[str, dict[str, Any]] = {
     "observe": {"measures": [STEP], "progress": False},
-    "fit_tuned_lens": {"steps": 1, "held_out": ["a b c", "d e"], "progress": False},
+    "fit_tuned_lens": {"steps": 1},
     "path_independence": {"noise": 0.5},
     "patch_sweep": {"source": zero(), "metric": total, "axes": ("loop",), "progress": False},
     "attribution_sweep": {"source": zero(), "metric": total},

@@ -17,12 +17,14 @@ from helpers import PARITY, make
 from report_helpers import ATTACK, HOSTILE, hostile_model, hostile_tokenizer
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.engine.files import check_output, write_whole
 from tl_looped.lens import logit_lens, view_prompt
-from tl_looped.report import Prompt, ReportData, Section, built_in, check_output, collect, report_page, write_whole
+from tl_looped.report import Prompt, ReportData, built_in, collect, report_page
 from tl_looped.report import cli as cli_module
 from tl_looped.report.cli import main
-from tl_looped.report.html import page
-from tl_looped.viz import LayerAttention, LoopAttention, show_token
+from tl_looped.report.html import Section, page
+from tl_looped.viz import LayerAttention, LoopAttention
+from tl_looped.viz.style import show_token
 
 # Files.
 

@@ -116,7 +116,7 @@ class ReportData:
 
 def collect(
     model: LoopedModel,
-    prompts: Iterable[Prompt],
+    questions: Iterable[Prompt],
     n_loops: int | None = None,
     seed: int | None = None,
     name: str | None = None,
@@ -126,7 +126,7 @@ def collect(
 
     Args:
         model: the model.
-        prompts: what to read.
+        questions: what to read, each with its answer where that is known.
         n_loops: how many loops to run; None for the count the model was trained with.
         seed: of the initial state, where the model draws one; None for 0.
         name: the model's name in the report; None for the one in its config.
@@ -136,7 +136,7 @@ def collect(
         InputError: a prompt that the model can't read, an answer that is not one token, or a bad loop count or seed.
     """
     check_eval(model)
-    asked = tuple(prompts)
+    asked = tuple(questions)
     if not asked:
         raise InputError("a report needs at least one prompt.")
     answers = [_answer_id(model, prompt) for prompt in asked]

@@ -12,7 +12,7 @@ from tl_looped.model import LoopedModel
 from tl_looped.patching import attribution_sweep, patch_sweep
 from tl_looped.report.html import Section, escape, figure
 from tl_looped.training.variable_chains import solve
-from tl_looped.viz import show_token
+from tl_looped.viz.style import show_token
 
 _NAMED = 0.2  # share of the answer from which a position is named in words
 

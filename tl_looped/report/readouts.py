@@ -14,8 +14,7 @@ from tl_looped.model import LoopedModel
 from tl_looped.report.data import Reading, ReportData, spread
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.report.words import percent
-from tl_looped.viz import show_token
-from tl_looped.viz.style import shorten
+from tl_looped.viz.style import shorten, show_token
 
 _MOST_LOOPS = 32  # drawn in a heatmap of loops and layers
 _MOST_LAYERS = 16

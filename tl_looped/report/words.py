@@ -5,7 +5,7 @@ from __future__ import annotations
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.numbers import median
 from tl_looped.report.data import Reading, ReportData
-from tl_looped.viz import show_token
+from tl_looped.viz.style import show_token
 
 _NORMS = {
     "pre": "x + f(N(x)): every attention and MLP reads a normed copy of the stream; the stream itself is not normed",
