@@ -32,6 +32,7 @@ from torch import Tensor
 from tl_looped.attention.distances import pattern_distance
 from tl_looped.attention.patterns import checked_pattern
 from tl_looped.engine.checks import check_eval, check_finite
+from tl_looped.engine.config import ROTARY_TERM
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.results import Result
@@ -226,11 +227,9 @@ def attention_bound(
     for (loop, layer), values in watch.found.items():
         for name in names:
             found[name][loop, layer] = values[name]
-    broken = {"rotary position embedding": True, "biases on queries and keys": cfg.qk_bias}
-    broken |= {"norms on queries and keys": cfg.qk_norm}
     return AttentionBound(
         made_by={"model": cfg.model_name, **run.describe()},
-        breaks=tuple(name for name, is_so in broken.items() if is_so),
+        breaks=cfg.score_terms(),
         n_tokens=run.tokens.shape[1],
         kappa=torch.stack(watch.kappa),
         **found,
@@ -242,11 +241,10 @@ class _Watch:
 
     def __init__(self, model: LoopedModel, visible: Bool[Tensor, "query key"] | None):
         self.model, self.visible = model, visible
-        self.before_attention = model.cfg.norm_placement != "output"
         blocks = [block for block in model.transformer.blocks if isinstance(block, Block)]
         self.W_Q = [block.attn.W_Q.detach().cpu() for block in blocks]
         self.W_K = [block.attn.W_K.detach().cpu() for block in blocks]
-        self.norms = [block.ln1.weight.detach().double().cpu() for block in blocks if self.before_attention]
+        self.inputs = [block.query_input for block in blocks]
         self.kappa = [score_norm(q, k) for q, k in zip(self.W_Q, self.W_K, strict=True)]
         self.x: dict[int, Tensor] = {}
         self.previous: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # X, pattern, plain pattern
@@ -254,17 +252,14 @@ class _Watch:
 
     def hooks(self) -> list[tuple[HookName, HookFn]]:
         """Hooks for one run."""
-        source = "ln1.hook_normalized" if self.before_attention else "hook_resid_pre"
-        pairs = ((source, self._input), ("attn.hook_pattern", self._pattern))
-        return [(f"{CORE}.{layer}.{name}", fn) for layer in range(self.model.cfg.n_core) for name, fn in pairs]
+        sites = [f"{CORE}.{layer}." for layer in range(len(self.inputs))]
+        inputs = [(site + name, self._input) for site, (name, _) in zip(sites, self.inputs, strict=True)]
+        return [*inputs, *((f"{site}attn.hook_pattern", self._pattern) for site in sites)]
 
     def _input(self, x: Tensor, hook: LoopHookPoint) -> None:
         check_finite(x[0], (f"{hook.name!r}, position",))
         layer = hook.layer()
-        x = x[0].double().cpu()
-        if self.before_attention:
-            x = x * self.norms[layer]
-        self.x[layer] = x
+        self.x[layer] = self.inputs[layer][1](x[0].double()).detach().cpu()
 
     def _pattern(self, pattern: Tensor, hook: LoopHookPoint) -> None:
         layer = hook.layer()
@@ -274,7 +269,7 @@ class _Watch:
         plain = plain_pattern(x, W_Q, W_K, self.visible)
         if layer in self.previous:
             other, pattern_before, plain_before = self.previous[layer]
-            covered = not (self.model.cfg.qk_bias or self.model.cfg.qk_norm)
+            covered = set(self.model.cfg.score_terms()) <= {ROTARY_TERM}
             self.found[hook.loop or 0, layer] = {
                 "bound": pattern_bound(x, other, self.kappa[layer], W_Q.shape[-1]),
                 "observed": pattern_distance(pattern, pattern_before).double(),

@@ -225,15 +225,14 @@ def _starts(
             size = length(wide(own))
             size = torch.where(size == 0, length(wide(after)), size)
             starts = {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
-        elif model.cfg.random_state:
+        elif model.cfg.draws_state:
             drawn = [{**options, "seed": seed} for seed in chosen]
             states = [model.batch(prompt, run.n_loops, **one).state for one in drawn]
             starts = {f"seed {seed}": one for seed, one in zip(chosen, states, strict=True) if one is not None}
         else:
-            own_state = "zero" if model.cfg.initial_state == "zeros" else "the prelude's output"
             raise InputError(
-                f"{model.cfg.model_name} draws no state but starts from {own_state}, so seeds change nothing: pass "
-                "noise=0.5 for noise around it, or initial_states=[...]."
+                f"{model.cfg.model_name} draws no state, so seeds change nothing: it starts from "
+                f"{model.cfg.state_in_words()}. Pass noise=0.5 for noise around it, or initial_states=[...]."
             )
     if len(starts) < 2:
         raise InputError(f"one start has nothing to meet: pass two or more, got {list(starts)}.")

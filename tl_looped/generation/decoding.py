@@ -45,7 +45,7 @@ class NewStates:
             )
         self.policy = policy
         self.noise = None
-        if policy == "fresh" and run.state is not None and model.cfg.random_state:
+        if policy == "fresh" and run.state is not None and model.cfg.draws_state:
             self.noise = draw_noise(model.cfg, n_positions, run.seed).to(run.state)
 
     def of(self, position_ids: Int[Tensor, "batch 1"], carried: NewState) -> NewState:
@@ -201,8 +201,7 @@ class CachedDecoder(Decoder):
             with torch.no_grad(), self.progress.at(start):
                 return transformer.readout(after, frame)[:, -1]
 
-        gate = (lambda: transformer.exit_gate(after[:, -1]).squeeze(-1)) if self.model.cfg.exit_gate else None
-        return LoopEnd(loop=t, state=after[:, -1], state_before=before[:, -1], read=read, gate=gate)
+        return LoopEnd(t, after[:, -1], before[:, -1], read, transformer.exit_logit)
 
 
 def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:

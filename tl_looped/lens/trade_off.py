@@ -251,7 +251,7 @@ def trace_exits(
 
 def _checked(model: LoopedModel, rules: Sequence[type[ThresholdRule]] | None) -> list[type[ThresholdRule]]:
     if rules is None:
-        rules = [rule for rule in RULES.values() if rule is not GateRule or model.cfg.exit_gate]
+        rules = [rule for rule in RULES.values() if rule is not GateRule or model.transformer.exit_logit]
     if not isinstance(rules, Sequence):
         raise InputError(f"rules must be a list of classes of rules, such as [KLRule], got {rules!r}.")
     if not rules:
@@ -308,7 +308,7 @@ class _Tracer:
             state=rows,
             state_before=self.entered,
             read=lambda: transformer.unembed(transformer.finish(state, self.frame)[self.judged]),
-            gate=(lambda: transformer.exit_gate(rows).squeeze(-1)) if self.model.cfg.exit_gate else None,
+            gate=transformer.exit_logit,
         )
         self.statistics.append(torch.stack([meter(end).to(self.final.dtype).cpu() for meter in self.meters]))
         self.kl.append(kl_divergence(self.final, end.log_probs).cpu())
