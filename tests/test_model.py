@@ -117,7 +117,7 @@ def test_a_run_says_what_made_it(model, tokens):
 @pytest.mark.parametrize("d_model", [16, 20])
 def test_the_distribution_of_a_drawn_state(kind: str, d_model: int):
     """Standard deviation and cut as configured, one draw a position; a longer prompt begins with the shorter one."""
-    options: dict[str, Any] = {"initial_state": kind, "state_init_std": 0.5, "state_init_scale": 3.0}
+    options: dict[str, Any] = {"state_init": kind, "state_init_std": 0.5, "state_init_scale": 3.0}
     model = make(**options, injection="add", d_model=d_model, n_ctx=1000)
     state = model(torch.zeros(2, 1000, dtype=torch.long), stop_at_loop=0, seed=1)
     assert torch.equal(state[0], state[1])
