@@ -253,7 +253,7 @@ def test_a_model_at_rest_has_no_looseness_and_no_figure():
 
 def run(**options: Any) -> AttentionBound:
     model = tiny("llama")
-    options = {"prompt": tokens_for(model, batch=1), "n_loops": 3, **options}
+    options = {"prompts": tokens_for(model, batch=1), "n_loops": 3, **options}
     return attention_bound(model, **options)
 
 
@@ -261,8 +261,8 @@ def run(**options: Any) -> AttentionBound:
     ("options", "message"),
     [
         ({"n_loops": 1}, "this compares loops, and the run has 1"),
-        ({"prompt": torch.zeros(3, 5, dtype=torch.int64)}, "one prompt, got 3"),
-        ({"prompt": torch.zeros(1, 1, dtype=torch.int64)}, "single token"),
+        ({"prompts": torch.zeros(3, 5, dtype=torch.int64)}, "one prompt, got 3"),
+        ({"prompts": torch.zeros(1, 1, dtype=torch.int64)}, "single token"),
     ],
 )
 def test_what_the_bound_refuses(options: dict[str, Any], message: str):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.dynamics import PathIndependence, noise_around, pairwise_distances, path_independence
+from tl_looped.dynamics import PathIndependence, path_independence
+from tl_looped.dynamics.paths import noise_around, pairwise_distances
 
 
 def settling(**changes: Any):
@@ -138,7 +139,7 @@ def test_one_loop_and_one_token_are_enough():
         ("llama", {"initial_states": [torch.zeros(5, 16)] * 2, "noise": 1.0}, "leave out seeds and noise"),
         ("llama", {"initial_states": [torch.zeros(5, 16)]}, "one start has nothing to meet"),
         ("llama", {"initial_states": [torch.zeros(5, 8)] * 2}, r"initial_state must be a tensor of shape \(1, 5, 16\)"),
-        ("llama", {"stop_at_loop": 1}, "leave out start_at_loop and stop_at_loop"),
+        ("llama", {"stop_at_loop": 1}, "path_independence has no argument 'stop_at_loop'"),
     ],
 )
 def test_bad_input(family: str, options: dict[str, Any], message: str, as_a_user: None):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_looped import LoopedCache, LoopedModel, QKNorm
 from tl_looped.engine.schedule import CODA, PRELUDE
-from tl_looped.lens import exit_distribution, threshold_exit
+from tl_looped.lens.exits import exit_distribution, threshold_exit
 
 ABSOLUTE = 1e-4
 RELATIVE = 2e-5  # of the largest value

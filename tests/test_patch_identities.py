@@ -47,7 +47,9 @@ class Pair:
     def sweep(self, site: str, axes: tuple[str, ...], corrupted: Tensor | None = None, **options: Any) -> Tensor:
         tokens = self.corrupted if corrupted is None else corrupted
         options = {"n_loops": LOOPS, "reduce": "none", "progress": False, **options}
-        return patch_sweep(self.model, tokens, self.cache, self.metric, site, axes, **options).values
+        return patch_sweep(
+            self.model, tokens, source=self.cache, metric=self.metric, site=site, axes=axes, **options
+        ).values
 
     def restored(self, values: Tensor) -> Tensor:
         """Which cells give the clean value, for all prompts."""

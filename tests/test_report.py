@@ -9,7 +9,7 @@ from report_helpers import hostile_model, numbered
 
 from tl_looped import InputError
 from tl_looped.engine.schedule import CORE
-from tl_looped.lens import kl_divergence
+from tl_looped.lens.measures import kl_divergence
 from tl_looped.report import Prompt, built_in, collect, report_page
 from tl_looped.report import data as data_module
 from tl_looped.report.data import choose_attention, spread

@@ -15,25 +15,20 @@ from typing_extensions import Unpack
 from tl_looped.adapters import Looping, loading
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.engine import Engine, ReturnType
+from tl_looped.engine.engine import ReturnType
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
 from tl_looped.engine.view import UnrolledModel
-from tl_looped.generation import (
-    Generated,
-    TokenStream,
-    generate,
-    generate_stream,
-)
+from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer
 
 Self = TypeVar("Self", bound="LoopedModel")
 
 
-class LoopedModel(CachingHooks, Engine):
+class LoopedModel(CachingHooks, GeneratesText):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
@@ -147,18 +142,6 @@ class LoopedModel(CachingHooks, Engine):
         """
         total, _, _ = resolve_loops(n_loops, None, None, self.cfg)
         return UnrolledModel(self, total, initial_state, seed)
-
-    def generate(
-        self, input: Prompts, max_new_tokens: int = 10, n_loops: int | None = None, **options: Any
-    ) -> str | list[str] | Tensor | Generated:
-        """Generate text with the loops, initial states and hooks asked for; see `tl_looped.generation.generate`."""
-        return generate(self, input, max_new_tokens, n_loops, **options)
-
-    def generate_stream(
-        self, input: Prompts, max_new_tokens: int = 10, n_loops: int | None = None, **options: Any
-    ) -> TokenStream:
-        """Generate text token by token; see `tl_looped.generation.generate_stream`."""
-        return generate_stream(self, input, max_new_tokens, n_loops, **options)
 
     # Caching.
 

@@ -92,8 +92,8 @@ class Reach:
         for point in self.hook_dict.points():
             if point not in self or (names_filter is None and point.site.component == HEAVY):
                 continue
-            loops: Iterable[int | None] = kept if point.looped else (None,)
-            found = [t for t in loops if names_filter is None or names_filter(point.at(t).name)]
+            at: Iterable[int | None] = kept if point.looped else (None,)
+            found = [t for t in at if names_filter is None or names_filter(point.at(t).name)]
             if found:
                 chosen.append((point, frozenset(t for t in found if t is not None) or None))
         if not chosen:

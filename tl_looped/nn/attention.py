@@ -128,7 +128,8 @@ class Attention(nn.Module):
             z = self._explicit(q, k, v, visible, loop, None)
         else:
             mask = None if visible is None else visible[:, None]
-            triangle = mask is None and q.shape[2] == k.shape[2]  # torch would put a lone query at the first key
+            # Torch would put a lone query at the first key. (The comparison would stay a symbol in torch.compile.)
+            triangle = True if mask is None and q.shape[2] == k.shape[2] else False  # noqa: SIM210
             z = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=triangle, scale=self.cfg.attn_scale, enable_gqa=k.shape[1] != q.shape[1]
             )

@@ -98,6 +98,14 @@ class Observed(Result):
         """
         return self._loops(self.mean(name), name, 0)
 
+    def prompts_by_loop(self, name: str) -> Float[Tensor, "prompt loop *axes"]:
+        """Each prompt's numbers by loop: [prompt, loop, *axes], or for what layers have [prompt, loop, layer, *axes].
+
+        Raises:
+            InputError: what `by_loop` refuses.
+        """
+        return self._loops(self[name], name, 1)
+
     def tokens_by_loop(self, name: str) -> tuple[Float[Tensor, "loop *axes token"], dict[str, Int[Tensor, " token"]]]:
         """A measure for every token of every prompt, and each token's "prompt" and "pos".
 

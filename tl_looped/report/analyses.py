@@ -13,8 +13,8 @@ from tl_looped.dynamics import (
     Convergence,
     LimitBehaviour,
     convergence_of,
+    cycle,
     limits_of,
-    loop_cycle,
     trajectory,
 )
 from tl_looped.engine.numbers import median
@@ -59,16 +59,16 @@ def _convergence(
     model: LoopedModel, ends: Observed, prompts: list[list[int]], first: Tensor, long_run: int, seed: int | None
 ) -> Section:
     verdict = convergence_of(ends)
-    path = trajectory(model, first, n_loops=min(long_run, 32), seed=seed)
+    path = trajectory(model, first, min(long_run, 32), seed=seed)
     body = (
         f"<p>Every prompt is run for {long_run} loops. The state after the last stands for the fixed point, and the "
         f"distance to it is followed at every core layer and token.</p><ul>{_verdicts(verdict)}</ul>"
     )
     if model.cfg.n_core > 1:
-        cycle = loop_cycle(model, prompts, long_run, seed=seed, progress=False)
-        smallest = cycle.smallest[~cycle.smallest.isnan()]
+        ring = cycle(model, prompts, long_run, seed=seed, progress=False)
+        smallest = ring.smallest[~ring.smallest.isnan()]
         lowest = f": the cosine between them goes down to {float(smallest.min()):.3f}" if len(smallest) else ""
-        body += f"<p>The fixed points of the core layers are <b>{escape(cycle.verdict())}</b>{lowest}.</p>"
+        body += f"<p>The fixed points of the core layers are <b>{escape(ring.verdict())}</b>{lowest}.</p>"
     return Section(
         f"Does the state come to rest? {long_run} loops",
         body
@@ -107,7 +107,7 @@ def _attention(model: LoopedModel, ends: Observed, first: Tensor, long_run: int,
     title, loops = "Does attention come to rest?", min(long_run, 32)
     if first.shape[1] == 1:
         return Section(title, '<p class="note">A single token can only look at itself: nothing to come to rest.</p>')
-    heads = attention_stability(model, first, loops, position=-1, seed=seed)
+    heads = attention_stability(model, first, loops, position=-1, seed=seed, progress=False)
     settled = heads.heads()["settles_at"].dropna()
     n_heads = heads.settles_at.numel()
     said = f"{len(settled)} of {n_heads} heads settle within {loops} loops"

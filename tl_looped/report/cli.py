@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tl_looped.claims import study_architectures
 from tl_looped.claims.architectures import INITIALISATION_WORDS, LAYERS
-from tl_looped.dynamics import N_LOOPS
 from tl_looped.dynamics.limits import FEWEST_LOOPS
+from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.errors import InputError, LoopedError, check_count
 from tl_looped.engine.files import check_output, write_whole
 from tl_looped.model import LoopedModel
 from tl_looped.report.analyses import LONG_RUN, loop_analyses
-from tl_looped.report.check import check
+from tl_looped.report.checking import check
 from tl_looped.report.data import collect
 from tl_looped.report.patching import chain_patching
 from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built_in

@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.dynamics.steps import step_cosine, step_norm
+from tl_looped.dynamics.measures import cosine_to, step_norm
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.runs import Runs
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
-from tl_looped.lens import LoopLensResult, loop_lens
+from tl_looped.lens import LogitLens, logit_lens
 from tl_looped.model import LoopedModel
 from tl_looped.observe.watching import watch
 from tl_looped.report.prompts import Prompt
@@ -144,7 +144,7 @@ def collect(
     runs = model.prepare(inputs, n_loops, seed=seed, padding_side="left")
     tops = model.last_logits(runs).argmax(-1).tolist() if None in answers else answers
     tracked = [top if answer is None else answer for answer, top in zip(answers, tops, strict=True)]
-    lens = loop_lens(model, runs, positions=slice(-READ_POSITIONS, None), targets=torch.tensor(tracked), top_k=TOP)
+    lens = logit_lens(model, runs, positions=slice(-READ_POSITIONS, None), targets=torch.tensor(tracked), top_k=TOP)
     entries = PATTERN_ENTRIES // len(asked)
     bar = tqdm(asked, desc="Reading prompts", unit="prompt", disable=not progress)
     readings = tuple(_read(model, runs, row, prompt, lens, entries) for row, prompt in enumerate(bar))
@@ -176,7 +176,7 @@ def _answer_id(model: LoopedModel, prompt: Prompt) -> int | None:
     return int(prompt.answer)
 
 
-def _read(model: LoopedModel, runs: Runs, row: int, prompt: Prompt, lens: LoopLensResult, entries: int) -> Reading:
+def _read(model: LoopedModel, runs: Runs, row: int, prompt: Prompt, lens: LogitLens, entries: int) -> Reading:
     """One more run of a prompt, for its attention and the steps of its state, beside what the lens says of it."""
     run = model.batch_of(runs, [row])
     sites, note = choose_attention(model.cfg, run.n_loops, run.tokens.shape[1], entries)
@@ -189,7 +189,7 @@ def _read(model: LoopedModel, runs: Runs, row: int, prompt: Prompt, lens: LoopLe
             patterns[site.name] = x[0].float().cpu()
             return
         if states:
-            steps.append((step_norm(x[0], states[0]).cpu(), step_cosine(x[0], states[0]).cpu()))
+            steps.append((step_norm(x[0], states[0]).cpu(), cosine_to(x[0], states[0]).cpu()))
         states[:] = [x[0]]
 
     names = [_pattern_name(*site, loop) for site, loops in sites.items() for loop in loops]

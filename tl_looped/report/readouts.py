@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.lens import loop_agreement, loop_lens, trace_exits
+from tl_looped.lens import logit_lens, readout_agreement, trace_exits
 from tl_looped.model import LoopedModel
 from tl_looped.report.data import Reading, ReportData, spread
 from tl_looped.report.html import Section, escape, figure, table
@@ -41,7 +41,7 @@ def lens_section(model: LoopedModel, data: ReportData) -> Section:
         "most probable next one; darker means more probable; hover over a cell for the top five."
         f"{' Of so many loops and layers some are shown, evenly spaced.' if some else ''}</p>"
     ]
-    result = loop_lens(model, data.runs, site="resid_post", loops=loops, layers=layers)
+    result = logit_lens(model, data.runs, site="resid_post", loops=loops, layers=layers)
     for i, reading in enumerate(data.readings):
         name = escape(shorten(show_token(reading.prompt.name), 60))
         words = escape(top_tokens_in_words(reading))
@@ -73,7 +73,7 @@ def top_tokens_in_words(reading: Reading) -> str:
 
 def _agreement(model: LoopedModel, data: ReportData) -> str:
     loops = spread(data.n_loops, _MOST_COMPARED)
-    found = loop_agreement(model, data.runs, loops=loops, positions=data.judged)
+    found = readout_agreement(model, data.runs, loops=loops, positions=data.judged)
     n = int(found.real.sum())
     tops = torch.cat([reading.top_ids[:, data.judged, 0] for reading in data.readings], dim=-1)  # [loop, read]
     words = agreement_in_words((tops == tops[-1]).double().mean(-1), n)

@@ -22,7 +22,7 @@ from tl_looped.model import LoopedModel
 from tl_looped.nn import LoopedTransformer
 from tl_looped.training.corpus import Corpus, documentation, train_tokenizer
 from tl_looped.training.recipes import Rates
-from tl_looped.training.trainer import initialised, optimizers_for, write_trained
+from tl_looped.training.trainer import initialised, stepper, write_trained
 
 LOG_HEADER = ("step", "loss_nats", "held_out_loss_nats", "lr_factor")
 
@@ -100,9 +100,7 @@ def train_on_text(recipe: TextRecipe, seed: int, folder: Path | str, log_every: 
     Args:
         recipe: what to train.
         seed: of weights, windows and initial states.
-        folder: gets config.json, model.safetensors, the tokenizer, training.json and training.csv; must not exist, or
-            be empty.
-        log_every: steps between two lines of the log.
+        folder, log_every: as in `train`.
     """
     with whole_folder(Path(folder)) as partial:
         corpus = documentation()
@@ -165,18 +163,13 @@ def _run(
     torch.manual_seed(seed)  # the initial states of training are drawn afresh in every step
     stream, held_out = (_stream(tokenizer, texts) for texts in (corpus.train, corpus.held_out))
     tests = _windows(held_out, recipe.context)
-    optimizers = optimizers_for(model, recipe)
+    take_step = stepper(model, recipe)
     rows: list[Sequence[object]] = []
     with tqdm(range(recipe.steps), desc=f"Training {recipe.name}, seed {seed}") as bar:
         for step in bar:
             starts = torch.randint(len(stream) - recipe.context, (recipe.batch, 1), generator=generator)
             loss = text_loss(model, stream[starts + torch.arange(recipe.context)], recipe.n_loops, None)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, rate in optimizers:
-                optimizer.param_groups[0]["lr"] = rate * recipe.factor(step)
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(loss, step)
             if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
                 with torch.no_grad():
                     test = text_loss(model, tests, recipe.n_loops, seed)

@@ -1,4 +1,4 @@
-"""The cycle that a loop walks through its layers: one fixed point for each layer, distinct or all the same.
+"""Layers beside each other: how alike their outputs are, and the cycle of fixed points that a loop walks through.
 
 Where a loop reaches a fixed point, so does every rotation of it: layer l's output has a fixed point of its own, and the
 loop goes through them in turn (Prop. 4.1 of arXiv 2604.11791).
@@ -7,7 +7,7 @@ loop goes through them in turn (Prop. 4.1 of arXiv 2604.11791).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,22 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.dynamics.convergence import convergence_of
-from tl_looped.dynamics.measures import DISTANCE
-from tl_looped.dynamics.steps import N_LOOPS, cosine_to
-from tl_looped.dynamics.tokens import observe_tokens, place_table
-from tl_looped.engine.cache import LoopedCache
+from tl_looped.dynamics.measures import cosine_to
+from tl_looped.dynamics.settling import convergence
+from tl_looped.dynamics.tokens import place_table, prepare_long
+from tl_looped.engine.cache import Keep, LoopedCache, run_with_cache
 from tl_looped.engine.checks import check_axes, check_eval, check_finite, check_floats, check_number, check_same_shape
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import unit
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts, check_whole_run
+from tl_looped.engine.runs import Prompts, RunOptions, check_whole_run, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.viz.dynamics import distinctness_histogram, similarity_heatmap
+from tl_looped.observe.observation import BATCH_SIZE
+from tl_looped.observe.watching import watch
+from tl_looped.viz.dynamics import cycle_histogram, similarity_heatmap
 
 RESID_POST = "hook_resid_post"
 
@@ -88,7 +90,7 @@ class Similarity(Result):
         return similarity_heatmap(self.matrix, self.loops, self.layers, title)
 
 
-def similarity(cache: LoopedCache) -> Similarity:
+def similarity_of(cache: LoopedCache) -> Similarity:
     """`similarity_matrix` of the core layers' outputs in a cache, over all real tokens of all its prompts.
 
     Args:
@@ -118,34 +120,34 @@ def similarity(cache: LoopedCache) -> Similarity:
 
 
 @torch.no_grad()
-def loop_similarity(
-    model: LoopedModel, input: str | list[str] | Tensor, n_loops: int | None = None, **options: Any
+@with_run_options
+def similarity(
+    model: LoopedModel, prompts: Prompts, n_loops: int | None = None, **options: Unpack[RunOptions]
 ) -> Similarity:
-    """`similarity` of a run that is made for it.
+    """`similarity_of` a run that is made for it.
 
     Keeps the residual streams of all loops, n_loops · layers · pos · d_model numbers for each prompt.
 
     Args:
-        model, input: as in `LoopedModel.forward`.
-        n_loops: loops to run, two or more; None for the count the model was trained with.
-        options: `initial_state`, `seed`, `attention_mask`, `position_ids`, `prepend_bos`, `padding_side`.
+        model, prompts, options: as in `LoopedModel.forward`; prompts run as one batch.
+        n_loops: two or more; None for the count the model was trained with.
 
     Raises:
         InputError: one loop, or what `forward` refuses, before the run; states that are not finite.
     """
     check_eval(check_looped(model))
-    run = model.batch(input, n_loops, **options)
+    run = model.batch_of(model.prepare(prompts, n_loops, **options))
     check_whole_run(run)
     names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
-    _, cache = model.run_with_cache(input, n_loops, names_filter=names, stop_at_loop=run.n_loops, **options)
-    return similarity(cache)
+    _, cache = run_with_cache(model, replace(run, reads_out=False), Keep(names))
+    return similarity_of(cache)
 
 
 # Fixed points of the layers.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Distinctness(Result):
+class Cycle(Result):
     """Whether the fixed points of a loop's layers are distinct, at every token.
 
     Attributes:
@@ -185,16 +187,16 @@ class Distinctness(Result):
     def plot(self) -> go.Figure:
         """The smallest cosines of all tokens as a histogram, with the threshold."""
         title = f"Fixed points of the layers: {self.made_by.get('model', '')}, {self.verdict()}"
-        return distinctness_histogram(self.smallest.flatten(), self.threshold, title)
+        return cycle_histogram(self.smallest.flatten(), self.threshold, title)
 
 
-def distinctness(
+def cycle_of(
     points: Float[Tensor, "layer *dims d_model"],
     converged: Float[Tensor, "layer *dims"] | None = None,
     *,
     threshold: float = 0.99,
     axes: Sequence[str] | None = None,
-) -> Distinctness:
+) -> Cycle:
     """Whether the layers' fixed points differ: the smallest cosine between layer 0's and any other layer's.
 
     Args:
@@ -210,83 +212,82 @@ def distinctness(
     Source:
         arXiv 2604.11791, Prop. 4.1 and section 4.2 (distinctness); the threshold is this library's.
     """
-    return _distinct(points, converged, threshold, axes, {}, {"measure": "given points"})
-
-
-def loop_cycle(
-    model: LoopedModel,
-    prompts: Prompts,
-    n_loops: int = N_LOOPS,
-    *,
-    threshold: float = 0.99,
-    tolerance: float = 1e-2,
-    hold: float = 0.25,
-    seed: int | None = None,
-    **options: Any,
-) -> Distinctness:
-    """Whether the model's layers have distinct fixed points, at each token of the prompts.
-
-    Every prompt runs three times: for the end, for the distances to it, which say what converged, and for the fixed
-    points.
-
-    Args:
-        model: in evaluation mode, with two core layers or more.
-        prompts: as in `observe`.
-        n_loops: 128 in the paper.
-        threshold: as in `distinctness`.
-        tolerance, hold: when a state has converged, as in `convergence`.
-        seed: of a drawn initial state.
-        options: `field`, `limit`, `batch_size`, `save_to`, `progress`, as in `observe`.
-
-    Raises:
-        InputError: one core layer, or what `distinctness`, `convergence` and `observe` refuse.
-
-    Source:
-        arXiv 2604.11791, Prop. 4.1.
-    """
-    check_number("threshold", threshold, -1.0, 1.0)
-    if "initial_state" in options:
-        raise InputError("loop_cycle takes no initial_state: fixed points are looked for from the model's own.")
-    if isinstance(model, LoopedModel) and model.cfg.n_core < 2:
-        raise InputError("this model has one core layer, so its cycle has one point: nothing to tell apart.")
-    observed = observe_tokens(model, prompts, DISTANCE, n_loops, 2, {"seed": seed, **options})
-    judged = convergence_of(observed, tolerance, hold=hold)
-    points = torch.cat([_end(model, tokens, n_loops, seed) for tokens in observed.tokens], dim=1)
-    return _distinct(points, judged.converged, threshold, ("token",), judged.places, judged.made_by)
-
-
-@torch.no_grad()
-def _end(model: LoopedModel, tokens: Tensor, n_loops: int, seed: int | None) -> Float[Tensor, "layer pos d_model"]:
-    """Every core layer's output in the last loop, for one prompt."""
-    names = [HookSite(RESID_POST, CORE, layer, n_loops - 1).name for layer in range(model.cfg.n_core)]
-    everything = torch.ones_like(tokens)[None]  # as in collect, a token like the padding's is a token
-    _, cache = model.run_with_cache(
-        tokens[None], n_loops, names_filter=names, stop_at_loop=n_loops, seed=seed, attention_mask=everything
-    )
-    return torch.stack([cache[name][0] for name in names]).cpu()
-
-
-def _distinct(
-    points: Tensor,
-    converged: Tensor | None,
-    threshold: float,
-    axes: Sequence[str] | None,
-    places: dict[str, Tensor],
-    made_by: dict[str, Any],
-) -> Distinctness:
     check_number("threshold", threshold, -1.0, 1.0)
     if points.ndim < 2 or len(points) < 2 or points.numel() == 0:
         raise InputError(f"points must be [layer, ..., d_model] with at least two layers, got {tuple(points.shape)}.")
     names = check_axes(axes, points.ndim - 2)
     check_finite(points, ("layer", *names))
-    cosines = cosine_to(points[1:], points[:1].expand_as(points[1:])).cpu()
+    cosines = _to_first(points).cpu()
     if converged is not None:
         check_same_shape(cosines.new_empty(points.shape[:-1]), converged, "converged", first="points without d_model")
         cosines = cosines.where((converged.cpu() == 1).all(0), float("nan"))
+    return _cycle(cosines, names, {}, threshold, {"measure": "given points"})
+
+
+@with_run_options
+def cycle(
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    threshold: float = 0.99,
+    tolerance: float = 1e-2,
+    hold: float = 0.25,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    **options: Unpack[RunOptions],
+) -> Cycle:
+    """Whether the model's layers have distinct fixed points, at each token of the prompts.
+
+    Every prompt runs three times: for the end, for the distances to it, which say what converged, and for the cosines
+    of the layers' fixed points. Of the states nothing is kept.
+
+    Args:
+        model: in evaluation mode, with two core layers or more.
+        prompts, batch_size, progress, options: as in `observe`.
+        n_loops: None for 128, as in the paper.
+        threshold: as in `cycle_of`.
+        tolerance, hold: when a state has converged, as in `settled`.
+
+    Raises:
+        InputError: one core layer, or what `cycle_of`, `settled` and `observe` refuse.
+
+    Source:
+        arXiv 2604.11791, Prop. 4.1.
+    """
+    check_number("threshold", threshold, -1.0, 1.0)
+    runs = prepare_long(model, prompts, n_loops, options)
+    if model.cfg.n_core < 2:
+        raise InputError("this model has one core layer, so its cycle has one point: nothing to tell apart.")
+    judged = convergence(model, runs, tolerance=tolerance, hold=hold, batch_size=batch_size, progress=progress)
+    names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
+    cosines: dict[int, Tensor] = {}
+    for rows in runs.equal_lengths(batch_size):
+        ends: list[Tensor] = []
+        run = model.batch_of(runs, rows)
+        last = frozenset({runs.n_loops - 1})
+        watch(model, run, names, lambda _, x, ends=ends: ends.append(x), loops=last, only_loops=True)
+        cosines |= zip(rows, _to_first(torch.stack(ends)).cpu().unbind(1), strict=True)
+    found = torch.cat([cosines[row] for row in range(len(runs))], dim=-1)
+    found = found.where((judged.converged == 1).all(0), float("nan"))
+    return _cycle(found, ("token",), judged.places, threshold, judged.made_by)
+
+
+def _to_first(points: Float[Tensor, "layer *dims d_model"]) -> Float[Tensor, "other_layer *dims"]:
+    return cosine_to(points[1:], points[:1].expand_as(points[1:]))
+
+
+def _cycle(
+    cosines: Float[Tensor, "other_layer *dims"],
+    axes: tuple[str, ...],
+    places: dict[str, Tensor],
+    threshold: float,
+    made_by: dict[str, Any],
+) -> Cycle:
     smallest, layer = cosines.min(0)  # NaN where one is NaN
-    return Distinctness(
+    return Cycle(
         made_by={**made_by, "threshold": threshold},
-        axes=names,
+        axes=axes,
         places=places,
         threshold=float(threshold),
         smallest=smallest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from scipy.stats import linregress
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_looped.dynamics.measures import DISTANCE
-from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.dynamics.tokens import observe_tokens, place_table, token_series
+from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.checks import check_axes, check_loop_axis, check_number, undefined_series
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import held_to_end, met_from, wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts
+from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.model import LoopedModel
+from tl_looped.observe.observation import BATCH_SIZE, observe
 from tl_looped.observe.observed import Observed
 from tl_looped.viz.dynamics import convergence_curves
 
@@ -35,6 +36,7 @@ _FEWEST = 4  # points for a line, its error and its bend
 _SCATTER = 12  # points that tell scatter from a bend
 _TAIL = 0.25  # share of the loops, at the end, that says what remains
 _DRIFT = 5.0  # where the spectrum is dense, the slope goes on for some more drifts like that over the fitted loops
+_TURN = 2.0  # and turns from the slope of the loops before by as much as it has turned since, and as much again
 _NO_FIT = (math.nan, math.nan, 0, 0)
 
 
@@ -53,7 +55,7 @@ class Convergence(Result):
         loop: the first loop from which on the tolerance is met until the end; NaN where it did not converge.
         rate: the fitted exponent per loop, d_t ≈ C exp(rate · t), so below zero where distances shrink; NaN where
             fewer than four loops can be fitted, or where the error would be as large as the rate.
-        rate_error: its error, in the same unit: the scatter about the line and what biases it, see `convergence`.
+        rate_error: its error, in the same unit: the scatter about the line and what biases it, see `settled`.
         fit_start, fit_stop: the first fitted loop and the one behind the last; both 0 where there is no fit.
     """
 
@@ -91,7 +93,7 @@ class Convergence(Result):
         return convergence_curves(curves, verdict, self.tolerance, layered, title)
 
 
-def convergence(
+def settled(
     distances: Float[Tensor, "loop *dims"],
     tolerance: float = 1e-2,
     *,
@@ -111,15 +113,17 @@ def convergence(
     So neither rounding noise nor the tail, where d_t falls because x_T is not quite the fixed point, bends the line,
     and a series that has not come to rest in three quarters of its loops has no rate.
 
-    The rate's error is the root of the sum of four squares: the line's standard error; rounding, ε max(1, largest d) in
-    every distance; the end, where the last distance is zero, so that distances are to x_T: with fixed point x*, d_t is
+    The rate's error is the root of a sum of squares: the line's standard error; rounding, ε max(1, largest d) in every
+    distance; the end, where the last distance is zero, so that distances are to x_T: with fixed point x*, d_t is
     ‖x_t − x*‖ give or take ‖x_T − x*‖, and this is the most by which that can turn the line; and the transient, in
-    which faster components of the state still count, five times the drift of the slope over the fitted loops. On
-    constructed contractions (rates 0.5 to 0.99, 32 to 128 loops, up to 64 dimensions) the true rate lies within two
-    errors in nine of ten cases or more. The rest are components so alike that the fitted loops can't tell them apart.
+    which faster components of the state still count: five times the drift of the slope over the fitted loops, and twice
+    its difference from the slope over the loops before, from half as far on, both less what scatter alone makes of
+    them. On constructed contractions (rates 0.5 to 0.99, 32 to 128 loops, up to 64 dimensions, random matrices among
+    them) the true rate lies within two errors in nine of ten cases or more of every kind. The rest are components so
+    alike that the fitted loops can't tell them apart.
 
     Args:
-        distances: ‖x_t − x_T‖, relative or not, such as `distance_to` gives; or to a fixed point that is known.
+        distances: ‖x_t − x_T‖, relative or not, such as `DISTANCE` gives; or to a fixed point that is known.
         tolerance: in the unit of the distances. Half-precision states do not rest closer than about 1e-2.
         hold: the share of loops for which the tolerance must have been met in the end, above 0 and at most 1.
         axes: names of the axes behind the loop.
@@ -131,69 +135,6 @@ def convergence(
     Source:
         arXiv 2604.11791 measures distances to the state at loop 128; verdict and rate are this library's.
     """
-    return _judge(distances, tolerance, hold, axes, {}, {"measure": "given distances"})
-
-
-def convergence_of(
-    observed: Observed, tolerance: float = 1e-2, *, hold: float = 0.25, name: str = DISTANCE.name
-) -> Convergence:
-    """The verdict for every core layer and token of a collection.
-
-    Args:
-        observed: from `observe(..., measures=[DISTANCE], per_token=["distance"])`.
-        tolerance, hold: as in `convergence`.
-        name: of another measure of distance to the last loop.
-
-    Raises:
-        InputError: what `convergence` refuses; or the measure was not kept for every token.
-    """
-    values, places = token_series(observed, name)
-    return _judge(values, tolerance, hold, ("layer", "token"), places, observed.made_by)
-
-
-def loop_convergence(
-    model: LoopedModel,
-    prompts: Prompts,
-    n_loops: int = N_LOOPS,
-    *,
-    tolerance: float = 1e-2,
-    hold: float = 0.25,
-    **options: Any,
-) -> Convergence:
-    """Whether each core layer's output comes to rest at each token, from which loop on, and how fast.
-
-    Distances are ‖x_t − x_T‖ / ‖x_T‖ with T the last loop; every batch runs twice, once for the end.
-
-    Args:
-        model: in evaluation mode.
-        prompts: as in `observe`.
-        n_loops: T, 128 in the paper.
-        tolerance, hold: as in `convergence`.
-        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `observe`.
-
-    Raises:
-        InputError: what `convergence` and `observe` refuse; states that are not finite, with layer and loop.
-
-    Source:
-        arXiv 2604.11791, distance to the approximate fixed point.
-    """
-    _check(tolerance, hold)
-    return convergence_of(observe_tokens(model, prompts, DISTANCE, n_loops, 2, options), tolerance, hold=hold)
-
-
-def _check(tolerance: float, hold: float) -> None:
-    check_number("tolerance", tolerance)
-    check_number("hold", hold, 0.0, 1.0, high_too=True)
-
-
-def _judge(
-    distances: Tensor,
-    tolerance: float,
-    hold: float,
-    axes: Sequence[str] | None,
-    places: dict[str, Tensor],
-    made_by: dict[str, Any],
-) -> Convergence:
     _check(tolerance, hold)
     check_loop_axis(distances, "distances")
     names = check_axes(axes, distances.ndim - 1)
@@ -204,36 +145,88 @@ def _judge(
     n = len(values)
     converged = held_to_end(values <= tolerance) >= max(2, math.ceil(hold * n))
     nan = torch.tensor(float("nan"), dtype=values.dtype)
-    fits = _fits(values)
     return Convergence(
-        made_by={**made_by, "tolerance": tolerance, "hold": hold},
+        made_by={"measure": "given distances", "tolerance": tolerance, "hold": hold},
         distances=values,
         axes=names,
-        places=places,
+        places={},
         tolerance=float(tolerance),
         converged=converged.to(values.dtype).where(~undefined.cpu(), nan),
         loop=met_from(values <= tolerance).to(values.dtype).where(converged, nan),
-        **fits,
+        **_fits(values),
     )
+
+
+def convergence_of(
+    observed: Observed, *, tolerance: float = 1e-2, hold: float = 0.25, name: str = DISTANCE.name
+) -> Convergence:
+    """`settled` for every core layer and token of an observation.
+
+    Args:
+        observed: from `observe(..., measures=[DISTANCE], per_token=["distance"])`.
+        tolerance, hold: as in `settled`.
+        name: of another measure of distance to the last loop.
+
+    Raises:
+        InputError: what `settled` refuses; or the measure was not kept for every token.
+    """
+    values, places = observed.tokens_by_loop(name)
+    found = settled(values, tolerance, hold=hold, axes=("layer", "token"))
+    made_by = {**observed.made_by, "tolerance": tolerance, "hold": hold}
+    return replace(found, made_by=made_by, places=places)
+
+
+@with_run_options
+def convergence(
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    tolerance: float = 1e-2,
+    hold: float = 0.25,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    **options: Unpack[RunOptions],
+) -> Convergence:
+    """Whether each core layer's output comes to rest at each token, from which loop on, and how fast.
+
+    Distances are ‖x_t − x_T‖ / ‖x_T‖ with T the last loop; every batch runs twice, once for the end. To go on after an
+    interruption, pass `convergence_of` what `observe(..., save_to=...)` gives.
+
+    Args:
+        model, prompts, batch_size, progress, options: as in `observe`.
+        n_loops: T; None for 128, as in the paper.
+        tolerance, hold: as in `settled`.
+
+    Raises:
+        InputError: what `settled` and `observe` refuse; states that are not finite, with layer and loop.
+
+    Source:
+        arXiv 2604.11791, distance to the approximate fixed point.
+    """
+    _check(tolerance, hold)
+    runs = prepare_long(model, prompts, n_loops, options)
+    per_token = [DISTANCE.name]
+    found = observe(model, runs, measures=[DISTANCE], per_token=per_token, batch_size=batch_size, progress=progress)
+    return convergence_of(found, tolerance=tolerance, hold=hold)
+
+
+def _check(tolerance: float, hold: float) -> None:
+    check_number("tolerance", tolerance)
+    check_number("hold", hold, 0.0, 1.0, high_too=True)
 
 
 def _fits(distances: Float[Tensor, "loop *dims"]) -> dict[str, Tensor]:
     """The fields of `Convergence` that come from the fit."""
-    n, shape = len(distances), distances.shape[1:]
-    columns = distances.reshape(n, -1).double().numpy()
-    eps = torch.finfo(distances.dtype).eps
-    found = [_fit(columns[:, i], eps) for i in range(columns.shape[1])]
-    rate, error, start, stop = (np.array(part).reshape(tuple(shape)) for part in zip(*found, strict=True))
-    return {
-        "rate": torch.from_numpy(rate).to(distances.dtype),
-        "rate_error": torch.from_numpy(error).to(distances.dtype),
-        "fit_start": torch.from_numpy(start),
-        "fit_stop": torch.from_numpy(stop),
-    }
+    columns, eps = distances.double().reshape(len(distances), -1).T.numpy(), torch.finfo(distances.dtype).eps
+    found = torch.tensor([_fit(column, eps) for column in columns], dtype=torch.float64)
+    rate, error, start, stop = found.T.reshape(4, *distances.shape[1:])
+    fit = {"rate": rate.to(distances.dtype), "rate_error": error.to(distances.dtype)}
+    return {**fit, "fit_start": start.long(), "fit_stop": stop.long()}
 
 
 def _fit(d: np.ndarray, eps: float) -> tuple[float, float, int, int]:
-    """(slope, its error, first loop, loop behind the last) of log d over loops; see `convergence`."""
+    """(slope, its error, first loop, loop behind the last) of log d over loops; see `settled`."""
     noise = eps * max(1.0, d.max())
     remains = d[-max(2, math.ceil(_TAIL * len(d))) :].max()
     clear = d > CLEAR * max(remains, noise)
@@ -243,23 +236,21 @@ def _fit(d: np.ndarray, eps: float) -> tuple[float, float, int, int]:
         return _NO_FIT
     loops, logs = np.arange(start, stop), np.log(d[start:stop])
     line: Any = linregress(loops, logs)
-    slope = float(line.slope)
-    x = loops - loops.mean()
+    slope, x = float(line.slope), loops - loops.mean()
     weights = x / (x @ x)  # the slope is weights @ logs
-    parts = [float(line.stderr), _DRIFT * _drift(x, logs), float(np.linalg.norm(weights * noise / d[start:stop]))]
+    # Scatter is told by third differences, of which a smooth curve has little, where there are loops enough for them.
+    scatter = math.sqrt(np.square(np.diff(logs, 3)).mean() / 20) if len(x) >= _SCATTER else 0.0
+    square = np.square(x) - np.square(x).mean()
+    bend = len(x) * (abs(square @ logs) / (square @ square) - 2 * scatter / np.linalg.norm(square))
+    parts = [float(line.stderr), float(np.linalg.norm(weights * noise / d[start:stop])), _DRIFT * max(0.0, bend)]
+    if start:
+        earlier = np.arange(start // 2, start) - (start // 2 + start - 1) / 2
+        before = earlier / (earlier @ earlier)
+        turn = abs(before @ np.log(d[start // 2 : start]) - slope)
+        by_chance = 2 * scatter * math.hypot(np.linalg.norm(weights), np.linalg.norm(before))
+        parts.append(_TURN * max(0.0, float(turn) - by_chance))
     if d[-1] == 0 and slope < 0:
         left = np.exp(slope * (len(d) - 1 - loops))  # how large the end's own distance is beside each fitted one
-        parts.append(float(np.abs(weights) @ -np.log1p(-left)))
+        parts.append(float(np.dot(np.abs(weights), -np.log1p(-left))))
     error = math.hypot(*parts)
     return (slope, error, start, stop) if error < abs(slope) else _NO_FIT
-
-
-def _drift(x: np.ndarray, logs: np.ndarray) -> float:
-    """How far the slope drifts over the fitted loops, from a parabola, less what scatter alone makes of it.
-
-    Scatter is told by third differences, of which a smooth curve has little, where there are loops enough for them.
-    """
-    square = np.square(x) - np.square(x).mean()
-    bend = abs(square @ logs) / (square @ square)
-    scatter = math.sqrt(np.square(np.diff(logs, 3)).mean() / 20) / np.linalg.norm(square)
-    return len(x) * max(0.0, float(bend - 2 * scatter if len(x) >= _SCATTER else bend))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,14 +12,17 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
+from tl_looped.dynamics.tokens import one_prompt
 from tl_looped.engine.checks import check_eval, check_finite, check_floats
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import ratio, wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import check_one_prompt, check_whole_run
+from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
+from tl_looped.observe.watching import watch
 from tl_looped.viz.dynamics import trajectory_figure
 
 
@@ -117,15 +120,15 @@ class Trajectory(Result):
         return trajectory_figure(self.scores, self.explained, self.positions, self.str_tokens, title)
 
 
-@torch.no_grad()
+@with_run_options
 def trajectory(
     model: LoopedModel,
-    prompt: str | Tensor,
-    position: int | Sequence[int] = -1,
+    prompts: Prompts,
     n_loops: int | None = None,
     *,
+    position: int | Sequence[int] = -1,
     n_components: int = 2,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Trajectory:
     """The path of one token's latent state, or several tokens', through all core layers of all loops.
 
@@ -133,12 +136,11 @@ def trajectory(
     asked for.
 
     Args:
-        model: the model.
-        prompt: one prompt.
+        model, options: as in `LoopedModel.forward`.
+        prompts: one prompt.
+        n_loops: two or more; None for the count the model was trained with.
         position: of the token, or several; by default the last.
-        n_loops: loops to run, two or more; None for the count the model was trained with.
         n_components: how many principal components.
-        options: `initial_state`, `seed`, `position_ids`, `prepend_bos`, as in `LoopedModel.forward`.
 
     Raises:
         InputError: several prompts, one loop, a position that there is not, or more components than states can have,
@@ -148,29 +150,23 @@ def trajectory(
         arXiv 2604.11791, PCA over all latent states of one token.
     """
     check_eval(check_looped(model))
-    run = model.batch(prompt, n_loops, **options)
-    check_whole_run(run)
-    check_one_prompt(run)
+    run = one_prompt(model, model.prepare(prompts, n_loops, **options), loops=2)
     wanted = list(position) if isinstance(position, Sequence) else [position]
-    places = tuple(resolve_index("position", one, run.tokens.shape[1]) for one in wanted)
+    places = [resolve_index("position", one, run.tokens.shape[1]) for one in wanted]
     if not places or len(set(places)) < len(places):
         raise InputError(f"position must name one position or several different ones, got {position!r}.")
-    most = min(run.n_loops * model.cfg.n_core * len(places) - 1, model.cfg.d_model)
+    n_core = model.cfg.n_core
+    most = min(run.n_loops * n_core * len(places) - 1, model.cfg.d_model)
     if check_count("n_components", n_components) > most:
         raise InputError(f"these states have at most {most} principal components, got n_components={n_components}.")
-    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(model.cfg.n_core)]
-    _, cache = model.run_with_cache(
-        prompt, n_loops, names_filter=names, stop_at_loop=run.n_loops, pos_slice=list(places), **options
-    )
-    states = cache.stack("resid_post")[:, :, 0].cpu()
+    kept: list[Tensor] = []
+    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(n_core)]
+    watch(model, run, names, lambda _, x: kept.append(x[0, places].cpu()), only_loops=True)
+    states = torch.stack(kept).unflatten(0, (run.n_loops, n_core))
     check_finite(states, ("loop", "layer", "position"), {"position": places})
-    found = pca(states, n_components)
     return Trajectory(
         made_by={"model": model.cfg.model_name, **run.describe()},
-        positions=places,
-        str_tokens=model.token_texts(run.tokens[0, list(places)]),
-        scores=found.scores,
-        explained=found.explained,
-        mean=found.mean,
-        directions=found.directions,
+        positions=tuple(places),
+        str_tokens=model.token_texts(run.tokens[0, places]),
+        **pca(states, n_components)._asdict(),
     )
