@@ -172,8 +172,8 @@ def linear(**changes: Any) -> LoopedModel:
     [
         {},
         {"n_prelude": 1, "n_coda": 1, "injection": "concat_linear"},
-        {"injection": "add", "initial_state": "zeros"},
-        {"injection": "concat_linear", "initial_state": "truncated_normal"},
+        {"injection": "add", "state_init": "zeros"},
+        {"injection": "concat_linear", "state_init": "truncated_normal"},
     ],
 )
 def test_attribution_of_a_linear_model_is_exact(as_a_user: None, changes: dict[str, Any]) -> None:
@@ -306,7 +306,7 @@ def test_the_result_is_laid_out_as_that_of_patching() -> None:
 
 
 def test_nothing_is_left_on_weights() -> None:
-    model = make(n_prelude=1, injection="concat_linear", initial_state="truncated_normal")
+    model = make(n_prelude=1, injection="concat_linear", state_init="truncated_normal")
     frozen = model.transformer.embed.weight.requires_grad_(False)
     estimate(model, "resid_pre", ("loop", "layer", "pos"), n_steps=2)
     assert all(weight.grad is None for weight in model.parameters())

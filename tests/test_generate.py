@@ -154,7 +154,7 @@ def test_the_same_seed_gives_the_same_text(family):
     assert not torch.equal(zero.tokens, one.tokens)
     assert default.made_by["seed"] == 0
     assert one.made_by["seed"] == 1
-    assert one.made_by["initial_state"] == ("seed 1" if model.cfg.random_state else "model")
+    assert one.made_by["initial_state"] == ("seed 1" if model.cfg.draws_state else "model")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -177,7 +177,7 @@ def test_the_seed_draws_the_states_too(family, training):
 @pytest.mark.parametrize("family", [*DRAWN, "zeros"])
 def test_policies_of_initial_states(family, policy, cache):
     """Against whole forwards from states that are put together here, position by position."""
-    zeros = {"initial_state": "zeros", "injection": "add", "n_coda": 1, "loop_norm": "last"}
+    zeros = {"state_init": "zeros", "injection": "add", "n_coda": 1, "loop_norm": "last"}
     model = make(torch.float64, **zeros) if family == "zeros" else tiny(family, torch.float64)
     tokens = tokens_for(model)
     found = generated(model, tokens, 4, do_sample=False, new_states=policy, seed=2, use_past_kv_cache=cache)

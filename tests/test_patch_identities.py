@@ -116,7 +116,7 @@ def test_patching_the_one_state_entering_the_loops_that_differs_restores_the_cle
 
 
 def test_a_drawn_state_is_the_same_for_both_prompts(pair: Pair) -> None:
-    if not pair.model.cfg.random_state and pair.model.cfg.initial_state != "zeros":
+    if not pair.model.cfg.draws_state and pair.model.cfg.state_init != "zeros":
         pytest.skip("this family starts from the prelude's output")
     assert bool(pair.unchanged(pair.sweep("initial_state", ("pos",))).all())
     assert bool(pair.unchanged(pair.sweep("state", ("loop", "pos"))[0]).all())

@@ -57,7 +57,7 @@ def bridge(folded: bool = False) -> TransformerBridge:
     sizes = {"hidden_size": cfg.d_model, "intermediate_size": cfg.d_mlp, "num_hidden_layers": view().cfg.n_layers}
     sizes |= {"num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.d_head}
     sizes |= {"vocab_size": cfg.d_vocab, "max_position_embeddings": cfg.n_ctx}
-    other = {"rms_norm_eps": cfg.eps, "rope_theta": cfg.rotary_base, "tie_word_embeddings": False}
+    other = {"rms_norm_eps": cfg.eps, "rope_theta": cfg.rotary.base, "tie_word_embeddings": False}
     config = LlamaConfig(**sizes, **other)
     llama = LlamaForCausalLM(config).eval()
     with torch.no_grad():

@@ -207,10 +207,10 @@ def test_layer_attention_names():
     ("changes", "there", "absent"),
     [
         ({"n_prelude": 1, "injection": "concat_linear"}, ["prelude", "W [x; e]", "injection"], ["coda", "exit gate"]),
-        ({"n_coda": 2, "injection": "add", "initial_state": "zeros"}, ["coda", "x + e", "= 0"], ["prelude"]),
+        ({"n_coda": 2, "injection": "add", "state_init": "zeros"}, ["coda", "x + e", "= 0"], ["prelude"]),
         ({"exit_gate": True, "loop_norm": "each", "final_norm": False}, ["exit gate", "x₀ = e", "norm"], ["injection"]),
         (
-            {"initial_state": "truncated_normal", "injection": "add", "n_core": 24},
+            {"state_init": "truncated_normal", "injection": "add", "n_core": 24},
             ["random (truncated normal)", "24 layers", "⋯"],
             [],
         ),

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from tl_looped.adapters import loading
+from tl_looped.adapters import Looping, loading
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import ReturnType
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import check_device, check_dtype
+from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
 from tl_looped.engine.view import UnrolledModel
@@ -72,6 +73,9 @@ class LoopedModel(CachingHooks, GeneratesText):
         revision: str | None = None,
         subfolder: str | None = None,
         ignore_config_keys: Iterable[str] = (),
+        loop_layers: tuple[int, int] | None = None,
+        n_loops: int | None = None,
+        update: LoopUpdate | None = None,
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
 
@@ -86,18 +90,25 @@ class LoopedModel(CachingHooks, GeneratesText):
             subfolder: the folder in it that holds the model.
             ignore_config_keys: keys of config.json that you know to change nothing, to be read as if they were not
                 there; a dot leads to a key in an object.
+            loop_layers: (a, b) of a feedforward model: its layers a to b - 1 become the core, those before the prelude,
+                those after the coda; None for all layers.
+            n_loops: how often they run, in runs that do not say; None for once: the feedforward model itself.
+            update: what a loop makes of the state x, with F(x) what comes out of the core: "replace": F(x), the
+                default. "damped": x + (F(x) - x) / n_loops.
 
         Raises:
-            InputError: a dtype, device, revision or subfolder that can't be.
+            InputError: a dtype, device, revision or subfolder that can't be; layers that the model does not have, or
+                looping asked of a model that is looped already.
             LoadError: an unknown family, a config key or value that is not implemented, a missing, extra or misshapen
                 weight, one with NaN or infinite values or of integers, weights of mixed formats, a pickled checkpoint,
                 a tokenizer that can't be read, or a name that is neither.
         """
         place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
         folder = loading.find(name, revision, subfolder)
+        looping = Looping(loop_layers, n_loops, update)
         full_name = f"{name}/{subfolder}" if subfolder else str(name)
         tokenizer = loading.load_tokenizer(folder) if tokenizer is None else tokenizer
-        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys), tokenizer).eval()
+        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys, looping), tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, weights and tokenizer in tl_looped's own format; `from_pretrained(folder)` reads it back."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tl_looped.adapters import Adapter, Source, adapter_for
+from tl_looped.adapters import Adapter, Looping, Source, adapter_for
 from tl_looped.adapters.base import ConfigKeys, Json, without
 from tl_looped.adapters.native import to_json
 from tl_looped.engine.config import LoopedConfig
@@ -109,6 +109,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None,
     ignore_config_keys: Iterable[str] = (),
+    looping: Looping | None = None,
 ) -> LoopedTransformer:
     """The model in a folder; nothing is loaded unless config, names, shapes and formats of all weights are right.
 
@@ -121,10 +122,12 @@ def load(
         device: where to put it.
         dtype: of the weights; None: as stored.
         ignore_config_keys: keys of config.json to read as if they were not there.
+        looping: how to loop it, where it is a feedforward model; None for as it is.
     """
     values = without(_read_json(folder / "config.json"), ignore_config_keys)
     adapter, stored = adapter_for(values), _stored(folder)
     cfg = _config(adapter, values, folder, frozenset(stored), name)
+    cfg = cfg if looping is None else looping.applied(cfg, adapter)
     with torch.device("meta"):
         model = LoopedTransformer(cfg)
     sources, checks = adapter.sources(cfg), adapter.checked(cfg)
@@ -185,6 +188,7 @@ def _assign(
     """Make a parameter of the rows of a stored tensor; all of its numbers must be finite."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
+    tensor = tensor.T if source.transposed else tensor
     rows = tensor.reshape(-1, *getattr(module, attribute).shape[1:])[source.start : source.stop]
     weight = rows.to(device=device, dtype=dtype, copy=True)
     if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):  # one quick pass, and NaN shows in both
@@ -213,14 +217,15 @@ def _check_stored(
 ) -> None:
     """Raise unless the stored tensors are exactly those that make the model, and hold floating-point numbers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {source.name: source.shape or tuple(parameters[ours].shape) for ours, source in sources.items()}
+    shapes = {ours: tuple(parameters[ours].shape)[:: -1 if one.transposed else 1] for ours, one in sources.items()}
+    wanted = {source.name: source.shape or shapes[ours] for ours, source in sources.items()}
     known = sorted(set(stored) & set(wanted))
     problems = {
         "missing": sorted(set(wanted) - set(stored)),
         "not known to this family": sorted(set(stored) - set(wanted) - extra),
         "misshapen": [f"{n} is {stored[n].shape}, not {wanted[n]}" for n in known if stored[n].shape != wanted[n]],
         f"not in one of the formats {', '.join(_FORMATS)}, as quantised weights are": [
-            f"{n} is {stored[n].format}" for n in sorted(stored) if stored[n].format not in _FORMATS
+            f"{n} is {one.format}" for n, one in sorted(stored.items()) if one.format not in _FORMATS and n not in extra
         ],
     }
     if any(problems.values()):

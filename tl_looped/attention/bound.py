@@ -32,7 +32,7 @@ from typing_extensions import Unpack
 
 from tl_looped.attention.patterns import checked_pattern, pattern_distance
 from tl_looped.engine.checks import check_eval, check_finite
-from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.config import ROTARY_TERM, LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, check_one_prompt, check_whole_run, with_run_options
@@ -215,7 +215,7 @@ def attention_bound(
     check_one_prompt(run, tokens=2)
     cfg = model.cfg
     layers = [_Layer(block, cfg, run) for block in model.transformer.blocks if isinstance(block, Block)]
-    source = "ln1.hook_normalized" if cfg.norm_placement != "output" else "hook_resid_pre"
+    source = layers[0].source
 
     def see(site: HookSite, x: Tensor) -> None:
         layer = layers[site.layer or 0]
@@ -230,11 +230,9 @@ def attention_bound(
     with naming_origin(model, run):
         watch(model, run, names, see, only_loops=True)
     numbers = {name: torch.stack([torch.stack(one.found[name]) for one in layers], dim=1) for name in layers[0].found}
-    broken = {"rotary position embedding": True, "biases on queries and keys": cfg.qk_bias}
-    broken |= {"norms on queries and keys": cfg.qk_norm}
     return AttentionBound(
         made_by={"model": cfg.model_name, **run.describe()},
-        breaks=tuple(name for name, is_so in broken.items() if is_so),
+        breaks=cfg.score_terms(),
         n_tokens=run.tokens.shape[1],
         kappa=torch.stack([one.kappa for one in layers]),
         **numbers,
@@ -252,15 +250,15 @@ class _Layer:
     def __init__(self, block: Block, cfg: LoopedConfig, run: Run):
         self.W_Q, self.W_K = (weight.detach().cpu() for weight in (block.attn.W_Q, block.attn.W_K))
         self.kappa = score_norm(self.W_Q, self.W_K)
-        self.scale = block.ln1.weight.detach().double().cpu() if cfg.norm_placement != "output" else torch.tensor(1.0)
-        self.covered = not (cfg.qk_bias or cfg.qk_norm)
+        self.source, self.input = block.query_input
+        self.covered = set(cfg.score_terms()) <= {ROTARY_TERM}
         self.visible = None if run.visible is None else run.visible[0].cpu()
         self.previous: tuple[Tensor, Tensor, Tensor] | None = None  # X, pattern, plain pattern
         self.found: dict[str, list[Tensor]] = defaultdict(list)
 
     def read(self, x: Float[Tensor, "pos d_model"]) -> None:
         """See what the attention of a loop reads."""
-        self.x = x.double().cpu() * self.scale
+        self.x = self.input(x.double()).detach().cpu()
 
     def compare(self, pattern: Float[Tensor, "head query key"]) -> None:
         """See its pattern."""

@@ -262,8 +262,8 @@ def architecture(
     sizes = Sizes() if sizes is None else sizes
     d = sizes.d_model
     scale = math.sqrt(d) if initialisation == "huginn" else 1.0
-    drawn = {"injection": "concat_linear", "initial_state": "truncated_normal", "initial_state_scale": scale}
-    drawn["initial_state_std"] = math.sqrt(2 / (5 * d))
+    drawn = {"injection": "concat_linear", "state_init": "truncated_normal", "state_init_scale": scale}
+    drawn["state_init_std"] = math.sqrt(2 / (5 * d))
     return LoopedConfig(
         d_model=d,
         n_heads=sizes.n_heads,

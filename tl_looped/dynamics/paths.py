@@ -217,12 +217,11 @@ def _starts(
         size = length(wide(own))
         size = torch.where(size == 0, length(wide(after)), size)
         return {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
-    if model.cfg.random_state:
+    if model.cfg.draws_state:
         return {f"seed {seed}": _state(model, replace(runs, seed=seed)) for seed in chosen}
-    own_state = "zero" if model.cfg.initial_state == "zeros" else "the prelude's output"
     raise InputError(
-        f"{model.cfg.model_name} draws no state but starts from {own_state}, so seeds change nothing: pass noise=0.5 "
-        "for noise around it, or initial_states=[...]."
+        f"{model.cfg.model_name} draws no state, so seeds change nothing: it starts from {model.cfg.state_in_words()}. "
+        "Pass noise=0.5 for noise around it, or initial_states=[...]."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from jaxtyping import Bool, Float, Int
@@ -12,19 +13,38 @@ from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookDict
 from tl_looped.engine.kv import KVCache
+from tl_looped.engine.numbers import wide
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of rotary embedding, in the model's dtype, broadcast over heads."""
+
+    cos: Float[Tensor, "rows pos 1 size"]
+    sin: Float[Tensor, "rows pos 1 size"]
 
 
 class Frame(NamedTuple):
-    """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom.
+    """What all layers of one run share: positions, rotary angles, and who may attend to whom.
 
     With a cache the keys are those in it and then those of this run; a `visible` of None then needs an empty cache or
     one query.
     """
 
-    cos: Float[Tensor, "rows pos 1 d_head"]
-    sin: Float[Tensor, "rows pos 1 d_head"]
+    positions: Int[Tensor, "rows pos"]
+    angles: Angles | None = None  # None: no rotary embedding
+    angles_windowed: Angles | None = None  # of layers with a window
     visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
     kv: KVCache | None = None  # keys and values of earlier positions
+
+    def repeat(self, times: int) -> Frame:
+        """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""
+
+        def repeated(x: Tensor) -> Tensor:
+            return x if x.shape[0] == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
+
+        full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
+        visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
+        return Frame(repeated(self.positions), full, windowed, visible)
 
 
 class Network(nn.Module, ABC):
@@ -35,14 +55,17 @@ class Network(nn.Module, ABC):
         hook_dict: its hook points by name; see `tl_looped.engine.schedule` for the names.
         embed: from token ids to vectors.
         unembed: from what `finish` returns to logits.
-        exit_gate: from a state to the logit of stopping there; only where `cfg.exit_gate` says so.
     """
 
     cfg: LoopedConfig
     hook_dict: HookDict
     embed: nn.Embedding
     unembed: nn.Linear
-    exit_gate: nn.Linear
+
+    @property
+    def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:
+        """From states leaving a loop to the logit of stopping there; None where no gate was trained."""
+        return None
 
     @abstractmethod
     def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
@@ -99,10 +122,23 @@ class Network(nn.Module, ABC):
         return x
 
 
+class CappedLinear(nn.Linear):
+    """c · tanh(W x / c): a head with a soft cap on its logits. Its weight is the map before the cap."""
+
+    def __init__(self, d_in: int, d_out: int, cap: float):
+        super().__init__(d_in, d_out, bias=False)
+        self.cap = cap
+
+    def forward(self, input: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """The capped logits, computed in float32 at least."""
+        logits = super().forward(input)
+        return (wide(logits) / self.cap).tanh().mul(self.cap).to(logits.dtype)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a map is its weight and bias, also if that is parametrised: nothing was put on it or in its place."""
     hooked = module._forward_hooks or module._forward_pre_hooks  # torch has no public way to ask
-    return type(module).forward in (nn.Linear.forward, nn.Embedding.forward) and not hooked
+    return type(module).forward in (nn.Linear.forward, nn.Embedding.forward, CappedLinear.forward) and not hooked
 
 
 def matrix(module: nn.Module, name: str) -> Float[Tensor, "rows columns"]:

@@ -9,7 +9,7 @@ import torch
 from tl_looped.engine.errors import HookNameError, InputError, resolve_index
 from tl_looped.engine.hooks import HookDict, SharedHookPoint
 from tl_looped.engine.runs import Run
-from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, HookSite
+from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, READS_TOKENS, HookSite
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]
@@ -35,7 +35,7 @@ class Reach:
     def __contains__(self, point: SharedHookPoint) -> bool:
         if point.looped:
             return len(self.loops) > 0
-        if point.site.stack == PRELUDE or point.name == "hook_embed":
+        if point.site.stack == PRELUDE or point.name in READS_TOKENS:
             return self.reads_tokens
         if point.name == "hook_state_init":
             return self.run.start == 0

@@ -42,10 +42,8 @@ class DepthNames:
 
     def __init__(self, cfg: LoopedConfig, schedule: LoopSchedule):
         self.schedule = schedule
-        self.closing = None  # the site that is the view's ln_final, where that is not the model's own
-        if not cfg.final_norm and cfg.n_coda == 0:
-            last = schedule.n_loops() - 1
-            self.closing = {"each": HookSite("ln_loop.", loop=last), "last": HookSite("ln_coda.")}.get(cfg.loop_norm)
+        norm = cfg.head_norm_site(schedule.n_loops() - 1)
+        self.closing = None if norm == HookSite(_FINAL_NORM) else norm  # what is the view's ln_final, if not its own
 
     def to_depth(self, name: str) -> str:
         """The view's name of a looped model's site; a gradient's name works alike."""
@@ -92,27 +90,6 @@ class DepthHookPoint(LoopHookPoint):
         return self._site
 
 
-def broken_sum(cfg: LoopedConfig, n_loops: int) -> str | None:
-    """Why the last state is not the embedding plus the layers' outputs; None where it is."""
-    if cfg.norm_placement == "residual_sandwich":
-        return "its layers normalise the residual stream itself"
-    if cfg.injection != "none":
-        return "the prelude's output is mixed in again in every loop"
-    if cfg.loop_norm == "each" and n_loops > 1:
-        return "the residual stream is normalised between loops"
-    if cfg.loop_norm != "none" and cfg.n_coda:
-        return "the residual stream is normalised before the coda"
-    return None
-
-
-def broken_readout(cfg: LoopedConfig) -> str | None:
-    """Why the head does not read the last layer's output through `ln_final` and nothing else; None where it does."""
-    norms = (cfg.loop_norm != "none" and cfg.n_coda == 0) + cfg.final_norm
-    return (
-        None if norms == 1 else f"its head reads the last layer's output through {('no norm', '', 'two norms')[norms]}"
-    )
-
-
 class UnrolledCache(ActivationCache):
     """An ActivationCache of the view. What adds up the residual stream refuses where the sum does not hold.
 
@@ -132,7 +109,7 @@ class UnrolledCache(ActivationCache):
 
     def _needs_sum(self, what: str) -> None:
         view: Any = self.model
-        reason = broken_sum(view.looped.cfg, view.n_loops)
+        reason = view.looped.cfg.sum_broken_by(view.n_loops)
         if reason is None and self.run.state_given:
             reason = "its loops started from a state that was given"
         if reason is not None:
@@ -144,13 +121,14 @@ class UnrolledCache(ActivationCache):
     def _needs_head_sum(self, what: str) -> None:
         self._needs_sum(what)
         view: Any = self.model
-        if view.looped.cfg.norm_placement in ("output", "output_sandwich"):
-            raise InputError(f"{what} splits attention by head, but a norm after attention mixes the heads here.")
+        reason = view.looped.cfg.heads_mixed_by()
+        if reason is not None:
+            raise InputError(f"{what} splits attention by head, but {reason} here.")
 
     def apply_ln_to_stack(self, residual_stack: Tensor, layer: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As TransformerLens's; before the head, where the head reads through one norm."""
         view: Any = self.model
-        reason = broken_readout(view.looped.cfg)
+        reason = view.looped.cfg.readout_broken_by()
         if layer in (None, -1, view.cfg.n_layers) and reason is not None:
             raise InputError(
                 f"apply_ln before the head needs the head's norm, but this is a {view.looped.cfg.family} model and "
@@ -214,14 +192,14 @@ class UnrolledModel(CachingHooks, HookedRootModule):
             d_mlp=cfg.d_mlp,
             d_vocab=cfg.d_vocab,
             device=str(self.looped.device),
-            positional_embedding_type="rotary",
+            positional_embedding_type="standard" if cfg.learned_positions else "rotary",
             n_key_value_heads=cfg.kv_heads if cfg.kv_heads != cfg.n_heads else None,
-            gated_mlp=True,
-            uses_rms_norm=True,
+            gated_mlp=cfg.gated_mlp,
+            uses_rms_norm=cfg.norm != "layer",
             eps=cfg.eps,
             act_fn=cfg.act_fn,
-            normalization_type="RMS",
-            final_rms=True,
+            normalization_type="LN" if cfg.norm == "layer" else "RMS",
+            final_rms=cfg.norm != "layer",
             dtype=self.looped.dtype,
         )
 
@@ -236,7 +214,7 @@ class UnrolledModel(CachingHooks, HookedRootModule):
     @property
     def ln_final(self) -> nn.Module:
         """The norm through which the head reads; for Ouro the one that closes every loop."""
-        reason = broken_readout(self.looped.cfg)
+        reason = self.looped.cfg.readout_broken_by()
         if reason is not None:
             raise AttributeError(f"this view has no ln_final: {reason}.")
         return cast(nn.Module, self.looped.transformer.ln_final)

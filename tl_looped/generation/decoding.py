@@ -56,9 +56,9 @@ class NewStates:
         given = runs.initial_state
         if given is not None and given.ndim == 2 and len(given) >= n_positions:
             self.table = given.to(run.state)
-        elif model.cfg.random_state:
+        elif model.cfg.draws_state:
             self.table = draw_noise(model.cfg, n_positions, runs.seed).to(run.state)
-        elif policy == "fresh" and model.cfg.initial_state == "prelude":
+        elif policy == "fresh" and model.cfg.starts_from_prelude:
             raise InputError(
                 "initial_state is given for the prompt alone, and new tokens would start from another kind of state: "
                 f"give [pos, d_model] for {n_positions} positions, or pass new_states='zeros' or 'carry'."
@@ -230,8 +230,7 @@ class CachedDecoder(Decoder):
             with torch.no_grad(), self.progress.at(start):
                 return transformer.readout(after, frame)[:, -1]
 
-        gate = (lambda: transformer.exit_gate(after[:, -1]).squeeze(-1)) if self.model.cfg.exit_gate else None
-        return LoopEnd(loop=t, state=after[:, -1], state_before=before[:, -1], read=read, gate=gate)
+        return LoopEnd(t, after[:, -1], before[:, -1], read, transformer.exit_logit)
 
 
 def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:

@@ -139,7 +139,7 @@ class GateRule(ThresholdRule):
     @classmethod
     def check(cls, model: LoopedModel) -> None:
         """Raise InputError if the model has no gate, or a hook is on it."""
-        if not model.cfg.exit_gate:
+        if model.transformer.exit_logit is None:
             raise InputError(
                 f"{model.cfg.model_name} has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, "
                 "StableTopRule, EntropyRule or AccelerationRule."

@@ -8,7 +8,6 @@ from typing import Literal, cast, get_args
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -122,14 +121,7 @@ def direct_input(
     model: LoopedModel, site: LensSite, x: Float[Tensor, "*dims d_model"]
 ) -> Float[Tensor, "*dims d_model"]:
     """What the unembedding reads in the direct lens: the final norm of a state, unless the head reads it as it is."""
-    closed = site == "state" and model.cfg.loop_norm == "each" and not model.cfg.final_norm
-    return x if closed else _normed(model, x)
-
-
-def _normed(model: LoopedModel, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
-    """The final norm, without its hooks: they belong to the model's own read-out."""
-    norm = getattr(model.transformer, "ln_final", None)
-    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return model.transformer.head_input(x, closed=site == "state")
 
 
 def converter(
@@ -139,7 +131,7 @@ def converter(
     positions, site, frame = list(reads.positions), reads.site, model.frame(run)
 
     def whole(x: Tensor, place: Place) -> Tensor:
-        closed = _normed(model, x) if model.cfg.loop_norm == "each" and site != "state" else x
+        closed = x if site == "state" else model.transformer.close(x)
         return model.transformer.finish(closed, frame)[:, positions].flatten(0, 1)  # a coda sees all positions
 
     def direct(x: Tensor, place: Place) -> Tensor:

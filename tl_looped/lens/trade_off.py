@@ -252,7 +252,7 @@ def trace_exits(
 
 def _checked(model: LoopedModel, rules: Sequence[type[ThresholdRule]] | None) -> list[type[ThresholdRule]]:
     if rules is None:
-        rules = [rule for rule in RULES.values() if rule is not GateRule or model.cfg.exit_gate]
+        rules = [rule for rule in RULES.values() if rule is not GateRule or model.transformer.exit_logit]
     if not isinstance(rules, Sequence):
         raise InputError(f"rules must be a list of classes of rules, such as [KLRule], got {rules!r}.")
     if not rules:
@@ -292,7 +292,7 @@ def _trace(
             state=state,
             state_before=before,
             read=lambda: transformer.unembed(out),
-            gate=(lambda: transformer.exit_gate(state).squeeze(-1)) if model.cfg.exit_gate else None,
+            gate=transformer.exit_logit,
         )
         return {
             "statistics": torch.stack([meter(end).to(last.dtype) for meter in meters]),

@@ -173,5 +173,4 @@ def _repeat(x: Tensor, cells: int) -> Tensor:
 
 def repeat_frame(frame: Frame, cells: int) -> Frame:
     """The frame of a batch that holds every prompt `cells` times; what is the same for all rows stays one row."""
-    cos, sin = (part if part.shape[0] == 1 else _repeat(part, cells) for part in (frame.cos, frame.sin))
-    return Frame(cos, sin, None if frame.visible is None else _repeat(frame.visible, cells))
+    return frame.repeat(cells)

@@ -93,7 +93,7 @@ class _Checks:
     def __init__(self, model: LoopedModel, n_loops: int, tokens: Int[Tensor, "1 pos"]):
         self.model, self.n_loops, self.tokens = model, n_loops, tokens
         self.schedule = model.cfg.schedule(n_loops)
-        self.seeding: dict[str, Any] = {"seed": DEFAULT_SEED} if model.cfg.random_state else {}
+        self.seeding: dict[str, Any] = {"seed": DEFAULT_SEED} if model.cfg.draws_state else {}
         self.picked = spread(n_loops, _MOST_LOOPS)
         eps = torch.finfo(model.dtype).eps
         self.limit = max(1e-5, 2 * eps)  # of a difference, as a share of the largest number

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_looped.adapters.loading import whole_folder
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.state import random_state
+from tl_looped.engine.state import own_state
 from tl_looped.model import LoopedModel
 from tl_looped.nn import LoopedTransformer
 from tl_looped.training.corpus import Corpus, documentation, train_tokenizer
@@ -60,8 +60,8 @@ class TextRecipe(Rates):
         """The paper's models trained from scratch (its section 5.1), by default a quarter as wide."""
         injected = {
             "injection": "concat_linear",
-            "initial_state": "truncated_normal",
-            "initial_state_std": (2 / (5 * self.d_model)) ** 0.5,
+            "state_init": "truncated_normal",
+            "state_init_std": (2 / (5 * self.d_model)) ** 0.5,
         }
         return LoopedConfig(
             d_model=self.d_model,
@@ -119,7 +119,7 @@ def text_loss(
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     frame = model.frame(None, positions[:1])
-    state = random_state(model.cfg, positions, seed, torch.float32) if model.cfg.random_state else None
+    state = own_state(model.cfg, positions, seed, torch.float32)
     logits = model.readout(model(tokens, frame, state, 0, n_loops), frame)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
