@@ -14,7 +14,7 @@ from helpers import PARITY, expected, fired, hook_count, noise_like
 from torch import Tensor
 
 from tl_looped import LoopedCache, LoopedModel
-from tl_looped.report.check import check
+from tl_looped.report import check
 
 ABSOLUTE = 1e-4
 RELATIVE = 2e-5  # of the largest value

@@ -43,7 +43,7 @@ class NanochatAdapter:
         """Our config from theirs."""
         config.harmless(*config.rest())  # what stands beside the model's own keys is of training
         keys = config.section("model_config")
-        names_of = {"model_name": model_name, "family": self.family}
+        names_of: dict[str, Any] = {"model_name": model_name, "family": self.family}
         return LoopedConfig(**_common(keys), n_core=keys.need("n_layer"), n_loops=1, **names_of)
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
