@@ -149,53 +149,37 @@ def probe(
     groups = _groups(recorded)
     classes, truth = _classes(targets, groups, folds)
     rng = np.random.default_rng(seed)
-    drawn = rng.choice(truth, size=len(set(kinds)))
-    control = drawn[np.unique(kinds, return_inverse=True)[1]]
-    splitter = _sk("model_selection").StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    control = rng.choice(truth, size=len(set(kinds)))[np.unique(kinds, return_inverse=True)[1]]
     fold = np.empty(len(rows), dtype=np.int64)
-    for number, (_, held_out) in enumerate(splitter.split(np.zeros(len(rows)), truth, groups)):
+    splitter = _sk("model_selection").StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for number, (_, held_out) in enumerate(splitter.split(fold, truth, groups)):
         fold[held_out] = number
-    if estimator is None:
-        estimator = _sk("linear_model").LogisticRegression(max_iter=1000)
+    estimator = _sk("linear_model").LogisticRegression(max_iter=1000) if estimator is None else estimator
     pipeline = _sk("pipeline").make_pipeline(_sk("preprocessing").StandardScaler(), estimator)
-    reader = _Reader(pipeline, fold, folds)
-
     positions = rows["pos"].to_numpy() if "pos" in by else np.full(len(rows), -1)
     places = sorted(set(positions.tolist()))
-    shape = (len(grid.loops), len(grid.layers), len(places), len(rows))
-    said, said_control = np.full(shape, -1), np.full(shape, -1)
-    for cells in _sharing(shape[:3], by):
+    said = np.full((2, len(grid.loops), len(grid.layers), len(places), len(rows)), -1)
+    for cells in _sharing(said.shape[1:-1], by):
         parts = []
-        for t, i, p in cells:
-            at = np.flatnonzero(positions == places[p])
-            x = recorded.tensor(grid.name(grid.loops[t], grid.layers[i]), rows=torch.from_numpy(at))
-            parts.append((at, _floats(x, grid.name(grid.loops[t], grid.layers[i]))))
-        at, x = np.concatenate([one for one, _ in parts]), np.concatenate([one for _, one in parts])
-        ends = np.cumsum([len(one) for one, _ in parts])[:-1]
-        for goal, found in ((truth, said), (control, said_control)):
-            for cell, (mine, _), answers in zip(cells, parts, np.split(reader(x, goal[at], at), ends), strict=True):
-                found[cell][mine] = answers
-    counted = said >= 0
-    common = reader.commonest(truth)
-    observed = {
-        name: torch.from_numpy(np.where(counted, right, 0).sum(-1) / counted.sum(-1))
-        for name, right in (
-            ("accuracy", said == truth),
-            ("control", said_control == control),
-            ("chance", common == truth),
-        )
-    }
-    n_prompts = np.array([len(set(groups[cell])) for cell in counted.reshape(-1, len(rows))]).reshape(shape[:3])
-    prompts = torch.from_numpy(n_prompts)
+        for t, i, pos in cells:
+            at = np.flatnonzero(positions == places[pos])
+            name = grid.name(grid.loops[t], grid.layers[i])
+            parts.append((at, _floats(recorded.tensor(name, rows=torch.from_numpy(at)), name)))
+        at, x = (np.concatenate(each) for each in zip(*parts, strict=True))
+        cell_of = np.repeat(np.arange(len(cells)), [len(one) for one, _ in parts])
+        for task, goal in enumerate((truth, control)):
+            answers = _held_out(pipeline, x, goal[at], fold[at], folds)
+            for number, cell in enumerate(cells):
+                mine = cell_of == number
+                said[(task, *cell, at[mine])] = answers[mine]
+    counted = said[0] >= 0
+    common = np.array([np.bincount(truth[fold != number]).argmax() for number in range(folds)])[fold]
+    right = {"accuracy": said[0] == truth, "control": said[1] == control, "chance": common == truth}
+    observed = {name: torch.from_numpy((one & counted).sum(-1) / counted.sum(-1)) for name, one in right.items()}
+    prompts = torch.from_numpy(np.apply_along_axis(lambda cell: len(np.unique(groups[cell])), -1, counted))
     low, high = wilson(observed["accuracy"], prompts, confidence)
     return Probed(
-        made_by={
-            **recorded.made_by,
-            "folds": folds,
-            "seed": seed,
-            "estimator": str(estimator),
-            "confidence": confidence,
-        },
+        made_by={**recorded.made_by, "folds": folds, "seed": seed, "estimator": str(estimator)},
         site=grid.site.name,
         by=tuple(by),
         classes=tuple(classes.tolist()),
@@ -206,7 +190,7 @@ def probe(
         high=high,
         examples=torch.from_numpy(counted.sum(-1)),
         prompts=prompts,
-        predicted=torch.from_numpy(said),
+        predicted=torch.from_numpy(said[0]),
         **observed,
     )
 
@@ -226,35 +210,17 @@ def _sk(module: str) -> Any:
         raise InputError("probes need scikit-learn: pip install 'tl_looped[probes]'.") from error
 
 
-class _Reader:
-    """Says of each row what a probe fitted to the other folds says.
-
-    Args:
-        pipeline: cloned for every fit.
-        fold: of each row.
-        folds: how many.
-    """
-
-    def __init__(self, pipeline: Any, fold: Array, folds: int):
-        self.pipeline, self.fold, self.folds = pipeline, fold, folds
-
-    def __call__(self, x: Array, goal: Array, rows: Array) -> Array:
-        said = np.empty(len(goal), dtype=np.int64)
-        for number in range(self.folds):
-            held_out = self.fold[rows] == number
-            if not held_out.any():
-                continue
-            seen = goal[~held_out]
-            if len(set(seen.tolist())) < 2:  # nothing to tell apart; scikit-learn would refuse
-                said[held_out] = seen[0] if len(seen) else 0
-                continue
-            said[held_out] = _sk("base").clone(self.pipeline).fit(x[~held_out], seen).predict(x[held_out])
-        return said
-
-    def commonest(self, goal: Array) -> Array:
-        """For each row the commonest label of the other folds."""
-        each = np.array([np.bincount(goal[self.fold != number]).argmax() for number in range(self.folds)])
-        return each[self.fold]
+def _held_out(pipeline: Any, x: Array, goal: Array, fold: Array, folds: int) -> Array:
+    """What is said of each row by a probe fitted to the other folds."""
+    said = np.empty(len(goal), dtype=np.int64)
+    for number in range(folds):
+        rest, mine = fold != number, fold == number
+        seen = goal[rest]
+        if len(np.unique(seen)) < 2:  # as where all rows have one token: scikit-learn would refuse
+            said[mine] = seen[0] if len(seen) else 0
+        elif mine.any():
+            said[mine] = _sk("base").clone(pipeline).fit(x[rest], seen).predict(x[mine])
+    return said
 
 
 def _sharing(shape: Sequence[int], by: Sequence[str]) -> list[list[tuple[int, ...]]]:

@@ -110,25 +110,34 @@ def record(
     with _alone(Path(out)) as folder:
         index = _go_on(folder, {"format": FORMAT, "made_by": made_by, "cfg": model.cfg.to_dict()})
         recorder = _Recorder(model, runs, wanted, picked, tokens, index.get("places"))
-        shards = recorder.shards(batches, shard_bytes)
-        missing = [shard for shard in shards if not is_whole(folder / shard.file, shard.rows)]
-        _check_disk(folder, sum(shard.bytes for shard in missing))
-        index |= {"places": recorder.places, "shards": []}
-        if missing or not index["done"]:
-            index["done"] = False
-            _write_index(folder, index)
-        size = sum(shard.bytes for shard in shards)
-        name = f"Recording {len(wanted)} places, {tqdm.format_sizeof(size, 'B')}"
-        with tqdm(total=len(tokens), desc=name, unit="prompt", disable=not progress) as bar:
-            bar.update(len(tokens) - sum(len(batch) for shard in missing for batch in shard.batches))
-            for shard in missing:
-                write_whole(folder / shard.file, to_safetensors(recorder.take(shard, bar), {"format": FORMAT}))
-        index["shards"] = [
-            {"file": one.file, "rows": one.rows, "prompts": one.prompts, "bytes": (folder / one.file).stat().st_size}
-            for one in shards
-        ]
-        index["done"] = True
-        _write_index(folder, index)
+        return _write(folder, index, recorder, recorder.shards(batches, shard_bytes), progress)
+
+
+def _write(
+    folder: Path, index: dict[str, Any], recorder: _Recorder, shards: Sequence[_Shard], progress: bool
+) -> Recorded:
+    """Write the shards that are missing, and then the index."""
+    missing = [shard for shard in shards if not is_whole(folder / shard.file, shard.rows)]
+    free, needed = shutil.disk_usage(folder).free, sum(shard.bytes for shard in missing)
+    size = {name: tqdm.format_sizeof(n, "B") for name, n in (("free", free), ("needed", needed))}
+    if needed > free:
+        raise InputError(
+            f"the record needs {size['needed']} more, and {str(folder)!r} has {size['free']} free: record fewer sites, "
+            "loops, layers or positions, or give a folder on another disk."
+        )
+    index |= {"places": recorder.places, "shards": []}
+    if missing or not index["done"]:
+        write_whole(folder / INDEX, json.dumps({**index, "done": False}, indent=1))
+    name = f"Recording {len(recorder.places)} places, {size['needed']}"
+    with tqdm(total=sum(shard.prompts for shard in shards), desc=name, unit="prompt", disable=not progress) as bar:
+        bar.update(bar.total - sum(shard.prompts for shard in missing))
+        for shard in missing:
+            write_whole(folder / shard.file, to_safetensors(recorder.take(shard, bar), {"format": FORMAT}))
+    for one in shards:
+        there = (folder / one.file).stat().st_size
+        index["shards"].append({"file": one.file, "rows": one.rows, "prompts": one.prompts, "bytes": there})
+    index["done"] = True
+    write_whole(folder / INDEX, json.dumps(index, indent=1))
     return Recorded(folder, index)
 
 
@@ -221,23 +230,6 @@ def _go_on(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
             "arguments."
         )
     return there
-
-
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    write_whole(folder / INDEX, json.dumps(index, indent=1))
-
-
-def _size(count: int) -> str:
-    return tqdm.format_sizeof(count, "B")
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"the record needs {_size(needed)} more, and {str(folder)!r} has {_size(free)} free: record fewer sites, "
-            "loops, layers or positions, or give a folder on another disk."
-        )
 
 
 @dataclass(frozen=True)
@@ -350,18 +342,13 @@ class _Recorder:
                 tensors[site.name][begin : begin + len(rows)].copy_(rows)  # noqa: B023 - called in this turn
 
             self._run(batch, put)
-            begin += self._describe(batch, columns)
+            ids, index = torch.stack([self.tokens[row] for row in batch]), torch.tensor(batch)
+            pick = self.picked[ids.shape[1]]
+            at = torch.arange(ids.shape[1]) if pick is None else pick
+            rows = (index.repeat_interleave(len(at)), at.repeat(len(batch)), ids[:, at].flatten())
+            of_prompts = (index, torch.full_like(index, ids.shape[1]), ids.flatten())
+            for name, column in zip((*ROW, *PROMPT), (*rows, *of_prompts), strict=True):
+                columns[name].append(column)
+            begin += len(rows[0])
             bar.update(len(batch))
         return tensors | {name: torch.cat(parts) for name, parts in columns.items()}
-
-    def _describe(self, batch: Sequence[int], columns: dict[str, list[Tensor]]) -> int:
-        """Note whose rows a batch's are; returns how many."""
-        tokens = torch.stack([self.tokens[row] for row in batch])
-        pick = self.picked[tokens.shape[1]]
-        at = torch.arange(tokens.shape[1]) if pick is None else pick
-        index = torch.tensor(batch)
-        lengths = torch.full_like(index, tokens.shape[1])
-        rows = (index.repeat_interleave(len(at)), at.repeat(len(batch)), tokens[:, at].flatten())
-        for name, column in zip((*ROW, *PROMPT), (*rows, index, lengths, tokens.flatten()), strict=True):
-            columns[name].append(column)
-        return len(batch) * len(at)
