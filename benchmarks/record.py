@@ -44,7 +44,7 @@ def plainly(model: LoopedModel, tokens: torch.Tensor, names: list[str], out: Pat
         kept: dict[str, torch.Tensor] = {}
         hooks = [(name, lambda x, hook: kept.__setitem__(hook.name, x.flatten(0, 1).cpu())) for name in names]  # noqa: B023
         model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
-        save_file(kept, out / f"{i}.safetensors")
+        save_file(kept, out / f"{i:03}.safetensors")
 
 
 def rate(name: str, shape: Shape, rounds: int | None, device: torch.device, dtype: torch.dtype, folder: Path) -> list:

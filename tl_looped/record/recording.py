@@ -80,8 +80,8 @@ def record(
         options: see `RunOptions`.
 
     Raises:
-        InputError: before anything runs: for input that is wrong, a folder that holds another record (it says what
-            differs) or other files, one that another process writes, or a disk that is too small.
+        InputError: before anything is written, for input that is wrong, a folder that holds another record (it says
+            what differs) or other files, one that another process writes, or a disk that is too small.
     """
     check_eval(check_looped(model))
     check_count("batch_size", batch_size)
@@ -109,7 +109,8 @@ def record(
     }
     with _alone(Path(out)) as folder:
         index = _go_on(folder, {"format": FORMAT, "made_by": made_by, "cfg": model.cfg.to_dict()})
-        recorder = _Recorder(model, runs, wanted, picked, tokens, index.get("places"))
+        recorder = _Recorder(model, runs, wanted, picked, tokens)
+        recorder.places = index.get("places") or recorder.look(batches[0])
         return _write(folder, index, recorder, recorder.shards(batches, shard_bytes), progress)
 
 
@@ -260,15 +261,14 @@ class _Recorder:
         wanted: dict[str, HookSite],
         picked: dict[int, Tensor | None],
         tokens: Sequence[Tensor],
-        places: dict[str, dict[str, Any]] | None,
     ):
         self.model, self.runs, self.wanted, self.picked, self.tokens = model, runs, wanted, picked, tokens
         self._names = list(dict.fromkeys(site.at(None).name for site in wanted.values()))
         looped = {site.loop for site in wanted.values() if site.loop is not None}
         self._loops = frozenset(looped) or None
         self._only_loops = all(site.looped for site in wanted.values())
-        self.places = self._look() if places is None else places
-        self._keyed = any(_KEYS in place["shape"] for place in self.places.values())
+        self.places: dict[str, dict[str, Any]] = {}
+        self._seen: dict[int, list[tuple[HookSite, Tensor]]] = {}  # of a batch that has run, by its first prompt
 
     def _run(self, batch: Sequence[int], put: Any) -> None:
         """Run some prompts, and call `put` with name and rows, [row, ...], at each place."""
@@ -280,19 +280,23 @@ class _Recorder:
                 chosen = x if pick is None else x.index_select(axis, pick.to(x.device))
                 put(site, chosen.movedim(axis, 1).flatten(0, 1))
 
+        if batch[0] in self._seen:
+            for site, rows in self._seen.pop(batch[0]):
+                put(site, rows)
+            return
         run = self.model.batch_of(self.runs, batch)
         watch(self.model, run, self._names, see, loops=self._loops, only_loops=self._only_loops)
 
-    def _look(self) -> dict[str, dict[str, Any]]:
-        """The dtype and shape of a row at every place, from a run of the shortest prompt."""
-        found: dict[str, dict[str, Any]] = {}
-
-        def look(site: HookSite, rows: Tensor) -> None:
+    def look(self, batch: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """The dtype and shape of a row at every place, from a run of one batch, which is not run again."""
+        seen: list[tuple[HookSite, Tensor]] = []
+        self._run(batch, lambda site, rows: seen.append((site, rows.clone())))
+        self._seen[batch[0]] = seen
+        found = {}
+        for site, rows in seen:
             axes = [axis for i, axis in enumerate(site.axes) if i not in (0, site.pos_axis)]
             shape = [_KEYS if axis == "key" else size for axis, size in zip(axes, rows.shape[1:], strict=True)]
             found[site.name] = {"dtype": str(rows.dtype).removeprefix("torch."), "shape": shape}
-
-        self._run([min(range(len(self.tokens)), key=lambda row: len(self.tokens[row]))], look)
         if missing := [name for name in self.wanted if name not in found]:
             raise HookNameError(f"{missing[0]!r} did not fire in a run of this model.")
         return {name: found[name] for name in self.wanted}
@@ -313,11 +317,12 @@ class _Recorder:
 
     def shards(self, batches: Sequence[list[int]], most: int) -> list[_Shard]:
         """Batches in files of about so many bytes; of one length where rows have keys."""
+        keyed = any(_KEYS in place["shape"] for place in self.places.values())
         groups: list[list[list[int]]] = []
         sizes: list[tuple[int, int]] = []
         for batch in batches:
             rows, held = self._size(batch)
-            other = self._keyed and groups and len(self.tokens[groups[-1][0][0]]) != len(self.tokens[batch[0]])
+            other = keyed and groups and len(self.tokens[groups[-1][0][0]]) != len(self.tokens[batch[0]])
             if not groups or other or sizes[-1][1] + held > most:
                 groups.append([])
                 sizes.append((0, 1024 + 160 * len(self.places)))  # about what the header takes
