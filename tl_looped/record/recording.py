@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -38,7 +39,7 @@ from tl_looped.record.recorded import FORMAT, INDEX, PROMPT, ROW, Recorded, is_w
 Positions = Literal["all", "last"] | Sequence[int]
 
 SHARD_BYTES = 2**27
-"""About how large a shard is: 128 MB. Recording holds one in memory, twice while it is written."""
+"""About how large a shard is: 128 MB. Recording holds one in memory."""
 
 _KEYS = -1  # in a row's shape: as many as the prompt has tokens
 
@@ -133,7 +134,7 @@ def _write(
     with tqdm(total=sum(shard.prompts for shard in shards), desc=name, unit="prompt", disable=not progress) as bar:
         bar.update(bar.total - sum(shard.prompts for shard in missing))
         for shard in missing:
-            write_whole(folder / shard.file, to_safetensors(recorder.take(shard, bar), {"format": FORMAT}))
+            write_whole(folder / shard.file, partial(save_file, recorder.take(shard, bar), metadata={"format": FORMAT}))
     for one in shards:
         there = (folder / one.file).stat().st_size
         index["shards"].append({"file": one.file, "rows": one.rows, "prompts": one.prompts, "bytes": there})
@@ -214,9 +215,7 @@ def _alone(folder: Path) -> Iterator[Path]:
 
 def _go_on(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     """The index to go on with: the folder's own where the same call began it, else a new one."""
-    for name in (".shard-*", f".{INDEX}-*"):  # what a kill left half written
-        for partial in folder.glob(name):
-            partial.unlink()
+    _remove(folder, f".{INDEX}-*")
     here = json.loads(json.dumps(index))
     there = read_index(folder)
     if there is None:
@@ -230,7 +229,15 @@ def _go_on(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
             f"{str(folder)!r} holds the record of another call: {differing}. Give another folder, or the same "
             "arguments."
         )
+    _remove(folder, ".shard-*")
+    _remove(folder, ".tmp*")  # safetensors' own
     return there
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    """Remove what a kill left half written."""
+    for path in folder.glob(pattern):
+        path.unlink()
 
 
 @dataclass(frozen=True)
