@@ -139,3 +139,32 @@ def test_a_looped_model_is_not_looped_again(options: dict[str, Any]):
 )
 def test_what_a_family_does_not_have_is_refused(released, folder: str, config: dict[str, Any], message: str):
     refuse(released(folder, config), message)
+
+
+@pytest.mark.parametrize(
+    ("folder", "rename"),
+    [
+        ("ff-gpt2", lambda name: name.removeprefix("transformer.")),  # as on the hub
+        ("ff-llama", lambda name: f"module.{name}"),
+        ("base-loop", lambda name: f"gpt.{name}"),
+        ("nanochat-recursive", lambda name: f"_orig_mod.{name}"),
+        ("ff-qwen2", lambda name: name.removeprefix("model.")),
+    ],
+)
+def test_names_with_a_prefix_more_or_less(released, folder: str, rename):
+    def renamed(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            weights[rename(name)] = weights.pop(name)
+
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        found = LoopedModel.from_pretrained(released(folder, change=renamed))(tokens)
+        assert torch.equal(found, LoopedModel.from_pretrained(PARITY / folder)(tokens))
+
+
+def test_what_old_checkpoints_store_beside_their_weights(released):
+    """Causal masks of GPT-2, rotary frequencies of Llama: taken where they are what the config says, else refused."""
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(4)}
+    LoopedModel.from_pretrained(released("ff-gpt2", change=lambda weights: weights.update(masks)))
+    turns = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    refuse(released("ff-llama", change=lambda weights: weights.update(turns)), "inv_freq is not that of the config")
