@@ -13,7 +13,7 @@ import torch
 from helpers import PARITY, expected, fired, hook_count, noise_like
 from torch import Tensor
 
-from tl_looped import LoopedCache, LoopedModel
+from tl_looped import InputError, LoopedCache, LoopedModel
 from tl_looped.report import check
 
 ABSOLUTE = 1e-4
@@ -252,3 +252,22 @@ def test_its_own_check_passes(folder: str):
 def test_every_part_is_said_in_words(folder: str):
     words = dict(load(folder).cfg.describe())
     assert words["norm placement"] and words["position"] and all(words.values())
+
+
+@every_folder
+def test_the_realised_depth_view_adds_up_where_it_says_so(folder: str):
+    """What the layers wrote, biases too, is the last state; of the others the view says why not."""
+    model, tokens = load(folder, torch.float64), expected(folder)["input_ids"]
+    view = model.unrolled(LOOPS)
+    with torch.no_grad():
+        logits, cache = view.run_with_cache(tokens)
+        torch.testing.assert_close(logits, model(tokens, n_loops=LOOPS))
+        if model.cfg.sum_broken_by(LOOPS) is not None:
+            with pytest.raises(InputError, match=model.cfg.sum_broken_by(LOOPS)):
+                cache.decompose_resid()
+            return
+        last = cache[f"blocks.{view.cfg.n_layers - 1}.hook_resid_post"]
+        torch.testing.assert_close(cache.decompose_resid().sum(0), last)
+        if model.cfg.heads_mixed_by() is None:
+            cache.compute_head_results()
+            torch.testing.assert_close(cache.get_full_resid_decomposition(expand_neurons=False).sum(0), last)

@@ -12,6 +12,7 @@ import transformers
 from helpers import PARITY, refuse
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.patching import patch_sweep
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 31,
@@ -139,3 +140,51 @@ def test_a_looped_model_is_not_looped_again(options: dict[str, Any]):
 )
 def test_what_a_family_does_not_have_is_refused(released, folder: str, config: dict[str, Any], message: str):
     refuse(released(folder, config), message)
+
+
+@pytest.mark.parametrize(
+    ("folder", "rename"),
+    [
+        ("ff-gpt2", lambda name: name.removeprefix("transformer.")),  # as on the hub
+        ("ff-llama", lambda name: f"module.{name}"),
+        ("base-loop", lambda name: f"gpt.{name}"),
+        ("nanochat-recursive", lambda name: f"_orig_mod.{name}"),
+        ("ff-qwen2", lambda name: name.removeprefix("model.")),
+    ],
+)
+def test_names_with_a_prefix_more_or_less(released, folder: str, rename):
+    def renamed(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            weights[rename(name)] = weights.pop(name)
+
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        found = LoopedModel.from_pretrained(released(folder, change=renamed))(tokens)
+        assert torch.equal(found, LoopedModel.from_pretrained(PARITY / folder)(tokens))
+
+
+def test_what_old_checkpoints_store_beside_their_weights(released):
+    """Causal masks of GPT-2, rotary frequencies of Llama: taken where they are what the config says, else refused."""
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(4)}
+    LoopedModel.from_pretrained(released("ff-gpt2", change=lambda weights: weights.update(masks)))
+    turns = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    refuse(released("ff-llama", change=lambda weights: weights.update(turns)), "inv_freq is not that of the config")
+
+
+def test_a_sweep_over_a_damped_loop_repeats_whole_loops():
+    """A patch at the last layer of a loop needs the state that entered it: each cell equals a run with that hook."""
+    model = LoopedModel.from_pretrained(PARITY / "ff-llama", loop_layers=(2, 4), n_loops=2, update="damped").double()
+    clean, corrupted = torch.arange(6)[None], torch.arange(6).flip(0)[None]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+    result = patch_sweep(
+        model, corrupted, source=cache, metric=lambda x: x[0, -1, 3], site="resid_post", axes=("loop", "layer"),
+        progress=False,
+    )  # fmt: skip
+    for loop in range(2):
+        for layer in range(2):
+            name = f"blocks.{layer}.loop.{loop}.hook_resid_post"
+            patch = [(name, lambda x, hook: cache[hook.name])]
+            with torch.no_grad():
+                wanted = model.run_with_hooks(corrupted, fwd_hooks=patch)[0, -1, 3]
+            torch.testing.assert_close(result.values[loop, layer], wanted)

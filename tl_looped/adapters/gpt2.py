@@ -10,8 +10,9 @@ from torch import Tensor
 from tl_looped.adapters.base import ConfigKeys, Json, Source
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
+from tl_looped.engine.parts import ActFn
 
-_ACTS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTS: dict[str, ActFn] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _MAPS = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 # Of training, of heads that are no language model, and of how softmax is computed.
 _HARMLESS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn")

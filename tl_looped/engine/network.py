@@ -67,6 +67,11 @@ class Network(nn.Module, ABC):
         """From states leaving a loop to the logit of stopping there; None where no gate was trained."""
         return None
 
+    @property
+    def head_gain(self) -> Float[Tensor, " d_model"] | None:
+        """What multiplies every component of the residual stream just before the head; None where nothing does."""
+        return None
+
     @abstractmethod
     def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
         """Prepare what all layers of a run share."""

@@ -239,9 +239,16 @@ class UnrolledModel(CachingHooks, HookedRootModule):
         """The head has no bias: zeros."""
         return self.W_U.new_zeros(self.W_U.shape[1])
 
-    def accumulated_bias(self, *args: Any, **kwargs: Any) -> Float[Tensor, " d_model"]:
-        """Nothing is written by biases in these families: zeros."""
-        return self.W_U.new_zeros(self.W_U.shape[0])
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """What biases of attention and MLP have written before a layer, or before its MLP, as in TransformerLens."""
+        blocks = self.blocks
+        attention = blocks[: layer + mlp_input]
+        maps = [block.attn.o for block in attention]
+        maps += [block.mlp.down for block in blocks[:layer]] if include_mlp_biases else []
+        total = self.W_U.new_zeros(self.W_U.shape[0])
+        return sum((one.bias for one in maps if one.bias is not None), start=total)
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
         """What some tokens' logits read of the residual stream after the final norm's division.
@@ -252,8 +259,8 @@ class UnrolledModel(CachingHooks, HookedRootModule):
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         if isinstance(ids, Tensor) and ids.numel() == 1:
             ids = int(ids)
-        weight: Any = getattr(self, "ln_final", None)
-        return self.W_U.T[ids] if weight is None else self.W_U.T[ids] * weight.weight
+        gain = self.looped.transformer.head_gain
+        return self.W_U.T[ids] if gain is None else self.W_U.T[ids] * gain
 
     # Text.
 
