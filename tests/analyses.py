@@ -16,8 +16,8 @@ from tl_looped.dynamics import STEP
 from tl_looped.patching import Receiver, Sender, zero
 
 ROOMS = [
-    "observe", "generation", "lens", "dynamics", "attention", "stages", "patching", "claims", "training", "viz",
-    "report", "adapters",
+    "observe", "generation", "lens", "dynamics", "attention", "stages", "patching", "record", "claims", "training",
+    "viz", "report", "adapters",
 ]  # fmt: skip
 ONE_PROMPT = {"path_independence", "trajectory", "jacobian_spectrum", "massive_activations", "view_prompt"}
 ONE_PROMPT |= {"state_motion", "attention_bound", "attention_stability"}

@@ -344,10 +344,8 @@ def test_patterns_are_formed_where_they_are_asked_for(huginn: LoopedModel, monke
     """At one loop of four, and nowhere without a hook."""
     formed = []
     attention = type(huginn.transformer.blocks[0].attn)
-    original = attention._through_pattern
-    monkeypatch.setattr(
-        attention, "_through_pattern", lambda self, *rest: formed.append(rest[-1]) or original(self, *rest)
-    )
+    original = attention._explicit
+    monkeypatch.setattr(attention, "_explicit", lambda self, *rest: formed.append(rest[-2]) or original(self, *rest))
     tokens = tokens_for(huginn)
     huginn(tokens, n_loops=4)
     huginn.run_with_cache(tokens, n_loops=4, names_filter="hook_state_post")

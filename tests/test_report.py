@@ -266,7 +266,7 @@ def test_every_choice_of_a_config_has_words():
     choices = {
         "norm_placement": ["pre", "residual_sandwich", "output_sandwich", "output"],
         "loop_norm": ["none", "each", "last"],
-        "initial_state": ["prelude", "zeros", "normal", "truncated_normal"],
+        "state_init": ["prelude", "zeros", "normal", "truncated_normal"],
     }
     for field, values in choices.items():
         seen = set()
