@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-numbers lint browser benchmarks clean
+.PHONY: help install demo test test-numbers lint docs browser benchmarks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s%s\n", $$1, $$2 }' Makefile
@@ -45,7 +45,7 @@ demo: $(STAMP) ## write report.html with the embedded model
 	$(BIN)/tl-looped report --out $(REPORT)
 	@echo "The report is $(abspath $(REPORT)): open it in a browser"
 
-test: lint browser ## check style and types, then run the tests and the docstrings' examples
+test: lint docs browser ## check style and types, make the documentation, run the tests and the docstrings' examples
 	$(PYTEST) tests tl_looped --doctest-modules
 
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
@@ -61,6 +61,9 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP) ## make the documentation, build/docs/index.html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
 
 # Debian's packages where they can be had; else the tests that need a browser skip, and say why.
 browser: ## install Chromium and its driver for the tests that look at the report

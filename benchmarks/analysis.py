@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from common import COLUMNS, SHAPES, Side, machine, make, parser, print_table, race
 
-from tl_looped.attention.measures import PATTERN_DISTANCE, PATTERN_STEP, TOTAL_VARIATION
-from tl_looped.dynamics.measures import COSINE, COSINE_TO_END, DISTANCE, STEP
+from tl_looped.attention import PATTERN_DISTANCE, PATTERN_STEP, TOTAL_VARIATION
+from tl_looped.dynamics import COSINE, COSINE_TO_END, DISTANCE, STEP
 from tl_looped.observe import Measure, observe
 from tl_looped.stages.measures import STAGE_MEASURES
 

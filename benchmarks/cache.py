@@ -19,7 +19,7 @@ def main() -> None:
         shape = SHAPES[name]
         model, tokens = make(shape, options.device, getattr(torch, options.dtype))
         plain, state = Plain.of(model, shape.pos, explicit=True), model.batch(tokens).state
-        given = {"initial_state": state} if shape.cfg.random_state else {}
+        given = {"initial_state": state} if shape.cfg.draws_state else {}
         sites, layers = ("hook_resid_post", "attn.hook_pattern"), range(shape.cfg.n_core)
         goal = [f"blocks.{layer}.{site}" for layer in layers for site in sites]
         filters = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tl_looped import LoopedConfig, LoopedModel
+from tl_looped import LoopedConfig, LoopedModel, Rotary
 
 Side = Callable[[], object]
 
@@ -25,13 +25,13 @@ _TINY = LoopedConfig(
 _HUGINN = LoopedConfig(
     d_model=528, n_heads=11, d_head=48, d_mlp=1792, d_vocab=6554, n_ctx=512,
     n_prelude=2, n_core=4, n_coda=2, n_loops=8, norm_placement="residual_sandwich", qk_bias=True,
-    rotary_style="adjacent", rotary_base=50000.0, injection="concat_linear", loop_norm="last",
-    initial_state="truncated_normal", initial_state_std=(2 / (5 * 528)) ** 0.5, embed_scale=528**0.5,
-    initial_state_scale=528**0.5, tie_embeddings=True,
+    rotary=Rotary(50000.0, "adjacent"), injection="concat_linear", loop_norm="last",
+    state_init="truncated_normal", state_init_std=(2 / (5 * 528)) ** 0.5, embed_scale=528**0.5,
+    state_init_scale=528**0.5, tie_embeddings=True,
 )  # fmt: skip
 _OURO = LoopedConfig(
     d_model=2048, n_heads=16, d_head=128, d_mlp=5632, d_vocab=49152, n_ctx=4096,
-    n_core=24, n_loops=4, norm_placement="output_sandwich", rotary_base=1e6, loop_norm="each", final_norm=False,
+    n_core=24, n_loops=4, norm_placement="output_sandwich", rotary=Rotary(1e6), loop_norm="each", final_norm=False,
     exit_gate=True,
 )  # fmt: skip
 

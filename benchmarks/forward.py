@@ -24,7 +24,7 @@ def against_plain(shape: Shape, device: torch.device, dtype: torch.dtype, rounds
     """Our forward, and the plain one with the same weights and the same initial state."""
     model, tokens = make(shape, device, dtype)
     plain, state, n_loops = Plain.of(model, shape.pos), model.batch(tokens).state, shape.cfg.n_loops
-    given = state if shape.cfg.random_state else None
+    given = state if shape.cfg.draws_state else None
     with torch.no_grad():
         same(model(tokens, initial_state=given), plain(tokens, n_loops, state))
     sides = {
@@ -40,7 +40,7 @@ def llama_of(model: LoopedModel) -> LlamaForCausalLM:
     config = LlamaConfig(
         hidden_size=cfg.d_model, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.d_head,
         intermediate_size=cfg.d_mlp, vocab_size=cfg.d_vocab, num_hidden_layers=cfg.n_core, rms_norm_eps=cfg.eps,
-        max_position_embeddings=cfg.n_ctx, rope_theta=cfg.rotary_base, tie_word_embeddings=False, use_cache=False,
+        max_position_embeddings=cfg.n_ctx, rope_theta=cfg.rotary.base, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     llama = LlamaForCausalLM(config).to(device=model.device, dtype=model.dtype).eval()
     pairs = [

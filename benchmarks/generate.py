@@ -39,7 +39,7 @@ def feedforward(model: LoopedModel) -> LlamaForCausalLM:
     cfg, depth = model.cfg, model.schedule.depth
     plain = LoopedConfig(
         d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head, d_mlp=cfg.d_mlp, d_vocab=cfg.d_vocab,
-        n_ctx=cfg.n_ctx, n_core=depth, n_loops=1, eps=cfg.eps, rotary_base=cfg.rotary_base,
+        n_ctx=cfg.n_ctx, n_core=depth, n_loops=1, eps=cfg.eps, rotary=cfg.rotary,
     )  # fmt: skip
     flat = LoopedModel.from_config(plain, seed=0, device=model.device, dtype=model.dtype)
     if is_llama(cfg):

@@ -41,7 +41,7 @@ def compare(name: str, device: torch.device, rounds: int) -> list[str]:
         return logits[0, -1, answer]
 
     def ours() -> torch.Tensor:
-        return patch_sweep(model, tokens, cache, metric, progress=False).values
+        return patch_sweep(model, tokens, source=cache, metric=metric, progress=False).values
 
     def theirs() -> torch.Tensor:
         sweep = generic_activation_patch(

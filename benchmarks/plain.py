@@ -20,7 +20,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: LoopedConfig, explicit: bool):
         super().__init__()
         self.n_heads, self.kv_heads, self.d_head = cfg.n_heads, cfg.kv_heads, cfg.d_head
-        self.adjacent = cfg.rotary_style == "adjacent"
+        self.adjacent = cfg.rotary.style == "adjacent"
         self.explicit = explicit
         self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.qk_bias)
         self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.qk_bias)
@@ -123,13 +123,13 @@ class Plain(nn.Module):
     def of(cls, model: LoopedModel, n_pos: int, explicit: bool = False) -> Plain:
         """A plain model with the parameters of `model`, for prompts of `n_pos` tokens."""
         cfg = model.cfg
-        if cfg.qk_norm or cfg.rotary_scaling is not None:
+        if cfg.qk_norm is not None or cfg.rotary.scaling is not None:
             raise ValueError("the plain model has no norm on queries and keys, and no rotary scaling")
         with torch.device("meta"):
             plain = cls(cfg, explicit)
         plain.load_state_dict(model.transformer.state_dict(), assign=True)
-        angles = torch.outer(torch.arange(n_pos), cfg.rotary_base ** -(torch.arange(0, cfg.d_head, 2) / cfg.d_head))
-        pairs = torch.stack((-angles, angles), dim=1 if cfg.rotary_style == "halves" else 2)  # the first turns backward
+        angles = torch.outer(torch.arange(n_pos), cfg.rotary.base ** -(torch.arange(0, cfg.d_head, 2) / cfg.d_head))
+        pairs = torch.stack((-angles, angles), dim=1 if cfg.rotary.style == "halves" else 2)  # the first turns backward
         angles = pairs.flatten(1)[:, None].to(model.device)
         plain.register_buffer("cos", angles.cos().to(model.dtype))
         plain.register_buffer("sin", angles.sin().to(model.dtype))

@@ -22,9 +22,9 @@ from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,
     convergence_of,
+    cycle,
+    jacobian_spectrum,
     limits_of,
-    loop_cycle,
-    loop_jacobian_spectrum,
     trajectory,
 )
 from tl_looped.observe import observe
@@ -66,13 +66,13 @@ def rest(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
             line += f", at loop {loop:.0f} (median), by a factor of {factor:.3f} a loop (median)"
         shares = ", ".join(f"{name} {value:.1%}" for name, value in limits.shares(layer).items() if value)
         print(f"{line}; limit of directions: {shares}")
-    cycle = loop_cycle(model, prompts, LOOPS, progress=False)
-    smallest = cycle.smallest[~cycle.smallest.isnan()]
+    ring = cycle(model, prompts, LOOPS, progress=False)
+    smallest = ring.smallest[~ring.smallest.isnan()]
     cosine = f" (smallest cosine, median over tokens: {smallest.quantile(0.5):.3f})" if len(smallest) else ""
-    print(f"  fixed points of the layers: {cycle.verdict()}{cosine}")
-    spectrum = loop_jacobian_spectrum(model, prompts[0], k=4)
+    print(f"  fixed points of the layers: {ring.verdict()}{cosine}")
+    spectrum = jacobian_spectrum(model, prompts[0], k=4)
     print(f"  spectral radius of the loop at the end of the first prompt: {spectrum.radius:.3f}")
-    heads = attention_stability(model, prompts[0], LOOPS, position=-1)
+    heads = attention_stability(model, prompts[0], LOOPS, position=-1, progress=False)
     settled = heads.heads()["settles_at"]
     never = int(settled.isna().sum())
     print(f"  heads settle at loop {settled.median():.0f} (median), {never} of {len(settled)} never; last position")
@@ -81,7 +81,7 @@ def rest(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:
         write(ends.plot(PATTERN_DISTANCE.name, "layer", log=True), figures / "patterns.html")
         write(heads.plot(), figures / "attention.html")
         write(limits.plot(), figures / "limits.html")
-        write(trajectory(model, prompts[0], n_loops=32).plot(), figures / "trajectory.html")
+        write(trajectory(model, prompts[0], 32).plot(), figures / "trajectory.html")
 
 
 def stages(model: LoopedModel, prompts: list[str], figures: Path | None) -> None:

@@ -35,9 +35,9 @@ def recovered(model: LoopedModel, corrupted: str, attribution: bool = False) -> 
     with torch.no_grad():
         logits, clean = model.run_with_cache(CLEAN)
     sweep = attribution_sweep if attribution else patch_sweep
-    result = sweep(model, corrupted, clean, metric, site="state", axes=("loop", "pos"), progress=False)
-    with torch.no_grad():
-        return result, float(metric(logits) - metric(model(corrupted)))
+    axes = ("loop", "pos")
+    result = sweep(model, corrupted, source=clean, metric=metric, site="state", axes=axes, progress=False)
+    return result, float(metric(logits) - result.baseline)
 
 
 def describe(model: LoopedModel) -> tuple[LoopPatchingResult, LoopPatchingResult]:

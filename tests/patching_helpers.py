@@ -18,7 +18,7 @@ from tl_looped.engine.cache import LoopedCache
 OTHERS: dict[str, dict[str, Any]] = {
     "bare": {},
     "added": {"n_prelude": 1, "n_coda": 1, "injection": "add", "n_key_value_heads": 2},
-    "mixed": {"n_coda": 1, "injection": "add", "initial_state": "zeros", "loop_norm": "each"}
+    "mixed": {"n_coda": 1, "injection": "add", "state_init": "zeros", "loop_norm": "each"}
     | {"norm_placement": "residual_sandwich", "qk_bias": True},
 }
 CASES = [*FAMILIES, *OTHERS]

@@ -22,8 +22,8 @@ def frequencies(cfg: Any) -> Tensor:
     found = []
     for i in range(cfg.d_head // 2):
         exponent = torch.tensor(2.0 * i) / cfg.d_head
-        frequency = 1.0 / (cfg.rotary_base**exponent)
-        if (scaling := cfg.rotary_scaling) is not None:
+        frequency = 1.0 / (cfg.rotary.base**exponent)
+        if (scaling := cfg.rotary.scaling) is not None:
             wavelength = 2 * math.pi / frequency
             long, short = (scaling.original_n_ctx / f for f in (scaling.low_freq_factor, scaling.high_freq_factor))
             if wavelength > long:
@@ -41,7 +41,7 @@ def rotate(cfg: Any, x: Tensor, positions: Tensor) -> Tensor:
     """Turn each pair of components of one head, [batch, pos, d_head], by position times frequency."""
     out = x.clone()
     for i, frequency in enumerate(frequencies(cfg)):
-        a, b = (i, i + cfg.d_head // 2) if cfg.rotary_style == "halves" else (2 * i, 2 * i + 1)
+        a, b = (i, i + cfg.d_head // 2) if cfg.rotary.style == "halves" else (2 * i, 2 * i + 1)
         angle = positions.float() * frequency
         cos, sin = angle.cos().to(x), angle.sin().to(x)
         out[..., a] = cos * x[..., a] - sin * x[..., b]
@@ -128,9 +128,9 @@ class Plain:
         for layer in range(cfg.n_prelude):
             x = self.layer(x, f"prelude.{layer}", f"prelude.{layer}")
         e = x
-        if cfg.initial_state == "zeros":
+        if cfg.state_init == "zeros":
             x = torch.zeros_like(e)
-        elif cfg.initial_state != "prelude":
+        elif cfg.state_init != "prelude":
             assert state is not None
             x = state
         if not x.requires_grad:

@@ -14,19 +14,23 @@ from tl_looped import LoopedModel
 from tl_looped.attention import (
     PATTERN_DISTANCE,
     PATTERN_STEP,
+    STABILITY,
     TOTAL_VARIATION,
     AttentionStability,
     PatternDistances,
     attention_stability,
+    pattern_distances_of,
+    stability_of,
+)
+from tl_looped.attention.patterns import (
+    at_query,
+    checked_pattern,
     distance_matrix,
     mean_total_variation,
     pattern_distance,
-    pattern_distances,
     settling_loop,
-    stability_score,
     total_variation,
 )
-from tl_looped.attention.patterns import checked_pattern
 from tl_looped.engine.errors import InputError
 from tl_looped.observe import observe
 
@@ -97,14 +101,13 @@ def test_axes_in_front_are_patterns_of_their_own(function: Any, batch: tuple[int
     assert found.shape == batch
     for place in itertools.product(*map(range, batch)):
         assert found[place].item() == pytest.approx(function(a[place], b[place]).item())
-    assert torch.allclose(stability_score(a), 1 - mean_total_variation(a[1:], a[:-1]).mean(0))
 
 
 def test_a_single_key_is_no_number():
     single = torch.ones(3, 1, 1)
     for function in (pattern_distance, mean_total_variation, total_variation):
         assert bool(function(single, single).isnan().all())
-    assert bool(distance_matrix(single).isnan().all()) and bool(stability_score(single).isnan().all())
+    assert bool(distance_matrix(single).isnan().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -133,14 +136,6 @@ def test_nearly_equal_patterns_do_not_cancel():
     b[4, 0], b[4, 1] = b[4, 0] + 2e-7, b[4, 1] - 2e-7
     expected = float(torch.linalg.matrix_norm((a - b).double()))
     assert float(distance_matrix(torch.stack([a, b]))[0, 1]) == pytest.approx(expected, rel=1e-3)
-
-
-def test_stability_score_of_rest_and_of_full_motion():
-    still = torch.stack([uniform(4)] * 5)
-    moving = torch.stack([one_hot(4, t % 4) for t in range(5)])
-    assert stability_score(torch.stack([still, moving], dim=1)).tolist() == [1, 0]
-    once = torch.stack([one_hot(4, 0), *[one_hot(4, 1)] * 4])
-    assert float(stability_score(once)) == pytest.approx(1 - 1 / 4)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +210,48 @@ def test_one_query_alone():
     _, cache = model.run_with_cache(prompt, 3)
     moved = (cache["pattern", 1, 0][0, 2, -1] - cache["pattern", 1, 2][0, 2, -1]).abs().sum() / 2
     assert float(last.tv_to_last[0, 1, 2]) == pytest.approx(float(moved), abs=1e-6)
-    assert last.position == 4 and every.position is None
+    assert last.position == -1 and every.position is None
     assert float(last.tv_to_last[0, 1, 2]) != pytest.approx(float(every.tv_to_last[0, 1, 2]), rel=1e-3)
+
+
+def test_many_prompts_are_the_mean_of_each():
+    model = tiny("llama", torch.float64)
+    prompts = [[2, 5, 7], [3, 4, 9, 11, 6], [8], [8, 1, 7]]
+    found = attention_stability(model, prompts, 4, tolerance=0.02, position=-1, progress=False)
+    alone = [attention_stability(model, prompts[i : i + 1], 4, position=-1, progress=False) for i in (0, 1, 3)]
+    for name in ("tv_to_previous", "tv_to_last", "frobenius_to_previous", "frobenius_to_last"):
+        each = torch.stack([getattr(one, name) for one in alone])
+        assert found.per_prompt[name][2].isnan().all()  # a single token
+        torch.testing.assert_close(found.per_prompt[name][[0, 1, 3]], each, equal_nan=True)
+        torch.testing.assert_close(getattr(found, name), each.mean(0), equal_nan=True)
+    torch.testing.assert_close(found.score, torch.stack([one.score for one in alone]).mean(0))
+    assert torch.equal(found.settles_at.nan_to_num(-1), settling_loop(found.tv_to_last, 0.02).nan_to_num(-1))
+    assert "mean over 4 prompts" in str(found.plot().layout.title.text)
+
+
+def test_an_observation_gives_the_same():
+    model = tiny("olmo2")
+    prompts = [[2, 5, 7], [3, 4, 9, 11, 6]]
+    for position in (None, 1):
+        measures = STABILITY if position is None else [at_query(one, position) for one in STABILITY]
+        observed = observe(model, prompts, 3, measures=measures, progress=False)
+        one = stability_of(observed, position=position)
+        two = attention_stability(model, model.prepare(prompts, 3), position=position, progress=False)
+        assert torch.equal(one.tv_to_last, two.tv_to_last) and torch.equal(one.score, two.score)
+    with pytest.raises(InputError, match="leave out start_at_loop and stop_at_loop"):
+        attention_stability(model, model.prepare(prompts, 3, stop_at_loop=2))
+
+
+def test_attention_that_moves_all_of_itself_in_every_loop_scores_zero():
+    model = tiny("llama")
+
+    def turn(pattern: Tensor, hook: Any) -> Tensor:
+        return one_hot(2, hook.loop % 2).to(pattern).expand_as(pattern)
+
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", turn)]):
+        result = attention_stability(model, torch.tensor([[1, 2]]), 5)
+    assert bool((result.score[1] == 0).all()) and bool((result.score[0] > 0).all())
+    assert result.tv_to_last[:, 1, 0].tolist() == [0, 1, 0, 1, 0] and bool(result.settles_at[1].isnan().all())
 
 
 def test_a_prompt_as_text_and_as_one_row_of_ids():
@@ -256,7 +291,7 @@ def test_no_head_settles_and_the_figure_says_so():
 def test_pattern_distances_are_those_of_every_pair(tmp_path: Path):
     model = tiny("huginn", torch.float64)
     _, cache = model.run_with_cache(tokens_for(model, batch=1), 3)
-    result = pattern_distances(cache)
+    result = pattern_distances_of(cache)
     assert result.distance.shape == (4, 6, 6) and result.loops == (0, 1, 2) and result.layers == (0, 1)
     for call in range(6):
         for other in range(6):
@@ -274,10 +309,10 @@ def test_pattern_distances_of_some_loops_and_of_a_cache_without_batch():
     model = tiny("llama")
     prompt = tokens_for(model, batch=1)
     _, cache = model.run_with_cache(prompt, 5, loops=[1, 4], names_filter="blocks.1.attn.hook_pattern")
-    some = pattern_distances(cache)
+    some = pattern_distances_of(cache)
     assert some.loops == (1, 4) and some.layers == (1,) and some.distance.shape == (4, 2, 2)
     _, flat = model.run_with_cache(prompt, 5, remove_batch_dim=True)
-    assert torch.equal(pattern_distances(flat).distance[:, [3, 9]][:, :, [3, 9]], some.distance)
+    assert torch.equal(pattern_distances_of(flat).distance[:, [3, 9]][:, :, [3, 9]], some.distance)
 
 
 def test_measures_agree_with_the_analysis_of_one_prompt():
@@ -329,25 +364,24 @@ def test_rounding_passes_and_more_does_not(dtype: torch.dtype, off: float):
 
 def run(**options: Any) -> AttentionStability:
     model = tiny("llama")
-    options = {"prompt": tokens_for(model, batch=1), "n_loops": 3, **options}
+    options = {"prompts": tokens_for(model, batch=1), "n_loops": 3, **options}
     return attention_stability(model, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_loops": 1}, "this compares loops, and the run has 1: pass n_loops of at least 2"),
-        ({"prompt": torch.zeros(2, 5, dtype=torch.int64)}, "one prompt, got 2"),
-        ({"prompt": torch.zeros(1, 1, dtype=torch.int64)}, "single token can only look at itself"),
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "padding"),
-        ({"stop_at_loop": 2}, "leave out start_at_loop and stop_at_loop"),
+        ({"n_loops": 1}, "compares loops, but this run has one: pass n_loops of at least 2"),
+        ({"prompts": torch.zeros(2, 1, dtype=torch.int64)}, "single token can only look at itself"),
+        ({"stop_at_loop": 2}, "attention_stability has no argument 'stop_at_loop'"),
         ({"position": 5}, "position 5 is out of range"),
+        ({"position": 2, "prompts": [[1, 2, 3], [1, 2]]}, "position 2 is out of range: 2 exist"),
         ({"tolerance": -0.1}, "tolerance must be a finite number of at least 0, got -0.1"),
         ({"tolerance": NAN}, "tolerance must be a finite number"),
     ],
 )
 def test_what_stability_refuses_before_it_runs(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(LoopedModel, "run_with_cache", lambda *a, **o: pytest.fail("it ran"))
+    monkeypatch.setattr(LoopedModel, "execute", lambda *a, **o: pytest.fail("it ran"))
     with pytest.raises(InputError, match=message):
         run(**options)
 
@@ -361,22 +395,19 @@ def test_a_pattern_that_is_not_finite_is_named():
 
 
 def test_other_refusals():
-    a = patterns(2, 4, 4)
-    with pytest.raises(InputError, match="has 1 loops, but this needs at least two"):
-        stability_score(a[:1])
     with pytest.raises(InputError, match="has 1 loops, but this needs at least two"):
         settling_loop(torch.zeros(1, 3), 0.1)
     model = tiny("llama")
     _, cache = model.run_with_cache(tokens_for(model), 2)
     with pytest.raises(InputError, match="holds 2 prompts.*apply_slice_to_batch_dim"):
-        pattern_distances(cache)
-    assert pattern_distances(cache.apply_slice_to_batch_dim(0)).distance.shape == (4, 4, 4)
+        pattern_distances_of(cache)
+    assert pattern_distances_of(cache.apply_slice_to_batch_dim(0)).distance.shape == (4, 4, 4)
     _, cache = model.run_with_cache(tokens_for(model, 1, 1), 2)
     with pytest.raises(InputError, match="single token"):
-        pattern_distances(cache)
+        pattern_distances_of(cache)
     _, cache = model.run_with_cache(tokens_for(model, 1), 2, names_filter="blocks.0.hook_resid_post")
     with pytest.raises(InputError, match="not cached"):
-        pattern_distances(cache)
+        pattern_distances_of(cache)
 
 
 @pytest.mark.usefixtures("as_a_user")

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_looped import LoopedModel
+from tl_looped import LoopedModel, Rotary
 from tl_looped.attention import AttentionBound, attention_bound, attention_stability
 from tl_looped.attention.bound import _rotary_bound, pattern_bound, plain_pattern, score_norm
-from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.nn.rotary import component_frequencies, rotary_angles, rotate
 
@@ -98,12 +97,11 @@ def test_the_bound_for_rotary_attention_is_never_violated(
 ):
     d_head, style = 2 * half, "adjacent" if adjacent else "halves"
     W_Q, W_K = weights(seed, 2, 1, 5, d_head)
-    sizes = {"d_model": 5, "n_heads": 2, "d_mlp": 4, "d_vocab": 4, "n_ctx": 8}
-    cfg = LoopedConfig(**sizes, d_head=d_head, rotary_style=style)
-    cos, sin = (one.double() for one in rotary_angles(component_frequencies(cfg), torch.arange(pos)[None]))
+    frequencies = component_frequencies(Rotary(style=style), d_head)
+    angles = rotary_angles(frequencies, torch.arange(pos)[None], torch.float64)
 
     def pattern(x: Tensor) -> Tensor:
-        q, k = (rotate((x @ w).movedim(0, 1)[None], cos, sin, style)[0].movedim(1, 0) for w in (W_Q, W_K))
+        q, k = (rotate((x @ w).movedim(0, 1)[None], angles, style)[0].movedim(1, 0) for w in (W_Q, W_K))
         scores = (q @ k.mT / math.sqrt(d_head)).masked_fill(torch.ones(pos, pos).triu(1).bool(), -math.inf)
         return scores.softmax(-1)
 
@@ -195,7 +193,7 @@ def test_the_inequality_holds_on_models_without_what_it_ignores(family: str):
         assert bool((result.observed[1:] <= result.rotary_bound[1:] + 1e-6).all())
     assert "rotary position embedding" in result.breaks
     assert ("biases on queries and keys" in result.breaks) == model.cfg.qk_bias
-    assert ("norms on queries and keys" in result.breaks) == model.cfg.qk_norm
+    assert ("norms on queries and keys" in result.breaks) == (model.cfg.qk_norm is not None)
 
 
 def test_half_precision_weights():
@@ -255,7 +253,7 @@ def test_a_model_at_rest_has_no_looseness_and_no_figure():
 
 def run(**options: Any) -> AttentionBound:
     model = tiny("llama")
-    options = {"prompt": tokens_for(model, batch=1), "n_loops": 3, **options}
+    options = {"prompts": tokens_for(model, batch=1), "n_loops": 3, **options}
     return attention_bound(model, **options)
 
 
@@ -263,8 +261,8 @@ def run(**options: Any) -> AttentionBound:
     ("options", "message"),
     [
         ({"n_loops": 1}, "this compares loops, and the run has 1"),
-        ({"prompt": torch.zeros(3, 5, dtype=torch.int64)}, "one prompt, got 3"),
-        ({"prompt": torch.zeros(1, 1, dtype=torch.int64)}, "single token"),
+        ({"prompts": torch.zeros(3, 5, dtype=torch.int64)}, "one prompt, got 3"),
+        ({"prompts": torch.zeros(1, 1, dtype=torch.int64)}, "single token"),
     ],
 )
 def test_what_the_bound_refuses(options: dict[str, Any], message: str):

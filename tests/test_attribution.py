@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tl_looped import LoopedModel
 from tl_looped.engine.errors import InputError
-from tl_looped.patching import LoopPatchingResult, attribution_sweep, fixed, mean, patch_sweep, zero
+from tl_looped.patching import LoopPatchingResult, attribution_sweep, fixed, mean_source, patch_sweep, zero
 from tl_looped.patching.attribution import frozen_weights
 
 LOOPS, LENGTH = 2, 4
@@ -45,7 +45,7 @@ def estimate(model: LoopedModel, site: str, axes: tuple[str, ...], **options: An
     options = {"n_loops": LOOPS, "reduce": "none", "progress": False, **options}
     source = options.pop("source", None) or both_clean(model, LENGTH, options["n_loops"])[0]
     metric = options.pop("metric", everywhere(model))
-    return attribution_sweep(model, corrupted, source, metric, site, axes, **options)
+    return attribution_sweep(model, corrupted, source=source, metric=metric, site=site, axes=axes, **options)
 
 
 def slope(model: LoopedModel, change: dict[str, Tensor], site: str, at: dict[str, int], **how: Any) -> Tensor:
@@ -139,7 +139,7 @@ def test_other_sources_agree_with_finite_differences(kind: str) -> None:
     corrupted = run_clean(model, prompts(model, pos=LENGTH)[1], LOOPS)
     reference = tokens_for(model, 3, LENGTH)
     value = torch.randn(model.cfg.d_head)
-    source = {"zero": zero(), "fixed": fixed(value), "mean": mean(model, reference, n_loops=LOOPS)}[kind]
+    source = {"zero": zero(), "fixed": fixed(value), "mean": mean_source(model, reference, n_loops=LOOPS)}[kind]
     average = run_clean(model, reference, LOOPS)
     change = {}
     for name, x in corrupted.items():
@@ -172,8 +172,8 @@ def linear(**changes: Any) -> LoopedModel:
     [
         {},
         {"n_prelude": 1, "n_coda": 1, "injection": "concat_linear"},
-        {"injection": "add", "initial_state": "zeros"},
-        {"injection": "concat_linear", "initial_state": "truncated_normal"},
+        {"injection": "add", "state_init": "zeros"},
+        {"injection": "concat_linear", "state_init": "truncated_normal"},
     ],
 )
 def test_attribution_of_a_linear_model_is_exact(as_a_user: None, changes: dict[str, Any]) -> None:
@@ -186,8 +186,8 @@ def test_attribution_of_a_linear_model_is_exact(as_a_user: None, changes: dict[s
                 ("pos",) if site in ONCE_SITES else ("loop", "layer", "pos") if site in LAYER_SITES else ("loop", "pos")
             )
             options = {"reduce": "none", "n_loops": 3, "progress": False}
-            guess = attribution_sweep(model, corrupted, source, metric, site, axes, **options)
-            truth = patch_sweep(model, corrupted, source, metric, site, axes, **options)
+            guess = attribution_sweep(model, corrupted, source=source, metric=metric, site=site, axes=axes, **options)
+            truth = patch_sweep(model, corrupted, source=source, metric=metric, site=site, axes=axes, **options)
             torch.testing.assert_close(guess.values, truth.values, **EXACT)
             torch.testing.assert_close(guess.baseline, truth.baseline, **EXACT)
     assert truth.effect().abs().max() > 0.1
@@ -201,7 +201,9 @@ def test_every_activation_has_the_gradient_of_its_own_loop() -> None:
     mix = model.transformer.injection.weight[:, : model.cfg.d_model].T.detach()
     unit = torch.eye(model.cfg.d_vocab, dtype=torch.float64)[3]
     options = {"axes": ("loop",), "n_loops": loops, "reduce": "none", "progress": False}
-    result = attribution_sweep(model, corrupted, caches[0], lambda logits: logits[:, -1] @ unit, "state", **options)
+    result = attribution_sweep(
+        model, corrupted, source=caches[0], metric=lambda logits: logits[:, -1] @ unit, site="state", **options
+    )
     changes = [(caches[0]["state_pre", t] - caches[1]["state_pre", t])[:, -1] for t in range(loops)]
     grads = [torch.linalg.matrix_power(mix, loops - t) @ model.W_U.detach() @ unit for t in range(loops)]
     table = torch.stack([torch.stack([change @ grad for grad in grads]) for change in changes])  # [loop, loop', batch]
@@ -264,9 +266,9 @@ def test_a_prompts_values_do_not_depend_on_the_other_prompts() -> None:
             attribution_sweep(
                 model,
                 corrupted[rows],
-                run_clean(model, clean[rows], LOOPS),
-                everywhere(model),
-                "q",
+                source=run_clean(model, clean[rows], LOOPS),
+                metric=everywhere(model),
+                site="q",
                 n_steps=n_steps,
                 **options,
             )
@@ -291,8 +293,9 @@ def test_the_three_ways_to_reduce_agree() -> None:
 def test_the_result_is_laid_out_as_that_of_patching() -> None:
     model = case("retrofit-llama", torch.float64)
     clean, corrupted = prompts(model, pos=LENGTH)
-    args = (model, corrupted, run_clean(model, clean, LOOPS), everywhere(model), "v", ("layer", "pos", "loop", "head"))
-    guess, truth = (f(*args, n_loops=LOOPS, reduce="none", progress=False) for f in (attribution_sweep, patch_sweep))
+    options = {"metric": everywhere(model), "site": "v", "axes": ("layer", "pos", "loop", "head"), "reduce": "none"}
+    options |= {"source": run_clean(model, clean, LOOPS), "progress": False}
+    guess, truth = (call(model, corrupted, LOOPS, **options) for call in (attribution_sweep, patch_sweep))
     assert guess.values.shape == truth.values.shape and guess.index_df.equals(truth.index_df)
     assert guess.axis_names == truth.axis_names and guess.metric_names == truth.metric_names
     torch.testing.assert_close(guess.baseline, truth.baseline, **EXACT)
@@ -303,7 +306,7 @@ def test_the_result_is_laid_out_as_that_of_patching() -> None:
 
 
 def test_nothing_is_left_on_weights() -> None:
-    model = make(n_prelude=1, injection="concat_linear", initial_state="truncated_normal")
+    model = make(n_prelude=1, injection="concat_linear", state_init="truncated_normal")
     frozen = model.transformer.embed.weight.requires_grad_(False)
     estimate(model, "resid_pre", ("loop", "layer", "pos"), n_steps=2)
     assert all(weight.grad is None for weight in model.parameters())
@@ -332,10 +335,8 @@ def test_it_works_where_gradients_are_off_and_leaves_a_given_state_alone() -> No
         state = model(clean, stop_at_loop=1, seed=5)
         cache = run_clean(model, clean, LOOPS, initial_state=state)
         before = state.clone()
-        result = attribution_sweep(
-            model, corrupted, cache, everywhere(model), "state", ("loop", "pos"), n_loops=LOOPS, initial_state=state,
-            reduce="none",
-        )  # fmt: skip
+        options = {"source": cache, "metric": everywhere(model), "site": "state", "axes": ("loop", "pos")}
+        result = attribution_sweep(model, corrupted, LOOPS, **options, initial_state=state, reduce="none")
         assert not torch.is_grad_enabled()
     assert torch.equal(state, before) and not state.requires_grad
     assert not result.values.requires_grad
@@ -344,10 +345,10 @@ def test_it_works_where_gradients_are_off_and_leaves_a_given_state_alone() -> No
     attribution_sweep(
         model,
         corrupted,
-        cache,
-        everywhere(model),
-        "state",
-        ("loop",),
+        source=cache,
+        metric=everywhere(model),
+        site="state",
+        axes=("loop",),
         n_loops=LOOPS,
         initial_state=given,
         reduce="none",
@@ -371,8 +372,9 @@ def test_half_precision_gives_about_the_same(name: str) -> None:
         effects = []
         for model in (half, full):
             clean, corrupted = prompts(model, pos=LENGTH)
-            args = (model, corrupted, run_clean(model, clean, LOOPS), direction(model), "attn.hook_attn_scores")
-            result = function(*args, ("loop", "layer"), n_loops=LOOPS, reduce="none", progress=False)
+            what = {"source": run_clean(model, clean, LOOPS), "metric": direction(model), "axes": ("loop", "layer")}
+            what |= {"site": "attn.hook_attn_scores", "reduce": "none", "progress": False}
+            result = function(model, corrupted, LOOPS, **what)
             effects.append(result.effect().double())
         assert (effects[0] - effects[1]).norm() < 0.3 * effects[1].norm()
 

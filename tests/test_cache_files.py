@@ -50,7 +50,9 @@ def test_a_cache_from_a_file_is_a_source_of_patching(tmp_path: Path):
     _, cache = model.run_with_cache(clean, initial_state=noise_like(model(clean, stop_at_loop=0)))
     found = LoopedCache.load(cache.save(tmp_path / "cache"), model)
     sweeps = [
-        patch_sweep(model, corrupted, source, lambda x: x[0, -1, 0], initial_state=cache.run.state, progress=False)
+        patch_sweep(
+            model, corrupted, source=source, metric=lambda x: x[0, -1, 0], initial_state=cache.run.state, progress=False
+        )
         for source in (cache, found)
     ]
     assert torch.equal(sweeps[0].values, sweeps[1].values)

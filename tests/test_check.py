@@ -30,7 +30,7 @@ def test_sound_models_pass(family: str):
         {"n_loops": 1},
         {"n_loops": 20, "injection": "add"},
         {"n_ctx": 1},
-        {"dtype": torch.bfloat16, "n_coda": 1, "injection": "concat_linear", "initial_state": "normal"},
+        {"dtype": torch.bfloat16, "n_coda": 1, "injection": "concat_linear", "state_init": "normal"},
         {"tokenizer": word_tokenizer()},
     ],
     ids=str,

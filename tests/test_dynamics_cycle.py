@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.dynamics import (
-    Distinctness,
-    Similarity,
-    distinctness,
-    loop_convergence,
-    loop_cycle,
-    loop_similarity,
-    similarity,
-    similarity_matrix,
-)
+from tl_looped.dynamics import Cycle, Similarity, convergence, cycle, cycle_of, similarity, similarity_of
+from tl_looped.dynamics.layers import similarity_matrix
 
 PROMPTS = [[2, 5, 7], [3, 4, 9, 11, 6]]
 
@@ -74,11 +66,11 @@ def test_similarity_of_a_model_is_that_of_its_cache(family: str):
     model = helpers.tiny(family)
     tokens = helpers.tokens_for(model)
     _, cache = model.run_with_cache(tokens, 3)
-    found = loop_similarity(model, tokens, 3)
+    found = similarity(model, tokens, 3)
     rows = [cache["resid_post", layer, loop].flatten(0, 1) for loop in range(3) for layer in range(2)]
     assert torch.allclose(found.matrix, torch.tensor(plain_similarity(torch.stack(rows))), atol=1e-5)
     assert (found.loops, found.layers) == ((0, 1, 2), (0, 1))
-    some = similarity(cache.apply_slice_to_loops([0, 2]))
+    some = similarity_of(cache.apply_slice_to_loops([0, 2]))
     assert torch.allclose(some.matrix, found.matrix[[0, 1, 4, 5]][:, [0, 1, 4, 5]]) and some.loops == (0, 2)
     table = found.to_dataframe().set_index(["loop", "layer", "other_loop", "other_layer"])["cosine"]
     assert table[1, 0, 2, 1] == pytest.approx(float(found.matrix[2, 5]))
@@ -90,15 +82,15 @@ def test_similarity_of_some_layers_and_of_one_prompt():
     _, cache = model.run_with_cache(
         tokens, 3, names_filter=lambda name: name.startswith("blocks.1") and "resid_post" in name, remove_batch_dim=True
     )
-    found = similarity(cache)
+    found = similarity_of(cache)
     assert found.layers == (1,) and found.matrix.shape == (3, 3)
-    assert torch.allclose(found.matrix, loop_similarity(model, tokens, 3).matrix[1::2, 1::2], atol=1e-6)
+    assert torch.allclose(found.matrix, similarity(model, tokens, 3).matrix[1::2, 1::2], atol=1e-6)
 
 
 def test_padding_is_left_out_of_similarity():
     model = helpers.make(tokenizer=helpers.word_tokenizer(), **helpers.TINY["llama"])
-    both = loop_similarity(model, ["a b c d", "e f"], 3).matrix
-    parts = [loop_similarity(model, text, 3).matrix for text in ("a b c d", "e f")]
+    both = similarity(model, ["a b c d", "e f"], 3).matrix
+    parts = [similarity(model, text, 3).matrix for text in ("a b c d", "e f")]
     assert torch.allclose(both, (4 * parts[0] + 2 * parts[1]) / 6, atol=1e-5)
 
 
@@ -106,23 +98,23 @@ def test_similarity_of_a_model_refuses():
     model = helpers.tiny("huginn")
     tokens = helpers.tokens_for(model)
     with pytest.raises(InputError, match="this compares loops, and the run has 1: pass n_loops of at least 2"):
-        loop_similarity(model, tokens, 1)
+        similarity(model, tokens, 1)
     with pytest.raises(InputError, match="leave out start_at_loop and stop_at_loop"):
-        loop_similarity(model, tokens, 3, stop_at_loop=2)
+        similarity(model, model.prepare(tokens, 3, stop_at_loop=2))
     _, cache = model.run_with_cache(tokens, 3, pos_slice=-1)
     with pytest.raises(InputError, match=r"positions of a run of \(2, 5\): cache all positions"):
-        similarity(cache)
+        similarity_of(cache)
     _, cache = model.run_with_cache(tokens, 3, names_filter="hook_embed")
     with pytest.raises(InputError, match="'resid_post' is not cached at any loop"):
-        similarity(cache)
+        similarity_of(cache)
     _, cache = model.run_with_cache(tokens, 3)
     cache["resid_post", 1, 2][0, 3, 0] = float("nan")
     with pytest.raises(InputError, match="not finite from loop 2, layer 1, prompt 0, position 3 on"):
-        similarity(cache.apply_slice_to_loops([0, 2]))
+        similarity_of(cache.apply_slice_to_loops([0, 2]))
 
 
 def test_the_similarity_figure():
-    found = loop_similarity(helpers.tiny("huginn"), helpers.tokens_for(helpers.tiny("huginn")), 3)
+    found = similarity(helpers.tiny("huginn"), helpers.tokens_for(helpers.tiny("huginn")), 3)
     fig = found.plot()
     assert torch.allclose(torch.tensor(fig.data[0].z), found.matrix, atol=1e-4)
     assert fig.data[0].customdata[2][5] == "loop 1, layer 0 and loop 2, layer 1"
@@ -138,18 +130,18 @@ def test_the_similarity_figure():
 def test_distinct_and_degenerate_points():
     x, y, z = torch.eye(3, dtype=torch.float64)
     points = torch.stack((torch.stack((x, x, x)), torch.stack((2 * x, x + 0.001 * y, x + y)), torch.stack((x, x, -z))))
-    found = distinctness(points)
+    found = cycle_of(points)
     assert found.smallest.tolist() == pytest.approx([1.0, 1 / (1 + 1e-6) ** 0.5, 0.0])
     assert found.layer.tolist()[1:] == [1, 2]
     assert found.degenerate.tolist() == [1.0, 1.0, 0.0] and found.verdict() == "mixed"
-    assert distinctness(points[:, :2]).verdict() == "degenerate"
-    assert distinctness(points[:, 2:]).verdict() == "distinct"
-    assert distinctness(points[:, :2], threshold=0.9999999).verdict() == "mixed"
+    assert cycle_of(points[:, :2]).verdict() == "degenerate"
+    assert cycle_of(points[:, 2:]).verdict() == "distinct"
+    assert cycle_of(points[:, :2], threshold=0.9999999).verdict() == "mixed"
 
 
 def test_smallest_cosine_against_plain_loops():
     points = torch.randn(4, 5, 3, dtype=torch.float64)
-    found = distinctness(points, axes=("token",))
+    found = cycle_of(points, axes=("token",))
     for i in range(5):
         cosines = [float(points[0, i] @ p / (points[0, i].norm() * p.norm())) for p in points[1:, i]]
         assert found.smallest[i].item() == pytest.approx(min(cosines))
@@ -161,11 +153,11 @@ def test_without_fixed_points_there_is_no_verdict():
     points = torch.randn(3, 4, 5)
     converged = torch.ones(3, 4)
     converged[2, 1], converged[0, 3] = 0.0, float("nan")
-    found = distinctness(points, converged)
+    found = cycle_of(points, converged)
     assert found.smallest.isnan().tolist() == [False, True, False, True] == found.degenerate.isnan().tolist()
     assert found.layer[1] == found.layer[3] == -1
     assert found.to_dataframe()["verdict"][1] == "no fixed points"
-    none = distinctness(points, torch.zeros(3, 4))
+    none = cycle_of(points, torch.zeros(3, 4))
     assert none.verdict() == "no fixed points"
     with pytest.raises(InputError, match="no token has fixed points in all layers"):
         none.plot()
@@ -185,9 +177,9 @@ def test_without_fixed_points_there_is_no_verdict():
         ),
     ],
 )
-def test_distinctness_refuses(points: torch.Tensor, options: dict[str, Any], message: str, as_a_user: None):
+def test_a_cycle_of_points_refuses(points: torch.Tensor, options: dict[str, Any], message: str, as_a_user: None):
     with pytest.raises(InputError, match=message):
-        distinctness(points, **options)
+        cycle_of(points, **options)
 
 
 def settling(**changes: Any):
@@ -199,7 +191,7 @@ def settling(**changes: Any):
 
 def test_the_cycle_of_a_model_that_settles():
     model = settling()
-    found = loop_cycle(model, PROMPTS, 24, progress=False)
+    found = cycle(model, PROMPTS, 24, progress=False)
     assert not found.smallest.isnan().any()
     column = 0
     for prompt in PROMPTS:
@@ -211,7 +203,7 @@ def test_the_cycle_of_a_model_that_settles():
             column += 1
     assert found.places["prompt"].tolist() == [0] * 3 + [1] * 5
     assert found.made_by["n_loops"] == 24 and found.made_by["threshold"] == 0.99
-    assert loop_cycle(model, PROMPTS, 24, threshold=-0.999, progress=False).verdict() == "degenerate"
+    assert cycle(model, PROMPTS, 24, threshold=-0.999, progress=False).verdict() == "degenerate"
 
 
 def test_layers_that_do_nothing_have_one_fixed_point():
@@ -220,30 +212,39 @@ def test_layers_that_do_nothing_have_one_fixed_point():
         for block in list(model.transformer.blocks)[1:]:
             block.attn.o.weight.zero_()
             block.mlp.down.weight.zero_()
-    found = loop_cycle(model, PROMPTS, 24, progress=False)
+    found = cycle(model, PROMPTS, 24, progress=False)
     assert found.verdict() == "degenerate" and torch.allclose(found.smallest, torch.ones(8, dtype=torch.float64))
 
 
 def test_no_cycle_where_a_layer_does_not_converge():
     model = helpers.make(norm_placement="pre")
-    judged = loop_convergence(model, PROMPTS, 8, tolerance=1e-6, progress=False)
-    found = loop_cycle(model, PROMPTS, 8, tolerance=1e-6, progress=False)
+    judged = convergence(model, PROMPTS, 8, tolerance=1e-6, progress=False)
+    found = cycle(model, PROMPTS, 8, tolerance=1e-6, progress=False)
     assert judged.share() == 0 and found.smallest.isnan().all() and found.verdict() == "no fixed points"
 
 
 def test_a_cycle_needs_layers(as_a_user: None):
     with pytest.raises(InputError, match="this model has one core layer"):
-        loop_cycle(helpers.make(n_core=1), PROMPTS)
-    with pytest.raises(InputError, match="takes no initial_state"):
-        loop_cycle(helpers.tiny("ouro"), PROMPTS, initial_state=torch.zeros(5, 16))
+        cycle(helpers.make(n_core=1), PROMPTS)
+
+
+def test_a_cycle_from_a_given_state_in_batches():
+    model = settling()
+    state = torch.randn(5, 16, dtype=torch.float64)
+    found = cycle(model, PROMPTS, 24, initial_state=state, batch_size=1, progress=False)
+    assert torch.allclose(found.smallest, cycle(model, PROMPTS, 24, progress=False).smallest)  # one fixed point each
+    few = cycle(model, PROMPTS, 2, tolerance=10.0, hold=1.0, initial_state=state, progress=False)
+    _, cache = model.run_with_cache([PROMPTS[1]], 2, initial_state=state, loops=[-1])
+    ends = torch.stack([cache["resid_post", layer, -1][0] for layer in range(3)])
+    assert torch.allclose(few.smallest[3:], cycle_of(ends).smallest)
 
 
 def test_the_cycle_is_kept_and_drawn(tmp_path: Path):
-    found = loop_cycle(settling(), PROMPTS, 24, seed=4, progress=False)
+    found = cycle(settling(), PROMPTS, 24, seed=4, progress=False)
     assert found.made_by["initial_state"] == "seed 4"
-    assert Distinctness.load(found.save(tmp_path / "cycle")).to_dataframe().equals(found.to_dataframe())
+    assert Cycle.load(found.save(tmp_path / "cycle")).to_dataframe().equals(found.to_dataframe())
     fig = found.plot()
     assert list(fig.data[0].x) == pytest.approx(found.smallest.tolist(), rel=1e-4)
     assert fig.layout.shapes[0].x0 == 0.99
-    one = distinctness(torch.ones(2, 3, 4), torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])).plot()
+    one = cycle_of(torch.ones(2, 3, 4), torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])).plot()
     assert "1 of 3 tokens have no fixed points" in one.layout.xaxis.title.text

@@ -17,13 +17,11 @@ from tl_looped.dynamics import (
     LimitBehaviour,
     LimitRule,
     classify_limits,
-    co_occurrence,
-    cosine_to,
     limit_behaviour,
-    limit_shares,
     limits_of,
-    prompt_shares,
 )
+from tl_looped.dynamics.limits import limit_shares
+from tl_looped.dynamics.measures import cosine_to
 from tl_looped.observe import observe
 
 FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
@@ -234,13 +232,19 @@ def test_thresholds_out_of_range(rule: dict[str, float], message: str):
 # Labels.
 
 
+def labelled(labels: list[list[int]], prompts: list[int]) -> LimitBehaviour:
+    found = torch.tensor(labels)
+    nan = torch.full(found.shape, float("nan"))
+    return LimitBehaviour({}, nan[None], {"prompt": torch.tensor(prompts)}, found, nan, nan)
+
+
 def test_shares_of_labels():
     labels = torch.tensor([[0, 0, 1], [3, 0, -1]])
     assert limit_shares(labels).tolist() == [3 / 5, 1 / 5, 0, 1 / 5]
     assert limit_shares(torch.tensor([-1])).isnan().all()
-    prompts = torch.tensor([0, 0, 0, 1, 1, 2])
-    assert prompt_shares(torch.tensor([0, 0, 1, 0, 0, -1]), prompts).tolist() == [1.0, 0.5, 0.0, 0.0]
-    assert prompt_shares(torch.tensor([-1]), torch.tensor([0])).isnan().all()
+    found = labelled([[0, 0, 1, 0, 0, -1]], [0, 0, 0, 1, 1, 2])
+    assert list(found.prompt_shares().values()) == [1.0, 0.5, 0.0, 0.0]
+    assert all(map(math.isnan, labelled([[-1]], [0]).prompt_shares().values()))
 
 
 def test_co_occurrence_by_hand():
@@ -251,18 +255,13 @@ def test_co_occurrence_by_hand():
             a, b = int(labels[first, token]), int(labels[second, token])
             if a >= 0 and b >= 0:
                 counts[a, b] += 1
-    assert torch.allclose(co_occurrence(labels), counts / counts.sum())
-    assert torch.equal(
-        co_occurrence(torch.tensor([[0, 1], [0, 1]])), torch.diag(torch.tensor([0.5, 0.5, 0, 0])).double()
-    )
-    assert co_occurrence(torch.tensor([[0, -1], [-1, 1]])).isnan().all()
-
-
-def test_labels_refuse(as_a_user: None):
-    with pytest.raises(InputError, match=r"labels must be \[layer, ...\] with at least two layers, got shape \(1, 4\)"):
-        co_occurrence(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"labels and prompts must have the same shape, got \(3,\) and \(2,\)"):
-        prompt_shares(torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    found = labelled(labels.tolist(), [0] * 50).co_occurrence()
+    assert list(found.index) == list(found.columns) == list(BEHAVIOURS)
+    assert found.to_numpy() == pytest.approx((counts / counts.sum()).numpy())
+    assert np.array_equal(labelled([[0, 1], [0, 1]], [0, 0]).co_occurrence(), np.diag([0.5, 0.5, 0, 0]))
+    assert labelled([[0, -1], [-1, 1]], [0, 0]).co_occurrence().isna().all(axis=None)
+    with pytest.raises(InputError, match="behaviours of layers are compared, and there is one layer"):
+        labelled([[0, 1]], [0, 0]).co_occurrence()
 
 
 # Models.
@@ -284,8 +283,8 @@ def test_a_model_against_its_full_cache(family: str):
     labels, period, amplitude = classify_limits(found.cosines)
     assert torch.equal(labels, found.labels) and torch.equal(period.nan_to_num(-1), found.period.nan_to_num(-1))
     assert found.shares() == dict(zip(BEHAVIOURS, limit_shares(labels[-1]).tolist(), strict=True))
-    assert found.prompt_shares(0)["fixed point"] == float(prompt_shares(labels[0], found.places["prompt"])[0])
-    assert torch.equal(torch.from_numpy(found.co_occurrence().to_numpy(copy=True)), co_occurrence(labels))
+    by_prompt = [bool((labels[0, found.places["prompt"] == prompt] == FIXED).any()) for prompt in (0, 1)]
+    assert found.prompt_shares(0)["fixed point"] == sum(by_prompt) / 2
     table = found.to_dataframe().set_index(["layer", "prompt", "pos"])
     assert table.loc[(1, 1, 2), "behaviour"] == BEHAVIOURS[int(labels[1, 5])]
     assert amplitude.isnan().equal(found.amplitude.isnan())
@@ -318,7 +317,7 @@ def test_a_collection_gives_the_same_and_is_kept(tmp_path: Path):
     model = helpers.tiny("olmo2")
     rule = LimitRule(threshold=0.01)
     observed = observe(model, PROMPTS, 16, measures=[COSINE_TO_END], per_token=["cosine_to_end"], progress=False)
-    one, two = limits_of(observed, rule), limit_behaviour(model, PROMPTS, 16, rule=rule, progress=False)
+    one, two = limits_of(observed, rule=rule), limit_behaviour(model, PROMPTS, 16, rule=rule, progress=False)
     assert torch.equal(one.labels, two.labels) and torch.equal(one.cosines, two.cosines)
     assert one.made_by["rule"]["threshold"] == 0.01
     again = LimitBehaviour.load(one.save(tmp_path / "limits"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.dynamics import PathIndependence, noise_around, pairwise_distances, path_independence
+from tl_looped.dynamics import PathIndependence, path_independence
+from tl_looped.dynamics.paths import noise_around, pairwise_distances
 
 
 def settling(**changes: Any):
@@ -92,7 +93,7 @@ def test_given_states_against_single_runs():
 
 
 def test_a_zero_state_gets_noise_of_the_size_of_the_first_state():
-    model = helpers.make(**{**helpers.TINY["llama"], "initial_state": "zeros"})
+    model = helpers.make(**{**helpers.TINY["llama"], "state_init": "zeros"})
     tokens = helpers.tokens_for(model, batch=1)
     size = model(tokens, 3, stop_at_loop=1).norm(dim=-1)
     found = path_independence(model, tokens, 3, noise=0.5, seeds=[1])
@@ -123,7 +124,11 @@ def test_one_loop_and_one_token_are_enough():
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("ouro", {}, "draws no state but starts from the prelude's output, so seeds change nothing: pass noise=0.5"),
+        (
+            "ouro",
+            {},
+            r"so seeds change nothing: it starts from e, what comes out of the embedding. Pass noise=0.5",
+        ),
         ("ouro", {"seeds": [1, 2]}, "so seeds change nothing"),
         ("llama", {"seeds": [1]}, r"one start has nothing to meet: pass two or more, got \['seed 1'\]"),
         ("llama", {"seeds": [1, 1]}, r"seeds names one twice: \[1, 1\]"),
@@ -134,7 +139,7 @@ def test_one_loop_and_one_token_are_enough():
         ("llama", {"initial_states": [torch.zeros(5, 16)] * 2, "noise": 1.0}, "leave out seeds and noise"),
         ("llama", {"initial_states": [torch.zeros(5, 16)]}, "one start has nothing to meet"),
         ("llama", {"initial_states": [torch.zeros(5, 8)] * 2}, r"initial_state must be a tensor of shape \(1, 5, 16\)"),
-        ("llama", {"stop_at_loop": 1}, "leave out start_at_loop and stop_at_loop"),
+        ("llama", {"stop_at_loop": 1}, "path_independence has no argument 'stop_at_loop'"),
     ],
 )
 def test_bad_input(family: str, options: dict[str, Any], message: str, as_a_user: None):

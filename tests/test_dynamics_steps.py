@@ -8,20 +8,18 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.dynamics import (
+from tl_looped.dynamics.measures import (
     COSINE,
     COSINE_TO_END,
     DISTANCE,
     STEP,
     STEP_NORM,
-    accelerations,
+    acceleration,
     cosine_to,
     distance_to,
-    step_angles,
-    step_changes,
-    step_cosine,
+    step_angle,
+    step_change,
     step_norm,
-    step_norms,
 )
 from tl_looped.observe import Measure, observe
 
@@ -41,6 +39,11 @@ def circle(angle: float, loops: int, radius: float = 1.0) -> torch.Tensor:
     return radius * torch.stack((turn.cos(), turn.sin()), dim=-1)
 
 
+def over_loops(function: Any, states: torch.Tensor, **options: Any) -> torch.Tensor:
+    """A function of three successive states, from loop 2 on."""
+    return function(states[2:], states[1:-1], states[:-2], **options)
+
+
 def test_pairs_against_plain_sums():
     x, y = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
     for place in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
@@ -49,7 +52,6 @@ def test_pairs_against_plain_sums():
         expected = {
             step_norm: apart / plain_norm(a),
             distance_to: apart / plain_norm(b),
-            step_cosine: plain_cosine(a, b),
             cosine_to: plain_cosine(a, b),
         }
         for function, value in expected.items():
@@ -64,8 +66,7 @@ def test_what_is_divided_by_a_zero_norm_is_undefined():
     assert distance_to(zero, one).item() == 1.0
     for function in (step_norm, distance_to):
         assert function(one, zero, relative=False).item() == pytest.approx(math.sqrt(3))
-    for function in (step_cosine, cosine_to):
-        assert function(zero, one).isnan().all() and function(one, zero).isnan().all()
+    assert cosine_to(zero, one).isnan().all() and cosine_to(one, zero).isnan().all()
 
 
 def test_large_states_have_the_numbers_of_small_ones():
@@ -73,84 +74,68 @@ def test_large_states_have_the_numbers_of_small_ones():
     end = x[-1:].expand_as(x)
     for size in (1e20, 1e30):  # squares overflow in float32
         large = size * x
-        for function in (step_norm, step_cosine, distance_to, cosine_to):
+        for function in (step_norm, distance_to, cosine_to):
             torch.testing.assert_close(function(large, size * end), function(x, end))
-        torch.testing.assert_close(step_norms(large), step_norms(x), equal_nan=True)
-        torch.testing.assert_close(step_angles(large), step_angles(x), equal_nan=True)
-        torch.testing.assert_close(accelerations(large), accelerations(x), equal_nan=True)
+        for function in (step_angle, acceleration, step_change):
+            torch.testing.assert_close(over_loops(function, large), over_loops(function, x))
     beyond = torch.full((1, 8), 3e38)  # finite, but its norm is not in float32
-    assert step_norm(beyond, beyond).isnan().all() and step_cosine(beyond, beyond).isnan().all()
+    assert step_norm(beyond, beyond).isnan().all() and cosine_to(beyond, beyond).isnan().all()
 
 
 def test_half_precision_is_computed_in_float32_and_float64_kept():
     x, y = torch.randn(4, 64).bfloat16(), torch.randn(4, 64).bfloat16()
-    for function in (step_norm, distance_to, step_cosine, cosine_to):
+    for function in (step_norm, distance_to, cosine_to):
         assert function(x, y).dtype == torch.float32
         assert function(x.double(), y.double()).dtype == torch.float64
         assert torch.allclose(function(x, y).double(), function(x.double(), y.double()), atol=1e-6)
-    assert step_cosine(x, x).max() <= 1
+    assert cosine_to(x, x).max() <= 1
 
 
 def test_a_rotation_turns_by_its_angle_and_keeps_its_step():
     angle, n = 0.7, 9
     states = circle(angle, n, radius=3.0)
-    assert torch.allclose(step_angles(states)[2:], torch.full((n - 2,), angle, dtype=torch.float64))
+    assert torch.allclose(over_loops(step_angle, states), torch.full((n - 2,), angle, dtype=torch.float64))
     chord = 6 * math.sin(angle / 2)
-    norms = step_norms(states, relative=False)
-    assert torch.allclose(norms[1:], torch.full((n - 1,), chord, dtype=torch.float64))
-    assert torch.allclose(step_norms(states)[1:], norms[1:] / 3)
-    assert step_changes(norms)[2:].abs().max() < 1e-14
-    turned = 2 * chord * math.sin(angle / 2)  # two steps of one length at that angle
-    assert torch.allclose(accelerations(states, relative=False)[2:], torch.full((n - 2,), turned, dtype=torch.float64))
-    assert torch.allclose(accelerations(states)[2:], torch.full((n - 2,), turned / 3, dtype=torch.float64))
+    norms = step_norm(states[1:], states[:-1], relative=False)
+    assert torch.allclose(norms, torch.full((n - 1,), chord, dtype=torch.float64))
+    assert torch.allclose(step_norm(states[1:], states[:-1]), norms / 3)
+    assert over_loops(step_change, states).abs().max() < 1e-14
+    turned = torch.full((n - 2,), 2 * chord * math.sin(angle / 2), dtype=torch.float64)  # of steps at that angle
+    assert torch.allclose(over_loops(acceleration, states, relative=False), turned)
+    assert torch.allclose(over_loops(acceleration, states), turned / 3)
 
 
 def test_a_straight_line_does_not_turn_and_a_swing_turns_back():
     line = torch.arange(5, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64) + 1
-    assert step_angles(line)[2:].abs().max() < 1e-12 and accelerations(line)[2:].abs().max() < 1e-12
+    assert over_loops(step_angle, line).abs().max() < 1e-12 and over_loops(acceleration, line).abs().max() < 1e-12
     swing = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 3, dtype=torch.float64)
-    assert torch.allclose(step_angles(swing)[2:], torch.full((4,), math.pi, dtype=torch.float64))
+    assert torch.allclose(over_loops(step_angle, swing), torch.full((4,), math.pi, dtype=torch.float64))
 
 
 def test_a_small_angle_is_not_rounded_away():
     states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1e-6]])  # its cosine is 1 in float32
-    assert step_angles(states)[2].item() == pytest.approx(1e-6, rel=1e-3)
+    assert over_loops(step_angle, states).item() == pytest.approx(1e-6, rel=1e-3)
 
 
 def test_shrinking_steps_have_negative_step_changes():
-    norms = 0.5 ** torch.arange(4, dtype=torch.float64)
-    assert step_changes(norms)[1:].tolist() == [-0.5, -0.25, -0.125]
-
-
-@pytest.mark.parametrize(("function", "missing"), [(step_norms, 1), (step_angles, 2), (accelerations, 2)])
-def test_series_keep_the_loops(function: Any, missing: int):
-    states = torch.randn(4, 2, 3)
-    assert function(states).isnan().any(1).tolist() == [True] * missing + [False] * (4 - missing)
-    assert function(states[:2]).shape == (2, 2)
-    with pytest.raises(InputError, match="states has 1 loops, but this needs at least two"):
-        function(states[:1])
-    states[2, 1, 0] = float("nan")
-    with pytest.raises(InputError, match="states are not finite from loop 2, axis 1 1 on"):
-        function(states)
-    with pytest.raises(InputError, match=r"states must be floats \[loop, ..., d_model\], not empty, got .* \(4, 0\)"):
-        function(torch.zeros(4, 0))
+    states = torch.tensor([[4.0], [8.0], [32 / 3], [256 / 21]], dtype=torch.float64)
+    steps = step_norm(states[1:], states[:-1])
+    assert steps.tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 8])
+    assert over_loops(step_change, states).tolist() == pytest.approx([-1 / 4, -1 / 8])
 
 
 def test_a_step_of_no_length_has_no_angle():
     states = torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
-    assert step_angles(states).isnan().all()
+    assert over_loops(step_angle, states).isnan().all()
 
 
-def test_step_changes_refuse_what_are_no_norms(as_a_user: None):
-    with pytest.raises(InputError, match="norms must not be below zero, got -1"):
-        step_changes(torch.tensor([1.0, -1.0]))
-    with pytest.raises(InputError, match="norms has 1 loops"):
-        step_changes(torch.tensor([1.0]))
-    with pytest.raises(InputError, match=r"norms must be floats \[loop, ...\], not empty, got list"):
-        step_changes([1.0, 2.0])  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("function", [step_angle, acceleration, step_change])
+def test_three_states_must_have_one_shape(function: Any, as_a_user: None):
+    with pytest.raises(InputError, match=r"must have the same shape, got \(2, 3\) and \(1, 3\)"):
+        function(torch.ones(2, 3), torch.ones(2, 3), torch.ones(1, 3))
 
 
-@pytest.mark.parametrize("function", [step_norm, step_cosine, distance_to, cosine_to])
+@pytest.mark.parametrize("function", [step_norm, distance_to, cosine_to])
 def test_shapes_must_be_the_same(function: Any, as_a_user: None):
     with pytest.raises(InputError, match=r"must have the same shape, got \(2, 3\) and \(1, 3\)"):
         function(torch.ones(2, 3), torch.ones(1, 3))

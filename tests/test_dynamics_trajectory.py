@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tl_looped import InputError
-from tl_looped.dynamics import Trajectory, pca, trajectory
+from tl_looped.dynamics import Trajectory, trajectory
+from tl_looped.dynamics.components import pca
 
 
 def test_a_line_has_one_component():
@@ -69,7 +70,7 @@ def test_pca_refuses(states: torch.Tensor, n: int, message: str):
 def test_a_models_trajectory_is_the_pca_of_its_cache(family: str):
     model = helpers.tiny(family)
     tokens = helpers.tokens_for(model, batch=1)
-    found = trajectory(model, tokens, [1, -1], 4, n_components=3)
+    found = trajectory(model, tokens, 4, position=[1, -1], n_components=3)
     _, cache = model.run_with_cache(tokens, 4)
     states = cache.stack("resid_post")[:, :, 0][:, :, [1, 4]]
     expected = pca(states, 3)
@@ -126,7 +127,7 @@ def test_a_trajectory_is_of_one_prompt_with_finite_states():
 
 def test_the_figure_draws_loops_and_the_last_cycle():
     model = helpers.tiny("olmo2")
-    found = trajectory(model, helpers.tokens_for(model, batch=1), [0, 1, 2, 3], 5)
+    found = trajectory(model, helpers.tokens_for(model, batch=1), 5, position=[0, 1, 2, 3])
     fig = found.plot()
     by_panel = [trace for trace in fig.data if trace.xaxis == "x2"]
     cycle, *loops, first = by_panel

@@ -10,7 +10,8 @@ from helpers import expected, parity, tiny, tokens_for
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import ExitTrace, GateRule, exit_distribution, threshold_exit, trace_exits, weighted_logits
+from tl_looped.lens import ExitTrace, GateRule, exit_distribution, trace_exits
+from tl_looped.lens.exits import threshold_exit, weighted_logits
 
 NAN = float("nan")
 ouros = pytest.mark.parametrize("family", ["ouro", "ouro-gqa"])
@@ -93,7 +94,7 @@ def ouro(family: str) -> tuple[LoopedModel, Tensor, Tensor, ExitTrace]:
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, n_loops)
         logits = torch.stack([model.readout(state, tokens) for state in cache.stack("state_post")])
-    return model, logits, cache.stack("exit_gate"), trace_exits(model, tokens, [GateRule], n_loops)
+    return model, logits, cache.stack("exit_gate"), trace_exits(model, tokens, n_loops, rules=[GateRule])
 
 
 @ouros

@@ -16,7 +16,6 @@ from tl_looped.generation import LoopEnd
 from tl_looped.lens import (
     AccelerationRule,
     EntropyRule,
-    ExitCurves,
     ExitTrace,
     GateRule,
     KLRule,
@@ -25,6 +24,7 @@ from tl_looped.lens import (
     ThresholdRule,
     trace_exits,
 )
+from tl_looped.lens.trade_off import ExitCurves
 
 every_family = pytest.mark.parametrize("family", TINY)
 NAN = float("nan")
@@ -319,15 +319,15 @@ class LengthRule(ThresholdRule):
     stops_above = True
 
     @classmethod
-    def meter(cls) -> Any:
+    def statistic(cls, end: LoopEnd, memory: Any) -> Tensor:
         """The norm of the state."""
-        return lambda end: end.state.norm(dim=-1)
+        return end.state.norm(dim=-1)
 
 
 def test_a_rule_of_ones_own_can_be_traced() -> None:
     model = tiny("llama")
     tokens = tokens_for(model)
-    trace = trace_exits(model, tokens, [LengthRule, KLRule], n_loops=3)
+    trace = trace_exits(model, tokens, n_loops=3, rules=[LengthRule, KLRule])
     _, cache = model.run_with_cache(tokens, 3)
     length = cache.stack("state_post").norm(dim=-1).flatten(1)
     torch.testing.assert_close(trace.statistics[0], length)
@@ -378,7 +378,7 @@ def test_a_gate_where_there_is_none(family: str) -> None:
     model = tiny(family)
     message = "custom has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, StableTopRule, EntropyRule"
     with pytest.raises(InputError, match=message):
-        trace_exits(model, tokens_for(model), [KLRule, GateRule])
+        trace_exits(model, tokens_for(model), rules=[KLRule, GateRule])
     with pytest.raises(InputError, match=message):
         GateRule(0.5).begin(model, 4)
     assert GateRule.name not in trace_exits(model, tokens_for(model)).rules
@@ -404,8 +404,8 @@ def test_one_threshold_is_no_list() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_loops": 1}, "exits need a whole run of at least two loops, got n_loops=1"),
-        ({"stop_at_loop": 1}, "exits need a whole run"),
+        ({"n_loops": 1}, "exits need whole runs of at least two loops: .* got n_loops=1"),
+        ({"stop_at_loop": 1}, "trace_exits has no argument 'stop_at_loop'"),
         ({"positions": 5}, r"position 5 is out of range: 5 exist"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"rules": []}, "rules is empty: leave it out for all rules"),

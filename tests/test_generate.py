@@ -9,6 +9,7 @@ import torch
 from helpers import FAMILIES, TINY, WORDS, make, parity, tiny, tokens_for, word_tokenizer
 
 from tl_looped import LoopedModel
+from tl_looped.engine.errors import InputError
 from tl_looped.generation import Generated
 
 MODELS = [f"tiny {family}" for family in TINY] + [f"parity {family}" for family in FAMILIES]
@@ -153,7 +154,7 @@ def test_the_same_seed_gives_the_same_text(family):
     assert not torch.equal(zero.tokens, one.tokens)
     assert default.made_by["seed"] == 0
     assert one.made_by["seed"] == 1
-    assert one.made_by["initial_state"] == ("seed 1" if model.cfg.random_state else "model")
+    assert one.made_by["initial_state"] == ("seed 1" if model.cfg.draws_state else "model")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -176,10 +177,10 @@ def test_the_seed_draws_the_states_too(family, training):
 @pytest.mark.parametrize("family", [*DRAWN, "zeros"])
 def test_policies_of_initial_states(family, policy, cache):
     """Against whole forwards from states that are put together here, position by position."""
-    zeros = {"initial_state": "zeros", "injection": "add", "n_coda": 1, "loop_norm": "last"}
+    zeros = {"state_init": "zeros", "injection": "add", "n_coda": 1, "loop_norm": "last"}
     model = make(torch.float64, **zeros) if family == "zeros" else tiny(family, torch.float64)
     tokens = tokens_for(model)
-    found = generated(model, tokens, 4, do_sample=False, initial_state=policy, seed=2, use_past_kv_cache=cache)
+    found = generated(model, tokens, 4, do_sample=False, new_states=policy, seed=2, use_past_kv_cache=cache)
     assert found.made_by["new_states"] == policy
     states = model.batch(tokens, seed=2).state
     for i in range(4):
@@ -195,3 +196,71 @@ def test_policies_of_initial_states(family, policy, cache):
     fresh = generated(model, tokens_for(model), 4, do_sample=False, seed=2, use_past_kv_cache=cache)
     same = family == "zeros" and policy == "zeros"
     assert torch.equal(fresh.log_probs[:, 1:], found.log_probs[:, 1:]) == same
+
+
+# Prompts in other forms, states that are given, numbers that overflow.
+
+
+def test_prompts_in_any_form_and_prepared():
+    model = make(tokenizer=word_tokenizer(), d_vocab=len(WORDS), **TINY["huginn"])
+    texts = ["a b c d", "e f"]
+    wanted = generated(model, texts, 3, 2, seed=4)
+    encoded = model.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    ids = [model.to_tokens(text)[0].tolist() for text in texts]
+    for form in (iter(texts), ids, encoded):
+        found = generated(model, form, 3, 2, seed=4)
+        assert torch.equal(found.tokens, wanted.tokens) and found.made_by == wanted.made_by
+    prepared = model.prepare(texts, 2, seed=4)  # padded at the right, if they ran as they are
+    assert torch.equal(generated(model, prepared, 3).tokens, wanted.tokens)
+    assert model.generate(prepared, 3, stop_at_eos=False, return_type="str", verbose=False) == list(wanted.text)
+    assert model.generate(iter(texts[:1]), 3, stop_at_eos=False, verbose=False)[0].startswith("a b c d")
+    with pytest.raises(InputError, match="pass seed to model.prepare instead"):
+        generated(model, prepared, 3, seed=1)
+    with pytest.raises(InputError, match="text is generated with all loops"):
+        generated(model, model.prepare(texts, 2, stop_at_loop=1), 3)
+    assert wanted.plot().data[1].y[0] == pytest.approx(float(wanted.log_probs[1, 0]))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_state_that_is_given(cache: bool):
+    model = tiny("huginn", torch.float64)
+    tokens = tokens_for(model, batch=2)
+    states = torch.randn(tokens.shape[1] + 4, 16, dtype=torch.float64)
+    wanted, log_probs = repeated(model, tokens, 4, initial_state=states)
+    found = generated(model, tokens, 4, do_sample=False, initial_state=states, use_past_kv_cache=cache)
+    assert torch.equal(found.tokens, wanted) and found.made_by["initial_state"] == "given"
+    assert_close(found.log_probs, log_probs)
+    short = generated(model, tokens, 4, do_sample=False, initial_state=states[:-4], use_past_kv_cache=cache)
+    assert_close(short.log_probs[:, :1], log_probs[:, :1])  # then from drawn states
+    assert not torch.allclose(short.log_probs[:, 1:], log_probs[:, 1:])
+
+
+def test_states_that_new_tokens_would_not_have():
+    added, bare = tiny("added"), tiny("ouro")
+    state = torch.zeros(5, 16)
+    with pytest.raises(InputError, match="given for the prompt alone.*for 8 positions, or pass new_states='zeros'"):
+        generated(added, tokens_for(added), 3, initial_state=state)
+    assert generated(added, tokens_for(added), 3, initial_state=state, new_states="zeros").loops.shape[1] == 3
+    with pytest.raises(InputError, match="never reads its tokens, as it injects nothing: leave initial_state out"):
+        generated(bare, tokens_for(bare), 3, initial_state=state)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("family", ["huginn", "ouro"])
+def test_numbers_that_overflow_name_where_they_began(family: str, cache: bool):
+    model = make(**TINY[family])
+    with torch.no_grad():
+        model.transformer.blocks[1].mlp.down.weight.fill_(1e38)
+        model.transformer.blocks[1].mlp.up.weight.fill_(1e30)
+    with pytest.raises(InputError, match=r"not finite, from 'blocks.1.loop.0.[\w.]+' \(layer 1, loop 0\) on"):
+        generated(model, tokens_for(model), 2, use_past_kv_cache=cache)
+
+    def spoil(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x * float("inf") if hook.first_position else x  # in later steps only
+
+    model = tiny(family)
+    with model.hooks(fwd_hooks=[("blocks.0.loop.1.hook_resid_post", spoil)]):
+        stream = model.generate_stream(tokens_for(model), 4, stop_at_eos=False)
+        next(stream)
+        with pytest.raises(InputError, match="the logits at position 5 are not finite"):
+            next(stream)

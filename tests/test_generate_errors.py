@@ -36,7 +36,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"do_sample": False, "top_k": 3, "top_p": 0.5}, "so top_k=3 and top_p=0.5 would change nothing"),
     ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ({"seed": 0.5}, "seed must be an integer of at least 0, got 0.5"),
-    ({"initial_state": "warm"}, "initial_state must be 'fresh', 'zeros' or 'carry', got 'warm'"),
+    ({"new_states": "warm"}, "new_states must be 'fresh', 'zeros' or 'carry', got 'warm'"),
     ({"stop_at_eos": False, "eos_token_id": 3}, "stop_at_eos=False, but eos_token_id=3 says where to stop"),
     ({"eos_token_id": 12}, r"eos_token_id 12 is out of the vocabulary \[0, 12\)"),
     ({"eos_token_id": [1, -1]}, "eos_token_id must be at least 0, got -1"),
@@ -81,8 +81,8 @@ def test_a_prompt_that_fills_the_context():
 @pytest.mark.parametrize("family", ["ouro", "added"])
 def test_states_that_start_from_the_prelude_have_no_policy(family, policy):
     model = tiny(family)
-    with pytest.raises(InputError, match=f"initial_state='{policy}', but custom starts every position from its emb"):
-        model.generate(tokens_for(model), 1, stop_at_eos=False, initial_state=policy)
+    with pytest.raises(InputError, match=f"new_states='{policy}', but custom starts every position from its emb"):
+        model.generate(tokens_for(model), 1, stop_at_eos=False, new_states=policy)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +126,5 @@ def test_rows_that_end_need_a_filler():
 
 def test_an_option_that_there_is_not():
     model = tiny("ouro")
-    with pytest.raises(TypeError, match="num_beams"):
+    with pytest.raises(InputError, match="generate has no argument 'num_beams'"):
         model.generate(tokens_for(model), 1, stop_at_eos=False, num_beams=2)

@@ -137,11 +137,11 @@ EXITS = [[2, 0, 3], [0, 3, 1], [3, 1, 1], [1, 2, 0], [3, 0, 2]]  # [new][row]
 @pytest.mark.parametrize("policy", ["fresh", "carry"])
 def test_tokens_that_stop_early(model, policy):
     """Each row by itself, at another loop for each token: later loops find the keys and values of the last one run."""
-    if policy == "carry" and model.cfg.initial_state == "prelude":
+    if policy == "carry" and model.cfg.state_init == "prelude":
         pytest.skip("only states that are drawn can be carried")
     tokens = tokens_for(model, batch=3, pos=3)
     rule = ExitAt(EXITS, n_prompt=3)
-    found = generated(model, tokens, 5, exit_rule=rule, watch=rule.watch, initial_state=policy)
+    found = generated(model, tokens, 5, exit_rule=rule, watch=rule.watch, new_states=policy)
     assert found.loops.T.tolist() == [[loop + 1 for loop in step] for step in EXITS]
     for row in range(3):
         wanted, log_probs = slow_text(model, tokens[row].tolist(), [step[row] for step in EXITS], policy)

@@ -9,23 +9,23 @@ import pytest
 import torch
 from helpers import FAMILIES, TINY, expected, make, parity, run_options, tiny, tokens_for
 from torch import Tensor
-from transformer_lens.tools.analysis import logit_lens
+from transformer_lens.tools.analysis import logit_lens as theirs_on_layers
 
 from tl_looped import LoopedModel
-from tl_looped.lens import LoopLensResult, loop_lens
+from tl_looped.lens import LogitLens, logit_lens
 
 SITES = ("resid_pre", "resid_mid", "resid_post")
 
 
-def distribution(result: LoopLensResult) -> Tensor:
+def distribution(result: LogitLens) -> Tensor:
     """Probabilities of all tokens by id, of a result that kept all of them, [*axes, d_vocab]."""
     assert result.top_ids.shape[-1] == len(result.top_ids.flatten().unique())
     return torch.zeros_like(result.top_probs).scatter(-1, result.top_ids, result.top_probs)
 
 
-def lens(model: LoopedModel, tokens: Any, n_loops: int | None = None, **options: Any) -> LoopLensResult:
+def lens(model: LoopedModel, tokens: Any, n_loops: int | None = None, **options: Any) -> LogitLens:
     """A lens on all positions that keeps the whole distribution."""
-    return loop_lens(model, tokens, n_loops, **{"positions": None, "top_k": model.cfg.d_vocab, **options})
+    return logit_lens(model, tokens, n_loops, **{"positions": None, "top_k": model.cfg.d_vocab, **options})
 
 
 def models() -> list[tuple[str, LoopedModel]]:
@@ -48,7 +48,7 @@ def final_norm(model: LoopedModel, x: Tensor) -> Tensor:
     return (x.double() / scale).to(x.dtype) * model.transformer.ln_final.weight.detach()
 
 
-def assert_same(found: LoopLensResult, wanted: LoopLensResult, *index: Any) -> None:
+def assert_same(found: LogitLens, wanted: LogitLens, *index: Any) -> None:
     """Measures of one result are those of another, at an index of its axes."""
     for name in ("top_probs", "top_ids", "entropy", "kl_to_final", "kl_to_previous", "target_probs", "target_ranks"):
         there = getattr(wanted, name)[index]
@@ -67,7 +67,7 @@ def test_exact_is_what_the_reference_code_says_after_every_loop(family: str) -> 
     if "logits_per_iteration" in stored:
         per_loop = dict(enumerate(stored["logits_per_iteration"]))
     options = run_options(family, model)
-    found = loop_lens(model, stored["input_ids"], n_loops, positions=None, targets=target, **options)
+    found = logit_lens(model, stored["input_ids"], n_loops, positions=None, targets=target, **options)
     final = per_loop[n_loops - 1].double()
     assert found.axes == ("loop", "batch", "pos") and found.entropy.shape == (n_loops, *final.shape[:2])
     for t, logits in per_loop.items():
@@ -174,7 +174,7 @@ def test_coda_is_exact_by_its_other_name(model: LoopedModel) -> None:
 def test_direct_is_transformer_lenss_logit_lens_on_the_unrolled_model(model: LoopedModel) -> None:
     """Its entries are the streams that enter each layer, and the last layer's output."""
     tokens, n_loops, first = tokens_for(model), 3, model.cfg.n_prelude
-    theirs = logit_lens(model.unrolled(n_loops), tokens, positions=None, return_type="probs").values.detach()
+    theirs = theirs_on_layers(model.unrolled(n_loops), tokens, positions=None, return_type="probs").values.detach()
     found = distribution(lens(model, tokens, n_loops, kind="direct", site="resid_pre"))
     core = theirs[first : first + n_loops * model.cfg.n_core]
     torch.testing.assert_close(found, core.unflatten(0, (n_loops, model.cfg.n_core)))

@@ -9,7 +9,7 @@ import torch
 from helpers import TINY, WORDS, make, parity, tiny, tokens_for, word_tokenizer
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import loop_agreement, loop_lens
+from tl_looped.lens import fit_tuned_lens, logit_lens, readout_agreement
 
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
@@ -55,15 +55,15 @@ def refused(call: Any, model: LoopedModel, message: str, input: Any = "a b c", *
     ],
 )
 def test_targets(targets: Any, message: str) -> None:
-    refused(loop_lens, reader(), message, targets=targets)
+    refused(logit_lens, reader(), message, targets=targets)
 
 
 def test_a_text_as_target_needs_a_tokenizer() -> None:
     model = tiny("ouro")
-    refused(loop_lens, model, "this model has no tokenizer, so it can't read text", tokens_for(model), targets="a")
+    refused(logit_lens, model, "this model has no tokenizer, so it can't read text", tokens_for(model), targets="a")
 
 
-@pytest.mark.parametrize("call", [loop_lens, loop_agreement])
+@pytest.mark.parametrize("call", [logit_lens, readout_agreement])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -82,7 +82,7 @@ def test_a_text_as_target_needs_a_tokenizer() -> None:
         ({"kind": "logit"}, "kind must be one of 'exact', 'direct', 'coda', 'tuned', got 'logit'"),
         ({"kind": "coda"}, "custom has no coda: pass kind='exact' or kind='direct'"),
         ({"n_loops": 0}, "n_loops must be at least 1, got 0"),
-        ({"stop_at_loop": 1}, "a lens reads whole runs: leave out start_at_loop and stop_at_loop"),
+        ({"stop_at_loop": 1}, "has no argument 'stop_at_loop'"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ],
 )
@@ -104,35 +104,42 @@ def test_places_and_kinds(call: Any, options: dict[str, Any], message: str) -> N
     ],
 )
 def test_sites_layers_and_tops(options: dict[str, Any], message: str) -> None:
-    refused(loop_lens, reader(), message, **options)
+    refused(logit_lens, reader(), message, **options)
 
 
 def test_a_translator_for_another_kind_of_lens() -> None:
     """It is named before anything is asked of it."""
     message = "a translator belongs to kind='tuned', got kind='exact'"
-    refused(loop_lens, reader(), message, translator=object())
+    refused(logit_lens, reader(), message, translator=object())
 
 
 def test_a_translator_that_is_none() -> None:
-    refused(loop_lens, reader(), "translator must be a TunedLens, .* got 'mine'", kind="tuned", translator="mine")
+    refused(logit_lens, reader(), "translator must be a TunedLens, .* got 'mine'", kind="tuned", translator="mine")
 
 
-def test_a_run_that_starts_in_the_middle() -> None:
+def test_runs_of_a_part() -> None:
     model = tiny("ouro")
     tokens = tokens_for(model)
     state = model(tokens, stop_at_loop=1).detach()
     message = "a lens reads whole runs: leave out start_at_loop and stop_at_loop"
-    refused(loop_lens, model, message, tokens, start_at_loop=1, initial_state=state)
+    for prepared in (
+        model.prepare(tokens, start_at_loop=1, initial_state=state),
+        model.prepare(tokens, stop_at_loop=1),
+    ):
+        for call in (logit_lens, readout_agreement, fit_tuned_lens):
+            refused(call, model, message, prepared)
 
 
 def test_agreement_needs_two_loops_and_the_models_own_words() -> None:
     message = r"agreement compares loops, got loops=\[1\]: pass two or more"
-    refused(loop_agreement, reader(), message, loops=[-1])
-    refused(loop_agreement, reader(), r"got loops=\[0\]: pass two or more", n_loops=1)
-    refused(loop_agreement, reader(), "agreement compares what the model itself says: pass kind='exact'", kind="tuned")
+    refused(readout_agreement, reader(), message, loops=[-1])
+    refused(readout_agreement, reader(), r"got loops=\[0\]: pass two or more", n_loops=1)
+    refused(
+        readout_agreement, reader(), "agreement compares what the model itself says: pass kind='exact'", kind="tuned"
+    )
 
 
 def test_more_top_tokens_than_there_are_are_all_of_them() -> None:
     model = parity("ouro")
-    found = loop_lens(model, tokens_for(model), top_k=10**6)
+    found = logit_lens(model, tokens_for(model), top_k=10**6)
     assert found.top_ids.shape[-1] == model.cfg.d_vocab

@@ -13,8 +13,8 @@ from torch.distributions import Categorical
 from torch.distributions import kl_divergence as distributions_kl
 
 from tl_looped import InputError
-from tl_looped.lens import LoopLensResult, entropy, kl_divergence, token_rank
-from tl_looped.lens.measures import log_probs_of, top_ids
+from tl_looped.lens import LogitLens
+from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
 
 NAN, INF = float("nan"), float("inf")
 HUGE = [1e4, 0.0, -1e4, 3.0]
@@ -121,7 +121,7 @@ def test_among_scores_that_are_not_numbers_nothing_is_on_top() -> None:
 # A result.
 
 
-def constructed(tops: list[list[int]], ranks: list[list[int]], is_real: list[bool], **changes: Any) -> LoopLensResult:
+def constructed(tops: list[list[int]], ranks: list[list[int]], is_real: list[bool], **changes: Any) -> LogitLens:
     """A result on the state with these top tokens and target ranks, [loop][pos]; its numbers say where they are."""
     top, rank = torch.tensor(tops)[:, None, :, None], torch.tensor(ranks)[:, None, :, None]
     n_loops, n_pos = len(tops), len(is_real)
@@ -145,7 +145,7 @@ def constructed(tops: list[list[int]], ranks: list[list[int]], is_real: list[boo
         "target_probs": places[..., None] / 50,
         "target_ranks": rank,
     }
-    return LoopLensResult(**{**content, **changes})
+    return LogitLens(**{**content, **changes})
 
 
 FLIPS = constructed(
@@ -194,7 +194,7 @@ def test_the_first_loop_at_which_the_target_is_right() -> None:
     assert mixed.first_loop_correct().tolist() == [[4.0]]
 
 
-def layered() -> LoopLensResult:
+def layered() -> LogitLens:
     """Two loops, three layers, two prompts, one position, two targets; every number says where it is."""
     shape = (2, 3, 2, 1)
     count = torch.arange(12.0).reshape(shape)
@@ -293,7 +293,7 @@ def test_padding_leaves_a_gap_in_the_figure() -> None:
 
 
 def test_what_a_result_can_not_say() -> None:
-    with pytest.raises(InputError, match=r"follows \['d'\], not 'e'.*loop_lens\(..., targets=...\)"):
+    with pytest.raises(InputError, match=r"follows \['d'\], not 'e'.*logit_lens\(..., targets=...\)"):
         FLIPS.rank_trajectory("e")
     with pytest.raises(InputError, match=r"follows \['d', 'id 4'\], not None: pass one of them"):
         layered().rank_trajectory()

@@ -12,7 +12,8 @@ from helpers import TINY, WORDS, hook_count, make, tiny, tokens_for, word_tokeni
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import LoopLensResult, TunedLens, fit_tuned_lens, loop_lens, reads
+from tl_looped.lens import LogitLens, TunedLens, fit_tuned_lens, logit_lens
+from tl_looped.observe import batch
 
 every_family = pytest.mark.parametrize("family", TINY)
 MEASURES = ("top_probs", "top_ids", "entropy", "kl_to_final", "kl_to_previous", "target_probs", "target_ranks")
@@ -51,7 +52,7 @@ def kl_by_hand(model: LoopedModel, tokens: Tensor, lens: TunedLens, loop: int, l
     return total / tokens.numel()
 
 
-def assert_same(found: LoopLensResult, wanted: LoopLensResult) -> None:
+def assert_same(found: LogitLens, wanted: LogitLens) -> None:
     for name in MEASURES:
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), equal_nan=True, msg=name)
 
@@ -67,8 +68,8 @@ def test_with_translators_of_zero_it_is_the_direct_lens(family: str) -> None:
         zero = replace(lens, weight=torch.zeros_like(lens.weight), bias=torch.zeros_like(lens.bias))
         options = {"site": site, "positions": None}
         tokens = tokens_for(model)
-        found = loop_lens(model, tokens, 3, kind="tuned", translator=zero, **options)
-        assert_same(found, loop_lens(model, tokens, 3, kind="direct", **options))
+        found = logit_lens(model, tokens, 3, kind="tuned", translator=zero, **options)
+        assert_same(found, logit_lens(model, tokens, 3, kind="direct", **options))
         assert found.made_by["kind"] == "tuned"
 
 
@@ -93,7 +94,7 @@ def test_its_losses_are_those_of_a_slow_computation(family: str, site: Any, per_
     tokens = tokens_for(model, batch=10, pos=3)
     held = torch.tensor([4, 9])
     trained = torch.tensor([i for i in range(10) if i not in (4, 9)])
-    assert (lens.made_by["texts"], lens.made_by["held_out_texts"]) == (8, 2)
+    assert (lens.made_by["prompts"], lens.made_by["held_out_prompts"]) == (8, 2)
     for rows, direct, tuned in (
         (trained, lens.direct_loss, lens.tuned_loss),
         (held, lens.held_out_direct_loss, lens.held_out_tuned_loss),
@@ -107,16 +108,16 @@ def test_its_losses_are_those_of_a_slow_computation(family: str, site: Any, per_
 
 @pytest.mark.parametrize("per_loop", [False, True])
 def test_a_lens_reads_through_its_translators(per_loop: bool) -> None:
-    """The mean KL of `loop_lens` on a text is what the fit would report for it, also of some layers and loops."""
+    """The mean KL of `logit_lens` on a text is what the fit would report for it, also of some layers and loops."""
     model, lens = tiny("llama"), fitted("llama", "resid_post", per_loop)
     tokens = tokens_for(model, seed=9)
-    found = loop_lens(model, tokens, 3, kind="tuned", translator=lens, site="resid_post", positions=None)
+    found = logit_lens(model, tokens, 3, kind="tuned", translator=lens, site="resid_post", positions=None)
     for loop in range(3):
         for layer in range(2):
             wanted = kl_by_hand(model, tokens, lens, loop, layer, tuned=True)
             assert float(found.kl_to_final[loop, layer].mean()) == pytest.approx(wanted, rel=1e-3)
     options = {"kind": "tuned", "translator": lens, "site": "resid_post"}
-    part = loop_lens(model, tokens, 3, layers=[1], loops=[2], positions=[-1, 0], **options)
+    part = logit_lens(model, tokens, 3, layers=[1], loops=[2], positions=[-1, 0], **options)
     torch.testing.assert_close(part.kl_to_final[0, 0], found.kl_to_final[2, 1][:, [-1, 0]])
     torch.testing.assert_close(part.kl_to_previous[0, 0], found.kl_to_previous[2, 1][:, [-1, 0]])
 
@@ -150,7 +151,7 @@ def test_one_that_diverges_is_set_back() -> None:
 def test_the_seed_sets_the_order_of_texts_and_the_model_is_left_alone() -> None:
     model = tiny("ouro")
     before = [weight.clone() for weight in model.parameters()]
-    first, again, other = (fit(model, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (fit(model, order_seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.weight, again.weight) and torch.equal(first.tuned_loss, again.tuned_loss)
     assert not torch.equal(first.weight, other.weight)
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
@@ -162,7 +163,7 @@ def test_the_seed_sets_the_order_of_texts_and_the_model_is_left_alone() -> None:
 def test_pieces_of_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("huginn")
     whole = fit(model)
-    monkeypatch.setattr(reads, "CHUNK", 5 * model.cfg.d_vocab)
+    monkeypatch.setattr(batch, "CHUNK", 5 * model.cfg.d_vocab)
     pieces = fit(model)
     torch.testing.assert_close(pieces.weight, whole.weight, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(pieces.held_out_tuned_loss, whole.held_out_tuned_loss, atol=1e-5, rtol=1e-4)
@@ -180,14 +181,14 @@ def test_padding_is_not_fitted(side: Any) -> None:
         by_hand = [kl_by_hand(model, tokens, lens, 1, 1, tuned) for tuned in (False, True)]
         wanted += torch.tensor(by_hand) * tokens.numel() / 8
     assert [float(lens.direct_loss[1, 0]), float(lens.tuned_loss[1, 0])] == pytest.approx(wanted.tolist(), rel=1e-3)
-    assert (lens.made_by["texts"], lens.made_by["held_out_texts"], lens.layers) == (3, 2, (1,))
+    assert (lens.made_by["prompts"], lens.made_by["held_out_prompts"], lens.layers) == (3, 2, (1,))
 
 
 def test_in_bfloat16_it_is_fitted_in_float32() -> None:
     model = tiny("llama", torch.bfloat16)
     lens = fit(model)
     assert lens.weight.dtype == torch.float32 and bool(lens.kept.any())
-    found = loop_lens(model, tokens_for(model), 3, kind="tuned", translator=lens, site="resid_post")
+    found = logit_lens(model, tokens_for(model), 3, kind="tuned", translator=lens, site="resid_post")
     assert bool(found.kl_to_final.isfinite().all())
 
 
@@ -211,39 +212,38 @@ def test_a_translator_of_another_model_loop_count_site_or_layer() -> None:
     model, tokens = tiny("ouro"), tokens_for(tiny("ouro"))
     lens = fit(model, layers=[1])
     options: dict[str, Any] = {"kind": "tuned", "translator": lens, "site": "resid_post", "layers": [1]}
-    loop_lens(model, tokens, 3, **options)
+    logit_lens(model, tokens, 3, **options)
     with pytest.raises(
         InputError, match="fitted on custom with other weights than this custom: fit one with fit_tuned"
     ):
-        loop_lens(make(**{**TINY["ouro"], "n_core": 2, "d_mlp": 16}), tokens, 3, **options)
+        logit_lens(make(**{**TINY["ouro"], "n_core": 2, "d_mlp": 16}), tokens, 3, **options)
     changed = make(**TINY["ouro"])
     with torch.no_grad():
         changed.transformer.blocks[0].mlp.up.weight[0, 0] += 0.1
     with pytest.raises(InputError, match="with other weights"):
-        loop_lens(changed, tokens, 3, **options)
+        logit_lens(changed, tokens, 3, **options)
     with pytest.raises(InputError, match="fitted on runs of 3 loops, this one has 4: pass n_loops=3, or fit one with"):
-        loop_lens(model, tokens, 4, **options)
+        logit_lens(model, tokens, 4, **options)
     with pytest.raises(InputError, match="reads 'resid_post', not 'resid_mid': pass site='resid_post'"):
-        loop_lens(model, tokens, 3, **{**options, "site": "resid_mid"})
+        logit_lens(model, tokens, 3, **{**options, "site": "resid_mid"})
     with pytest.raises(InputError, match=r"has the layers \[1\], not \[0\]"):
-        loop_lens(model, tokens, 3, **{**options, "layers": [0, 1]})
+        logit_lens(model, tokens, 3, **{**options, "layers": [0, 1]})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": "a text"}, "texts must be a list of at least 5 texts .*got 'a text'"),
-        ({"texts": ["a", "b", "c", "d"]}, "at least 5 texts .every fifth is held out., or one or more with held_out="),
-        ({"texts": [], "held_out": ["a"]}, "at least 5 texts"),
-        ({"held_out": "a"}, "held_out must be a list of at least one text, got 'a'"),
-        ({"held_out": []}, r"held_out must be a list of at least one text, got \[\]"),
-        ({"texts": torch.arange(12)}, r"must be \[batch, pos\], one row for each, got shape \(12,\)"),
-        ({"held_out": torch.arange(12)}, r"must be \[batch, pos\], one row for each, got shape \(12,\)"),
+        ({"prompts": "a"}, "at least 5 prompts .every fifth is held out., or one or more with held_out=..., got 1"),
+        ({"prompts": ["a", "b", "c", "d"]}, "at least 5 prompts .*, got 4"),
+        ({"prompts": torch.arange(12)}, "at least 5 prompts .*, got 1"),
+        ({"prompts": [], "held_out": ["a"]}, "there are no prompts"),
+        ({"held_out": []}, "there are no prompts"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate must be a finite number above 0, got inf"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"order_seed": -1}, "order_seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"site": "mlp_out"}, "site must be one of 'state', 'resid_pre', 'resid_mid', 'resid_post', got 'mlp_out'"),
         ({"layers": [2]}, r"layer 2 is out of range: 2 exist"),
         ({"layers": 1}, r"layers must be indices, such as \[0, -1\], got 1"),
@@ -258,5 +258,5 @@ def test_bad_input_is_refused_before_the_first_run(options: dict[str, Any], mess
     ran: list[str] = []
     hook = ("hook_embed", lambda x, hook: ran.append(hook.name))
     with model.hooks([hook]), pytest.raises(InputError, match=message):
-        fit_tuned_lens(model, **{"texts": ["a", "b", "c", "d", "e"], "progress": False, **options})
+        fit_tuned_lens(model, **{"prompts": ["a", "b", "c", "d", "e"], "progress": False, **options})
     assert ran == []

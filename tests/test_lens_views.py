@@ -12,7 +12,7 @@ from helpers import TINY, WORDS, make, tiny, tokens_for, word_tokenizer
 from report_helpers import ATTACK, HOSTILE, hostile_model
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import loop_lens, view_prompt, view_top_tokens
+from tl_looped.lens import logit_lens, view_prompt
 from tl_looped.viz import LoopTokens
 
 
@@ -33,7 +33,7 @@ def test_a_prompts_tokens_have_the_log_probabilities_of_a_run(kind: Any) -> None
     view = view_prompt(model, text, 3, loop=1, kind=kind, top_k=4)
     data, tokens = held(view), model.to_tokens(text)
     assert (data["component"], data["loops"], data["start"]) == ("TokenLogProbs", [0, 1, 2], 1)
-    whole = loop_lens(model, text, 3, kind=kind, positions=None, top_k=len(WORDS))
+    whole = logit_lens(model, text, 3, kind=kind, positions=None, top_k=len(WORDS))
     full = torch.zeros_like(whole.top_probs).scatter(-1, whole.top_ids, whole.top_probs)[:, 0]
     for t, props in enumerate(data["props"]):
         assert props["prompt"] == text.split()
@@ -63,12 +63,12 @@ def test_a_probability_of_zero_is_not_shown_as_certain() -> None:
 def test_a_table_of_top_tokens_has_those_of_the_lens() -> None:
     model = reader()
     for site, names in (("state", ["state"]), ("resid_post", ["leaving core layer 0", "leaving core layer 1"])):
-        result = loop_lens(model, ["a b c", "d e f"], 3, site=site, positions=[0, 2], loops=[0, 2])
-        data = held(view_top_tokens(result, batch=1))
+        result = logit_lens(model, ["a b c", "d e f"], 3, site=site, positions=[0, 2], loops=[0, 2])
+        data = held(result.view_top_tokens(batch=1))
         (props,) = data["props"]
         assert (data["component"], data["loops"]) == ("TopkTokens", [])
         assert (props["sampleLabels"], props["firstDimensionLabels"]) == (["loop 0", "loop 2"], names)
-        assert "The columns are the positions 0, 2." in view_top_tokens(result).fragment()
+        assert "The columns are the positions 0, 2." in result.view_top_tokens().fragment()
         probs = result.top_probs.select(result.axes.index("batch"), 1).reshape(2, len(names), 2, 5)
         ids = result.top_ids.select(result.axes.index("batch"), 1).reshape(2, len(names), 2, 5)
         for loop in range(2):
@@ -84,7 +84,7 @@ def test_a_table_of_top_tokens_has_those_of_the_lens() -> None:
 def test_no_text_of_a_token_is_html() -> None:
     model = hostile_model()
     tokens = torch.arange(model.cfg.d_vocab)[None]
-    for view in (view_prompt(model, tokens), view_top_tokens(loop_lens(model, tokens, positions=None))):
+    for view in (view_prompt(model, tokens), logit_lens(model, tokens, positions=None).view_top_tokens()):
         assert ATTACK not in view.fragment()
         strings = re.findall(r'"([^"]*)"', json.dumps(held(view), ensure_ascii=False))
         assert any("&lt;b&gt;" in string for string in strings)
@@ -95,12 +95,12 @@ def test_no_text_of_a_token_is_html() -> None:
 @pytest.mark.parametrize(
     ("input", "options", "message"),
     [
-        (["a b", "c d"], {}, "one prompt of at least two tokens, got 2 of 2 tokens: pass one at a time"),
-        ("a", {}, "one prompt of at least two tokens, got 1 of 1 tokens"),
+        (["a b", "c d"], {}, "this looks at one prompt, got 2: call it for each"),
+        ("a", {}, "the prompt has one token, which nothing predicts: pass one of at least two"),
         (
             torch.tensor([[0, 2, 3]]),
             {},
-            "got 1 of 3 tokens, some of them padding: pass one at a time, as text or without",
+            "the prompt has padding, which would count as tokens: pass it without",
         ),
         ("a b", {"loop": 2}, r"loop 2 is out of range: 2 exist"),
         ("a b", {"kind": "tuned"}, "kind='tuned' needs translator="),
@@ -116,4 +116,4 @@ def test_prompts_that_can_not_be_shown(input: Any, options: dict[str, Any], mess
 def test_a_prompt_of_a_batch_that_there_is_not() -> None:
     model = tiny("ouro")
     with pytest.raises(InputError, match="batch 2 is out of range: 2 exist"):
-        view_top_tokens(loop_lens(model, tokens_for(model)), batch=2)
+        logit_lens(model, tokens_for(model)).view_top_tokens(batch=2)

@@ -358,7 +358,7 @@ def test_our_format_has_a_version(tmp_path: Path):
     make().save_pretrained(tmp_path / "model")
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     for change, message in [
-        ({"format_version": 2}, r"config.json has format_version 2; this release reads 1"),
+        ({"format_version": 3}, r"config.json has format_version 3; this release reads 1 and 2"),
         (
             {"config": values["config"] | {"new": 1}},
             r"not a LoopedConfig: unknown fields \['new'\], missing fields \[\]",

@@ -10,7 +10,7 @@ from helpers import FAMILIES, make, parity, refuse, same_logits, tokens_for, wor
 
 from tl_looped import LoopedConfig, LoopedModel, adapters
 from tl_looped.adapters import ConfigKeys
-from tl_looped.engine.config import Llama3Rope
+from tl_looped.engine.parts import Llama3Rope, Rotary
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -58,8 +58,8 @@ LLAMA3 = {
         ("retrofit-olmo2", {"n_heads": 5, "num_key_value_heads": 5}, r"misshapen: .*Wqkv.weight is"),
         (
             "huginn",
-            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
-            r"unknown family: architectures=\['GPT2LM",
+            {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"},
+            r"unknown family: architectures=\['GPTNeoX",
         ),
     ],
 )
@@ -238,8 +238,8 @@ def test_forms_of_rotary_embedding(released, family: str, config):
         ),
         ("ouro", {"rope_parameters": {"sliding_attention": {"rope_theta": 1e6}}}, r"has rope_parameters.sliding_att"),
         ("ouro", {"rope_parameters": "default"}, r"has rope_parameters='default', which should be an object"),
-        ("ouro", {"rope_theta": "1e6"}, r"rotary_base must be a finite number above 0, got '1e6'"),
-        ("ouro", {"rope_theta": [1e6]}, r"rotary_base must be a finite number above 0, got \[1000000.0\]"),
+        ("ouro", {"rope_theta": "1e6"}, r"rotary.base must be a finite number above 0, got '1e6'"),
+        ("ouro", {"rope_theta": [1e6]}, r"rotary.base must be a finite number above 0, got \[1000000.0\]"),
         ("retrofit-llama", {"rope_parameters": {"rope_type": "default"}}, r"says two things of rotary scaling, which"),
         (
             "retrofit-llama",
@@ -262,17 +262,18 @@ def test_rotary_embeddings_that_are_not_implemented(released, family: str, confi
 
 @pytest.mark.usefixtures("as_a_user")
 def test_our_own_config_with_a_broken_part(tmp_path):
-    make(rotary_scaling=Llama3Rope(8.0, 1.0, 4.0, 16)).save_pretrained(tmp_path / "model")
-    assert LoopedModel.from_pretrained(tmp_path / "model").cfg.rotary_scaling == Llama3Rope(8.0, 1.0, 4.0, 16)
+    make(rotary=Rotary(scaling=Llama3Rope(8.0, 1.0, 4.0, 16))).save_pretrained(tmp_path / "model")
+    assert LoopedModel.from_pretrained(tmp_path / "model").cfg.rotary.scaling == Llama3Rope(8.0, 1.0, 4.0, 16)
     path = tmp_path / "model" / "config.json"
     values = json.loads(path.read_text())
-    values["config"]["rotary_scaling"] = {"factor": 8.0}
+    values["config"]["rotary"]["scaling"] = {"factor": 8.0, "low_freq_factor": 1.0}
     path.write_text(json.dumps(values))
-    refuse(tmp_path / "model", r"rotary_scaling must have the fields \['factor', .*\], got \{'factor': 8.0\}")
+    refuse(tmp_path / "model", r"not a rotary.scaling: unknown fields \[\], missing fields \['high_freq_factor', .*'\]")
+    values["config"]["rotary"]["scaling"] = 8.0
     values |= {"more": 3}
     path.write_text(json.dumps(values))
-    refuse(tmp_path / "model", r"rotary_scaling must have the fields")
-    del values["config"]["rotary_scaling"]
+    refuse(tmp_path / "model", r"rotary.scaling must have the fields \['factor'\], got 8.0")
+    del values["config"]["rotary"]["scaling"]
     path.write_text(json.dumps(values))
     refuse(tmp_path / "model", r"config.json has more=3, which no custom model here uses")
 

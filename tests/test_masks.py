@@ -115,7 +115,7 @@ def test_visibility_against_the_definition(lengths: list[int], left: bool):
 def test_patterns_are_causal_where_no_mask_is_built(model: LoopedModel):
     """Whole prompts, and one position at a time with a cache of keys."""
     tokens, n_loops = tokens_for(model, pos=5), 2
-    state = None if not model.cfg.random_state else noise_like(model(tokens, stop_at_loop=0))
+    state = None if not model.cfg.draws_state else noise_like(model(tokens, stop_at_loop=0))
     given = {} if state is None else {"initial_state": state}
     _, cache = model.run_with_cache(tokens, n_loops, **given)
     for name, pattern in cache.items():

@@ -106,7 +106,7 @@ def test_training_draws_afresh(family: str):
 
 def test_a_run_says_what_made_it(model, tokens):
     for options, wanted in [({"seed": 3}, "seed 3"), ({}, "seed 0")]:
-        drawn = model.cfg.random_state
+        drawn = model.cfg.draws_state
         assert model.batch(tokens, **options).describe()["initial_state"] == (wanted if drawn else "model")
     state = model(tokens, stop_at_loop=1)
     run = model.batch(tokens, n_loops=4, initial_state=state, start_at_loop=1, stop_at_loop=-1)
@@ -117,7 +117,7 @@ def test_a_run_says_what_made_it(model, tokens):
 @pytest.mark.parametrize("d_model", [16, 20])
 def test_the_distribution_of_a_drawn_state(kind: str, d_model: int):
     """Standard deviation and cut as configured, one draw a position; a longer prompt begins with the shorter one."""
-    options: dict[str, Any] = {"initial_state": kind, "initial_state_std": 0.5, "initial_state_scale": 3.0}
+    options: dict[str, Any] = {"state_init": kind, "state_init_std": 0.5, "state_init_scale": 3.0}
     model = make(**options, injection="add", d_model=d_model, n_ctx=1000)
     state = model(torch.zeros(2, 1000, dtype=torch.long), stop_at_loop=0, seed=1)
     assert torch.equal(state[0], state[1])

@@ -14,18 +14,18 @@ from tl_looped import InputError, LoopedModel
 from tl_looped.attention import attention_bound, attention_stability
 from tl_looped.dynamics import (
     STEP,
+    convergence,
+    cycle,
+    jacobian_spectrum,
     limit_behaviour,
-    loop_convergence,
-    loop_cycle,
-    loop_jacobian_spectrum,
-    loop_motion,
-    loop_similarity,
     path_independence,
+    similarity,
+    state_motion,
     trajectory,
 )
-from tl_looped.lens import fit_tuned_lens, loop_agreement, loop_lens, trace_exits, view_prompt
+from tl_looped.lens import fit_tuned_lens, logit_lens, readout_agreement, trace_exits, view_prompt
 from tl_looped.observe import observe
-from tl_looped.patching import Receiver, Sender, attribution_sweep, mean, patch_sweep, path_patch, zero
+from tl_looped.patching import Receiver, Sender, attribution_sweep, mean_source, patch_sweep, path_patch, zero
 from tl_looped.report.data import collect as read_prompts
 from tl_looped.report.prompts import Prompt
 from tl_looped.stages import ablation_effect, massive_activations
@@ -39,32 +39,34 @@ def total(logits: Tensor) -> Tensor:
 
 def path(model: LoopedModel, tokens: Tensor) -> Any:
     _, cache = model.run_with_cache(tokens)
-    return path_patch(model, tokens, cache, total, Sender(0, 0, "mlp"), [Receiver("readout")])
+    return path_patch(
+        model, tokens, source=cache, metric=total, sender=Sender(0, 0, "mlp"), receivers=[Receiver("readout")]
+    )
 
 
 ANALYSES: list[Call] = [
     attention_bound,
     attention_stability,
     limit_behaviour,
-    loop_convergence,
-    loop_cycle,
-    loop_jacobian_spectrum,
-    loop_motion,
-    loop_similarity,
+    convergence,
+    cycle,
+    jacobian_spectrum,
+    state_motion,
+    similarity,
     lambda model, tokens: path_independence(model, tokens, seeds=[0, 1]),
     trajectory,
     lambda model, tokens: fit_tuned_lens(model, tokens.expand(5, -1), steps=1),
-    loop_agreement,
-    loop_lens,
+    readout_agreement,
+    logit_lens,
     trace_exits,
     view_prompt,
     lambda model, tokens: observe(model, tokens, measures=[STEP]),
-    lambda model, tokens: attribution_sweep(model, tokens, zero(), total),
-    mean,
-    lambda model, tokens: patch_sweep(model, tokens, zero(), total),
+    lambda model, tokens: attribution_sweep(model, tokens, source=zero(), metric=total),
+    mean_source,
+    lambda model, tokens: patch_sweep(model, tokens, source=zero(), metric=total),
     path,
     lambda model, tokens: read_prompts(model, [Prompt(text=None, token_ids=tuple(tokens[0].tolist()))]),
-    lambda model, tokens: ablation_effect(model, tokens, 0),
+    lambda model, tokens: ablation_effect(model, tokens, layer=0),
     massive_activations,
 ]
 

@@ -13,7 +13,7 @@ from helpers import TINY, hook_count, make, noise_like, tiny, word_tokenizer
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel, lens
-from tl_looped.lens import AGREEMENT, ENTROPY, loop_lens
+from tl_looped.lens import AGREEMENT, ENTROPY, logit_lens
 from tl_looped.observe import Measure, Observed, observe
 
 LOOPS = 3
@@ -187,7 +187,7 @@ def test_the_lens_over_many_prompts_is_the_lens(family: str) -> None:
     measures = [ENTROPY, lens.KL_TO_FINAL, lens.KL_TO_PREVIOUS, AGREEMENT, lens.LOSS]
     found = run(model, measures)
     for row, prompt in enumerate(PROMPTS):
-        one = loop_lens(model, torch.tensor([prompt]), LOOPS, positions=None)
+        one = logit_lens(model, torch.tensor([prompt]), LOOPS, positions=None)
         for name in ("entropy", "kl_to_final", "kl_to_previous"):
             wanted = getattr(one, name)[:, 0].mean(-1)
             torch.testing.assert_close(found[name][row], wanted, atol=1e-10, rtol=0, equal_nan=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tl_looped import InputError
 from tl_looped.attention import attention_bound, attention_stability
-from tl_looped.dynamics import loop_jacobian_spectrum, loop_similarity, path_independence, trajectory
-from tl_looped.lens import loop_agreement, loop_lens, trace_exits
+from tl_looped.dynamics import jacobian_spectrum, path_independence, similarity, trajectory
+from tl_looped.lens import logit_lens, readout_agreement, trace_exits
 from tl_looped.observe.watching import first_not_finite
 from tl_looped.stages import neuron_shares
 
@@ -25,7 +25,7 @@ def poison(x: Tensor, hook: object) -> Tensor:
     return torch.full_like(x, float("nan"))
 
 
-@pytest.mark.parametrize("analysis", [attention_stability, attention_bound, loop_jacobian_spectrum])
+@pytest.mark.parametrize("analysis", [attention_stability, attention_bound, jacobian_spectrum])
 @pytest.mark.parametrize("family", ["ouro", "llama"])
 def test_the_error_names_where_it_began(family: str, analysis: Callable[..., Any]) -> None:
     model = tiny(family)
@@ -37,7 +37,7 @@ def test_the_error_names_where_it_began(family: str, analysis: Callable[..., Any
 
 
 def test_other_errors_stay_as_they_are() -> None:
-    with pytest.raises(InputError, match="this compares loops, and the run has 1"):
+    with pytest.raises(InputError, match="compares loops, but this run has one: pass n_loops of at least 2"):
         attention_stability(tiny("ouro"), tokens_for(tiny("ouro"), batch=1), 1)
 
 
@@ -53,7 +53,7 @@ def test_a_lens_refuses_what_is_not_a_number() -> None:
     model = tiny("llama")
     message = "the read-out of 'loop.1.hook_state_post' is not a number"
     with model.hooks(fwd_hooks=[(PLACE, poison)]), pytest.raises(InputError, match=message):
-        loop_lens(model, tokens_for(model), LOOPS)
+        logit_lens(model, tokens_for(model), LOOPS)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_a_lens_refuses_what_is_not_a_number() -> None:
     [
         attention_stability,
         attention_bound,
-        loop_jacobian_spectrum,
-        loop_similarity,
+        jacobian_spectrum,
+        similarity,
         trajectory,
         path_independence,
-        loop_lens,
-        loop_agreement,
+        logit_lens,
+        readout_agreement,
         trace_exits,
         lambda model, tokens: neuron_shares(model),
     ],

@@ -86,6 +86,13 @@ def test_requirements_are_met_here(requirements: dict[str, Requirement]):
     assert unmet == []
 
 
+def test_probes_are_an_extra(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    assert "Requires-Dist: scikit-learn" in metadata and "extra == 'probes'" in metadata.replace('"', "'")
+
+
 def test_every_import_is_a_requirement(requirements: dict[str, Requirement]):
     imported = set()
     for path in PACKAGE.rglob("*.py"):

@@ -17,12 +17,14 @@ from helpers import PARITY, make
 from report_helpers import ATTACK, HOSTILE, hostile_model, hostile_tokenizer
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import loop_lens, view_prompt, view_top_tokens
-from tl_looped.report import Prompt, ReportData, Section, built_in, check_output, collect, report_page, write_whole
+from tl_looped.engine.files import check_output, write_whole
+from tl_looped.lens import logit_lens, view_prompt
+from tl_looped.report import Prompt, ReportData, built_in, collect, report_page
 from tl_looped.report import cli as cli_module
 from tl_looped.report.cli import main
-from tl_looped.report.html import page
-from tl_looped.viz import LayerAttention, LoopAttention, show_token
+from tl_looped.report.html import Section, page
+from tl_looped.viz import LayerAttention, LoopAttention
+from tl_looped.viz.style import show_token
 
 # Files.
 
@@ -366,7 +368,7 @@ def test_token_views_draw_themselves_without_the_page(driver: Any, tmp_path: Pat
 
     model = hostile_model()
     tokens = torch.arange(model.cfg.d_vocab)[None]
-    views = view_prompt(model, tokens, 3), view_top_tokens(loop_lens(model, tokens, 3, positions=None))
+    views = view_prompt(model, tokens, 3), logit_lens(model, tokens, 3, positions=None).view_top_tokens()
     shown = "".join(view._repr_html_() for view in (*views, *views))
     (tmp_path / "tokens.html").write_text(f'<meta charset="utf-8"><body>{shown}', encoding="utf-8")
     driver.get((tmp_path / "tokens.html").as_uri())

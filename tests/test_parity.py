@@ -9,9 +9,9 @@ import torch
 from helpers import FAMILIES, expected, parity, run_options
 from torch import Tensor
 
-from tl_looped import LoopedCache, LoopedModel
+from tl_looped import LoopedCache, LoopedModel, QKNorm
 from tl_looped.engine.schedule import CODA, PRELUDE
-from tl_looped.lens import exit_distribution, threshold_exit
+from tl_looped.lens.exits import exit_distribution, threshold_exit
 
 ABSOLUTE = 1e-4
 RELATIVE = 2e-5  # of the largest value
@@ -123,7 +123,7 @@ def test_patterns_sum_to_one_and_see_no_future(family: str):
         ("ouro-gqa", (0, 2, 0, 4), {"n_key_value_heads": 2, "final_norm": False, "injection": "none"}),
         ("retrofit-llama", (2, 3, 1, 5), {"norm_placement": "pre", "loop_norm": "none", "family": "retrofit-llama"}),
         ("retrofit-tinyllama", (1, 2, 1, 5), {"n_key_value_heads": 1, "injection": "concat_linear"}),
-        ("retrofit-olmo2", (2, 3, 1, 5), {"norm_placement": "output", "qk_norm": True, "family": "retrofit-olmo2"}),
+        ("retrofit-olmo2", (2, 3, 1, 5), {"norm_placement": "output", "qk_norm": QKNorm(), "family": "retrofit-olmo2"}),
     ],
 )
 def test_the_variant_is_told_from_config_and_weights(family: str, shape: tuple[int, ...], fields: dict[str, object]):
@@ -137,9 +137,9 @@ def test_the_drawn_state_is_the_papers(family: str):
     """A normal of variance 2 / (5 d_model), cut at three; times the embedding's scale, sqrt(d_model), in Huginn."""
     cfg = parity(family).cfg
     scale = cfg.d_model**0.5 if family == "huginn" else 1.0
-    assert cfg.initial_state == "truncated_normal"
-    assert cfg.initial_state_std == pytest.approx((2 / (5 * cfg.d_model)) ** 0.5)
-    assert cfg.initial_state_scale == pytest.approx(scale)
+    assert cfg.state_init == "truncated_normal"
+    assert cfg.state_init_std == pytest.approx((2 / (5 * cfg.d_model)) ** 0.5)
+    assert cfg.state_init_scale == pytest.approx(scale)
     assert cfg.embed_scale == pytest.approx(scale)
     state = parity(family)(torch.zeros(1, 64, dtype=torch.long), stop_at_loop=0, seed=1).detach()
-    assert float(state.std()) == pytest.approx(scale * cfg.initial_state_std, rel=0.05)
+    assert float(state.std()) == pytest.approx(scale * cfg.state_init_std, rel=0.05)

@@ -47,7 +47,9 @@ class Pair:
     def sweep(self, site: str, axes: tuple[str, ...], corrupted: Tensor | None = None, **options: Any) -> Tensor:
         tokens = self.corrupted if corrupted is None else corrupted
         options = {"n_loops": LOOPS, "reduce": "none", "progress": False, **options}
-        return patch_sweep(self.model, tokens, self.cache, self.metric, site, axes, **options).values
+        return patch_sweep(
+            self.model, tokens, source=self.cache, metric=self.metric, site=site, axes=axes, **options
+        ).values
 
     def restored(self, values: Tensor) -> Tensor:
         """Which cells give the clean value, for all prompts."""
@@ -114,7 +116,7 @@ def test_patching_the_one_state_entering_the_loops_that_differs_restores_the_cle
 
 
 def test_a_drawn_state_is_the_same_for_both_prompts(pair: Pair) -> None:
-    if not pair.model.cfg.random_state and pair.model.cfg.initial_state != "zeros":
+    if not pair.model.cfg.draws_state and pair.model.cfg.state_init != "zeros":
         pytest.skip("this family starts from the prelude's output")
     assert bool(pair.unchanged(pair.sweep("initial_state", ("pos",))).all())
     assert bool(pair.unchanged(pair.sweep("state", ("loop", "pos"))[0]).all())

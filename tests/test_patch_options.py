@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,8 +16,20 @@ from torch import Tensor
 from transformer_lens.patching import PatchingResult, make_df_from_ranges
 
 from tl_looped import LoopedModel
+from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import HookSite
-from tl_looped.patching import LoopPatchingResult, Source, fixed, mean, patch_sweep, zero
+from tl_looped.patching import (
+    LoopPatchingResult,
+    Receiver,
+    Sender,
+    Source,
+    attribution_sweep,
+    fixed,
+    mean_source,
+    patch_sweep,
+    path_patch,
+    zero,
+)
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 LENGTH = 4
@@ -36,7 +49,9 @@ def check(
     """Sweep with a source, and do some cells by hand with `give`."""
     corrupted = prompts(model, pos=LENGTH)[1] if corrupted is None else corrupted
     options = {"n_loops": 2, "reduce": "none", "progress": False}
-    result = patch_sweep(model, corrupted, source, everywhere(model), site, axes, **options, **how)
+    result = patch_sweep(
+        model, corrupted, source=source, metric=everywhere(model), site=site, axes=axes, **options, **how
+    )
     for at in cells(sizes_of(model, site, axes, 2, corrupted.shape[1]), n):
         logits = by_hand(model, corrupted, give, 2, site, at, **how)
         torch.testing.assert_close(result.values[tuple(at.values())], everywhere(model)(logits), **EXACT)
@@ -72,11 +87,11 @@ def test_ablation_with_a_mean(name: str, per_position: bool) -> None:
         average = cache[name].mean(0, keepdim=True)
         return (average if per_position else average.mean(1, keepdim=True)).expand_as(x)
 
-    source = mean(model, reference, None, 2, per_position=per_position)
+    source = mean_source(model, reference, 2, per_position=per_position)
     for site, axes in (("z", ("loop", "layer", "head", "pos")), ("resid_mid", ("loop", "layer")), ("state", ("loop",))):
         check(model, source, give, site, axes)
     check(model, source, give, "state_post", ("source_loop", "loop"))
-    only = mean(model, reference, lambda name: "loop.1" in name, 2, per_position=per_position)
+    only = mean_source(model, reference, 2, names_filter=lambda name: "loop.1" in name, per_position=per_position)
     check(model, only, give, "v", ("layer", "loop"), source_loop=1)
     assert check(model, source, give, "q", ("loop",)).made_by["source"] == "mean"
 
@@ -86,7 +101,7 @@ def test_a_mean_of_patterns_is_a_pattern_that_sees_no_future(name: str) -> None:
     model = case(name, torch.float64)
     reference = tokens_for(model, batch=5, pos=LENGTH)
     cache = run_clean(model, reference, 2)
-    source = mean(model, reference, n_loops=2)
+    source = mean_source(model, reference, n_loops=2)
     check(model, source, lambda name, x: cache[name].mean(0, keepdim=True).expand_as(x), "pattern", ("loop", "layer"))
     site = HookSite("attn.hook_pattern", "blocks", 1, 1)
     given = source.values(site, torch.zeros(2, model.cfg.n_heads, LENGTH, LENGTH, dtype=torch.float64))
@@ -100,7 +115,7 @@ def test_a_mean_of_half_precision_is_taken_in_float32() -> None:
     cache = run_clean(model, reference, 2)
     site = HookSite("hook_resid_post", "blocks", 0, 1)
     for per_position, axes in ((True, (0,)), (False, (0, 1))):
-        source = mean(model, reference, n_loops=2, per_position=per_position)
+        source = mean_source(model, reference, n_loops=2, per_position=per_position)
         given = source.values(site, torch.zeros(1, 3, model.cfg.d_model))
         expected = cache[site.name].double().mean(axes, keepdim=True).expand(1, 3, -1)
         torch.testing.assert_close(given.double(), expected, atol=1e-6, rtol=1e-5)
@@ -110,7 +125,7 @@ def test_a_mean_over_positions_serves_prompts_of_any_length() -> None:
     model = case("bare", torch.float64)
     reference = tokens_for(model, batch=3, pos=6)
     cache = run_clean(model, reference, 2)
-    source = mean(model, reference, n_loops=2, per_position=False)
+    source = mean_source(model, reference, n_loops=2, per_position=False)
     check(
         model, source, lambda name, x: cache[name].mean((0, 1), keepdim=True).expand_as(x), "resid_pre", ("loop", "pos")
     )
@@ -121,7 +136,14 @@ def test_a_mean_of_texts_is_that_of_their_tokens() -> None:
     texts, corrupted = ["a b c", "d e f", "a a a"], prompts(model, pos=3)[1]
     results = [
         patch_sweep(
-            model, corrupted, mean(model, one), everywhere(model), "z", ("loop",), reduce="mean", progress=False
+            model,
+            corrupted,
+            source=mean_source(model, one),
+            metric=everywhere(model),
+            site="z",
+            axes=("loop",),
+            reduce="mean",
+            progress=False,
         )
         for one in (texts, model.to_tokens(texts))
     ]
@@ -168,7 +190,17 @@ def test_a_cache_of_half_precision_serves_a_model_of_full_precision() -> None:
     cache, half = run_clean(model, clean, 2), run_clean(model, clean, 2)
     half.cache_dict = {name: tensor.half() for name, tensor in half.cache_dict.items()}
     results = [
-        patch_sweep(model, corrupted, one, everywhere(model), "z", ("loop",), reduce="none", n_loops=2, progress=False)
+        patch_sweep(
+            model,
+            corrupted,
+            source=one,
+            metric=everywhere(model),
+            site="z",
+            axes=("loop",),
+            reduce="none",
+            n_loops=2,
+            progress=False,
+        )
         for one in (cache, half)
     ]
     assert results[1].values.dtype == torch.float32
@@ -183,7 +215,9 @@ def run_sweep(
 ) -> LoopPatchingResult:
     clean, corrupted = prompts(model, batch=3, pos=LENGTH)
     cache = run_clean(model, clean)
-    return patch_sweep(model, corrupted, cache, metric, "resid_pre", axes, reduce=reduce, progress=False)
+    return patch_sweep(
+        model, corrupted, source=cache, metric=metric, site="resid_pre", axes=axes, reduce=reduce, progress=False
+    )
 
 
 def first(logits: Tensor) -> Tensor:
@@ -294,13 +328,13 @@ def test_the_result_says_what_made_it(capfd: pytest.CaptureFixture[str]) -> None
     model = make(tokenizer=word_tokenizer())
     _, cache = model.run_with_cache("a b c d")
     options = {"site": "state", "axes": ("source_loop", "loop"), "when": "from"}
-    result = patch_sweep(model, "a b e d", cache, lambda logits: logits.sum(), **options, progress=False)
+    result = patch_sweep(model, "a b e d", source=cache, metric=lambda logits: logits.sum(), **options, progress=False)
     assert result.str_tokens == ["a", "b", "e", "d"] and result.site == "state"
     made = {"model": "custom", "n_loops": 2, "start_at_loop": 0, "stop_at_loop": 2, "initial_state": "model"}
     assert {key: result.made_by[key] for key in made} == made
     assert result.made_by["source"] == "cache" and result.made_by["when"] == "from"
     assert capfd.readouterr().err == ""  # no bar
-    patch_sweep(model, "a b e d", cache, lambda logits: logits.sum(), **options)
+    patch_sweep(model, "a b e d", source=cache, metric=lambda logits: logits.sum(), **options)
     assert "Patching hook_state_pre: 100%" in capfd.readouterr().err
     assert run_sweep(case("bare"), first, "mean").str_tokens is None
 
@@ -312,7 +346,9 @@ def test_nothing_is_left_behind_and_gradients_are_off() -> None:
     cache = run_clean(model, clean)
     kept = {name: tensor.clone() for name, tensor in cache.items()}
     tokens = corrupted.clone()
-    result = patch_sweep(model, corrupted, cache, everywhere(model), "resid_pre", reduce="none", progress=False)
+    result = patch_sweep(
+        model, corrupted, source=cache, metric=everywhere(model), site="resid_pre", reduce="none", progress=False
+    )
     assert not result.values.requires_grad and not result.baseline.requires_grad
     assert torch.equal(corrupted, tokens)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in cache.items())
@@ -320,5 +356,72 @@ def test_nothing_is_left_behind_and_gradients_are_off() -> None:
     state = noise_like(torch.empty(2, LENGTH, model.cfg.d_model))
     before = state.clone()
     given = run_clean(model, clean, initial_state=state)
-    patch_sweep(model, corrupted, given, everywhere(model), "state", ("loop",), initial_state=state, reduce="none")
+    patch_sweep(
+        model,
+        corrupted,
+        source=given,
+        metric=everywhere(model),
+        site="state",
+        axes=("loop",),
+        initial_state=state,
+        reduce="none",
+    )
     assert torch.equal(state, before)
+
+
+def test_results_are_kept_in_files(tmp_path: Path) -> None:
+    model = case("bare", torch.float64)
+    _, corrupted = prompts(model, pos=LENGTH)
+    where = {"sender": Sender(0, 0, "mlp"), "receivers": [Receiver("q", 1, 1, 0), Receiver("readout")]}
+    results = [
+        run_sweep(model, {"first": first, "second": second}, "none"),
+        run_sweep(model, first, "mean", ("loop",)),
+        attribution_sweep(model, corrupted, source=zero(), metric=first, reduce="none", progress=False),
+        path_patch(model, corrupted, source=zero(), metric=first, reduce="none", **where),
+    ]
+    for result in results:
+        loaded = LoopPatchingResult.load(result.save(tmp_path / "result"))
+        for name, value in vars(result).items():
+            same = getattr(loaded, name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(same, value)
+            elif name == "index_df":
+                pd.testing.assert_frame_equal(same, value)
+            else:
+                assert same == value, name
+        torch.testing.assert_close(loaded.effect(), result.effect())
+        pd.testing.assert_frame_equal(loaded.to_dataframe(), result.to_dataframe())
+    assert [trace.type for trace in results[-1].plot().data] == ["heatmap"]
+    assert results[-1].index_df["receiver"].tolist() == ["q, loop 1, layer 1, head 0", "readout"]
+    assert results[-1].to_dataframe()["receiver"].iloc[-1] == "readout"
+
+
+def test_prompts_in_any_form_are_read_once() -> None:
+    model = make(tokenizer=word_tokenizer())
+    texts = ["a b c d", "e f g"]
+    ids = [model.to_tokens(text)[0].tolist() for text in texts]
+    where = {"sender": Sender(0, 0, "mlp"), "receivers": [Receiver("readout")]}
+    calls = [
+        lambda given: patch_sweep(model, given, source=zero(), metric=first, axes=("loop",), reduce="none"),
+        lambda given: attribution_sweep(model, given, source=zero(), metric=first, axes=("loop",), reduce="none"),
+        lambda given: path_patch(model, given, source=zero(), metric=first, reduce="none", **where),
+    ]
+    for call in calls:
+        expected = call(texts).values
+        assert expected.shape[-1] == 2
+        for form in (iter(texts), ids, model.tokenizer(texts, padding=True, return_tensors="pt"), model.prepare(texts)):
+            torch.testing.assert_close(call(form).values, expected)
+    same = ["a b c", "d e f"]
+    for form in (iter(same), model.to_tokens(same), model.prepare(same)):
+        source = mean_source(model, form, names_filter="blocks.0.hook_resid_pre")
+        assert source.run.tokens.shape == (2, 3)
+
+
+def test_a_run_of_some_loops_and_unknown_options_are_refused() -> None:
+    model = make(tokenizer=word_tokenizer())
+    with pytest.raises(InputError, match="patching runs all loops: prepare the prompts without start_at_loop"):
+        patch_sweep(model, model.prepare("a b", stop_at_loop=1), source=zero(), metric=first)
+    with pytest.raises(InputError, match="patch_sweep has no argument 'sed'"):
+        patch_sweep(model, "a b", source=zero(), metric=first, sed=1)
+    with pytest.raises(InputError, match="pass seed to model.prepare"):
+        attribution_sweep(model, model.prepare("a b"), source=zero(), metric=first, seed=1)

@@ -49,7 +49,7 @@ def sweep(
 ) -> LoopPatchingResult:
     """A sweep with a metric for each prompt, kept."""
     options = {"reduce": "none", "progress": False, "n_loops": 2, **options}
-    return patch_sweep(model, corrupted, source, everywhere(model), site, axes, **options)
+    return patch_sweep(model, corrupted, source=source, metric=everywhere(model), site=site, axes=axes, **options)
 
 
 def check_cells(
@@ -303,11 +303,19 @@ def test_the_numbers_are_those_of_transformerlens_on_the_unrolled_view(name: str
         heads = patching.get_act_patch_attn_head_v_all_pos(view, corrupted, cache, direction(model), reduce="none")
     options = {"n_loops": 2, "reduce": "none", "progress": False}
     clean_cache = run_clean(model, clean, 2)
-    ours = patch_sweep(model, corrupted, clean_cache, direction(model), "resid_pre", **options)
+    ours = patch_sweep(model, corrupted, source=clean_cache, metric=direction(model), site="resid_pre", **options)
     torch.testing.assert_close(ours.values.float(), theirs.values[core].unflatten(0, shape), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.baseline.float(), theirs.baseline, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.effect().float(), theirs.effect()[core].unflatten(0, shape), rtol=1e-4, atol=1e-4)
-    ours = patch_sweep(model, corrupted, clean_cache, direction(model), "v", ("loop", "layer", "head"), **options)
+    ours = patch_sweep(
+        model,
+        corrupted,
+        source=clean_cache,
+        metric=direction(model),
+        site="v",
+        axes=("loop", "layer", "head"),
+        **options,
+    )
     torch.testing.assert_close(ours.values.float(), heads.values[core].unflatten(0, shape), rtol=1e-5, atol=1e-5)
 
 
@@ -315,7 +323,7 @@ def test_the_default_sweep_is_the_residual_stream_over_loops_layers_and_position
     model = double("bare")
     clean, corrupted = prompts(model, pos=LENGTH)
     result = patch_sweep(
-        model, corrupted, run_clean(model, clean), lambda logits: logits[:, -1, 0].mean(), progress=False
+        model, corrupted, source=run_clean(model, clean), metric=lambda logits: logits[:, -1, 0].mean(), progress=False
     )
     assert result.axis_names == ["loop", "layer", "pos"] and result.values.shape == (2, 2, LENGTH)
     assert result.site == "resid_pre" and result.reduced and result.metric_names == ["metric"]

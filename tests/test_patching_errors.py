@@ -17,7 +17,17 @@ from tl_looped import LoopedModel
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import HookNameError, InputError
 from tl_looped.engine.schedule import HookSite
-from tl_looped.patching import Receiver, Sender, attribution_sweep, checks, fixed, mean, patch_sweep, path_patch, zero
+from tl_looped.patching import (
+    Receiver,
+    Sender,
+    attribution_sweep,
+    checks,
+    fixed,
+    mean_source,
+    patch_sweep,
+    path_patch,
+    zero,
+)
 
 LENGTH = 4
 
@@ -28,17 +38,17 @@ def total(logits: Tensor) -> Tensor:
 
 def sweep(model: LoopedModel, corrupted: Any, source: Any, **options: Any) -> Any:
     options = {"metric": total, "site": "resid_pre", "axes": ("loop", "layer", "pos"), "progress": False, **options}
-    return patch_sweep(model, corrupted, source, **options)
+    return patch_sweep(model, corrupted, source=source, **options)
 
 
 def attribute(model: LoopedModel, corrupted: Any, source: Any, **options: Any) -> Any:
     options = {"metric": total, "axes": ("loop", "layer", "pos"), "progress": False, **options}
-    return attribution_sweep(model, corrupted, source, **options)
+    return attribution_sweep(model, corrupted, source=source, **options)
 
 
 def path(model: LoopedModel, corrupted: Any, source: Any, **options: Any) -> Any:
     options = {"metric": total, "sender": Sender(0, 0, "mlp"), "receivers": [Receiver("readout")], **options}
-    return path_patch(model, corrupted, source, **options)
+    return path_patch(model, corrupted, source=source, **options)
 
 
 every_function = pytest.mark.parametrize("function", [sweep, attribute, path])
@@ -237,7 +247,7 @@ def test_a_metric_that_can_not_be_used(
     model, corrupted, cache = given()
     runs = []
     execute = LoopedModel.execute
-    monkeypatch.setattr(LoopedModel, "execute", lambda *args: runs.append(1) or execute(*args))
+    monkeypatch.setattr(LoopedModel, "execute", lambda *args, **kwargs: runs.append(1) or execute(*args, **kwargs))
     with pytest.raises(InputError, match=message):
         function(model, corrupted, cache, metric=metric, reduce=reduce, n_loops=2)
     assert runs == [1] and hook_count(model) == 0
@@ -418,10 +428,13 @@ def test_free_memory_is_a_number_of_bytes() -> None:
 def test_means_that_do_not_fit(refused: Refused) -> None:
     model, corrupted, _ = given("retrofit-tinyllama")
     reference = tokens_for(model, 3, LENGTH + 1)
-    longer, seeded = mean(model, reference, n_loops=2), mean(model, reference[:, :LENGTH], n_loops=2, seed=3)
+    longer, seeded = (
+        mean_source(model, reference, n_loops=2),
+        mean_source(model, reference[:, :LENGTH], n_loops=2, seed=3),
+    )
     some, over_all = (
-        mean(model, reference[:, :LENGTH], "blocks.0.attn.hook_z", 2),
-        mean(model, reference, n_loops=2, per_position=False),
+        mean_source(model, reference[:, :LENGTH], 2, names_filter="blocks.0.attn.hook_z"),
+        mean_source(model, reference, n_loops=2, per_position=False),
     )
     with refused("has 5 along 'pos', the patched prompts 4: .*, or a mean with per_position=False"):
         sweep(model, corrupted, longer, n_loops=2)
@@ -444,7 +457,7 @@ def test_a_mean_of_patterns_for_prompts_with_padding(refused: Refused) -> None:
     """Queries behind padding would see it, as the reference's see real tokens there; before it nothing is wrong."""
     for side in ("left", "right"):
         model = make(tokenizer=word_tokenizer(padding_side=side))
-        source = mean(model, ["a b c", "d e f"])
+        source = mean_source(model, ["a b c", "d e f"])
         sweep(model, ["a b c", "f e d"], source, site="pattern")
         sweep(model, ["a b c", "a b"], source, site="v")
         if side == "right":
@@ -457,7 +470,7 @@ def test_a_mean_of_patterns_for_prompts_with_padding(refused: Refused) -> None:
 def test_a_reference_of_prompts_of_different_lengths(refused: Refused) -> None:
     model = make(tokenizer=word_tokenizer())
     with refused("the reference prompts differ in length, so their positions do not correspond"):
-        mean(model, ["a b c", "a b"])
+        mean_source(model, ["a b c", "a b"])
 
 
 def test_a_given_tensor_that_does_not_fit() -> None:

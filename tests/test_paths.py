@@ -30,7 +30,15 @@ def paths(model: LoopedModel, sender: Sender, receivers: list[Receiver], metric:
     _, corrupted = prompts(model, pos=LENGTH)
     options = {"reduce": "none", "n_loops": LOOPS, **options}
     cache, _ = both_clean(model, LENGTH, options["n_loops"])
-    return path_patch(model, corrupted, cache, metric or everywhere(model), sender, receivers, **options)
+    return path_patch(
+        model,
+        corrupted,
+        source=cache,
+        metric=metric or everywhere(model),
+        sender=sender,
+        receivers=receivers,
+        **options,
+    ).values
 
 
 class Slow:
@@ -203,10 +211,10 @@ def test_the_last_mlp_has_no_path_but_that_to_the_readout(name: str) -> None:
     cells = patch_sweep(
         model,
         corrupted,
-        run_clean(model, clean, LOOPS),
-        everywhere(model),
-        "mlp_out",
-        ("loop", "layer"),
+        source=run_clean(model, clean, LOOPS),
+        metric=everywhere(model),
+        site="mlp_out",
+        axes=("loop", "layer"),
         reduce="none",
         n_loops=LOOPS,
         progress=False,
@@ -254,8 +262,15 @@ def test_clean_into_clean_changes_nothing() -> None:
         receivers = [Receiver("q", 1, 1), Receiver("mlp", 2, 0), Receiver("readout")]
         cache, metric = run_clean(model, clean, LOOPS), everywhere(model)
         values = path_patch(
-            model, clean, cache, metric, Sender(0, 1, "head", 0), receivers, reduce="none", n_loops=LOOPS
-        )
+            model,
+            clean,
+            source=cache,
+            metric=metric,
+            sender=Sender(0, 1, "head", 0),
+            receivers=receivers,
+            reduce="none",
+            n_loops=LOOPS,
+        ).values
         with torch.no_grad():
             expected = metric(model(clean, LOOPS)).expand(3, -1)
         torch.testing.assert_close(values, expected, **EXACT)
@@ -266,8 +281,9 @@ def test_a_run_from_a_given_state_needs_no_prelude() -> None:
     clean, corrupted = prompts(model, pos=LENGTH)
     state = noise_like(torch.empty(2, LENGTH, 16, dtype=torch.float64))
     cache = run_clean(model, clean, initial_state=state)
-    args = (model, corrupted, cache, everywhere(model), Sender(0, 0, "mlp"), [Receiver("readout")])
-    values = path_patch(*args, initial_state=state, reduce="none")
+    where = {"sender": Sender(0, 0, "mlp"), "receivers": [Receiver("readout")]}
+    options = {"source": cache, "metric": everywhere(model), "reduce": "none", "initial_state": state}
+    values = path_patch(model, corrupted, **where, **options).values
     with torch.no_grad():  # nothing reads the tokens, so the runs are the same
         torch.testing.assert_close(values[0], everywhere(model)(model(clean, initial_state=state)), **EXACT)
 
@@ -318,7 +334,15 @@ def test_what_the_model_does_not_have_is_refused(
 
 def paths_without_running(sender: Sender, receivers: list[Receiver]) -> None:
     model = case("added")
-    path_patch(model, prompts(model, pos=LENGTH)[1], CACHE[0], all_logits, sender, receivers, n_loops=LOOPS)
+    path_patch(
+        model,
+        prompts(model, pos=LENGTH)[1],
+        source=CACHE[0],
+        metric=all_logits,
+        sender=sender,
+        receivers=receivers,
+        n_loops=LOOPS,
+    )
 
 
 CACHE: list[Any] = []
@@ -339,9 +363,13 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cache_without_the_senders_output_and_several_metrics_are_refused(no_runs: None, as_a_user: None) -> None:
     model = case("added")
-    corrupted, where = prompts(model, pos=LENGTH)[1], (Sender(0, 0, "mlp"), [Receiver("readout")])
+    corrupted, where = (
+        prompts(model, pos=LENGTH)[1],
+        {"sender": Sender(0, 0, "mlp"), "receivers": [Receiver("readout")]},
+    )
+    some = CACHE[0].apply_slice_to_loops([1])
     with pytest.raises(InputError, match=r"the source's cache has no 'blocks.0.loop.0.hook_mlp_out'"):
-        path_patch(model, corrupted, CACHE[0].apply_slice_to_loops([1]), all_logits, *where, n_loops=LOOPS)
+        path_patch(model, corrupted, LOOPS, source=some, metric=all_logits, **where)
     two: Any = {"one": all_logits, "two": all_logits}
     with pytest.raises(InputError, match=r"path_patch takes one metric, not a mapping of \['one', 'two'\]"):
-        path_patch(model, corrupted, CACHE[0], two, *where, n_loops=LOOPS)
+        path_patch(model, corrupted, LOOPS, source=CACHE[0], metric=two, **where)

@@ -12,7 +12,7 @@ from helpers import FAMILIES, config, expected, make, parity, run_options, token
 from plain import Plain, Tape, weights_of
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from tl_looped import Llama3Rope, LoopedModel
+from tl_looped import Llama3Rope, LoopedModel, QKNorm, Rotary
 
 PLACEMENTS = ("pre", "residual_sandwich", "output_sandwich", "output")
 INJECTIONS = ("none", "add", "concat_linear")
@@ -20,27 +20,27 @@ LOOP_NORMS = ("none", "each", "last")
 STACKS = {"n_prelude": 1, "n_coda": 1}
 SCALING = Llama3Rope(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_n_ctx=16)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adjacent rotary": {"rotary_style": "adjacent", "rotary_base": 500.0},
-    "llama3 rotary": {"rotary_scaling": SCALING, "d_head": 8, "rotary_base": 500.0},
+    "adjacent rotary": {"rotary": Rotary(500.0, "adjacent")},
+    "llama3 rotary": {"rotary": Rotary(500.0, scaling=SCALING), "d_head": 8},
     "grouped heads": {"n_key_value_heads": 2},
-    "one key head": {"n_key_value_heads": 1, "qk_bias": True, "qk_norm": True},
+    "one key head": {"n_key_value_heads": 1, "qk_bias": True, "qk_norm": QKNorm()},
     "qk bias": {"qk_bias": True},
-    "qk norm": {"qk_norm": True, "norm_placement": "output"},
+    "qk norm": {"qk_norm": QKNorm(), "norm_placement": "output"},
     "heads wider than the model": {"d_head": 10},
-    "state from prelude": {**STACKS, "initial_state": "prelude", "injection": "add"},
-    "state of zeros": {**STACKS, "initial_state": "zeros", "injection": "concat_linear"},
+    "state from prelude": {**STACKS, "state_init": "prelude", "injection": "add"},
+    "state of zeros": {**STACKS, "state_init": "zeros", "injection": "concat_linear"},
     "state drawn": {
-        "initial_state": "normal",
-        "initial_state_std": 0.5,
+        "state_init": "normal",
+        "state_init_std": 0.5,
         "injection": "concat_linear",
         "embed_scale": 3.0,
     },
-    "state truncated": {"initial_state": "truncated_normal", "initial_state_scale": 2.0, "injection": "add"},
+    "state truncated": {"state_init": "truncated_normal", "state_init_scale": 2.0, "injection": "add"},
     "tied head": {"tie_embeddings": True, "embed_scale": 0.25},
     "no final norm": {"final_norm": False, "loop_norm": "each", "exit_gate": True},
     "no norm but in layers": {"final_norm": False},
     "both norms before the head": {**STACKS, "final_norm": True, "loop_norm": "last", "exit_gate": True},
-    "large eps": {"eps": 0.5, "qk_norm": True},
+    "large eps": {"eps": 0.5, "qk_norm": QKNorm()},
     "one layer, five loops": {"n_core": 1, "n_loops": 5},
 }
 
@@ -96,7 +96,7 @@ def test_every_other_choice(name: str):
 def test_the_published_families(family: str):
     model = parity(family, torch.float64)
     tokens = expected(family)["input_ids"]
-    assert_same(model, tokens, 1e-5 if model.cfg.rotary_scaling else 1e-9, n_loops=3, **run_options(family, model))
+    assert_same(model, tokens, 1e-5 if model.cfg.rotary.scaling else 1e-9, n_loops=3, **run_options(family, model))
     model.zero_grad()
 
 
@@ -147,7 +147,7 @@ def test_one_loop_of_a_llama_is_transformers_llama(kv_heads: int, scaled: bool):
     ).eval()
     randomise(theirs)
     scaling = SCALING if scaled else None
-    ours = LoopedModel.from_config(config(**OURS, n_key_value_heads=kv_heads, rotary_scaling=scaling))
+    ours = LoopedModel.from_config(config(**OURS, n_key_value_heads=kv_heads, rotary=Rotary(scaling=scaling)))
     norms = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     load_weights(ours, theirs.state_dict(), SUBLAYERS | norms)
     tokens = tokens_for(ours, pos=40)
@@ -160,8 +160,8 @@ def test_one_loop_of_an_olmo2_is_transformers_olmo2(kv_heads: int):
     theirs = Olmo2ForCausalLM(Olmo2Config(**SIZES, num_key_value_heads=kv_heads, max_position_embeddings=64)).eval()
     randomise(theirs)
     theta, eps = theirs.config.rope_parameters["rope_theta"], theirs.config.rms_norm_eps
-    options = {"n_key_value_heads": kv_heads, "rotary_base": float(theta), "eps": eps}
-    ours = LoopedModel.from_config(config(**OURS, **options, norm_placement="output", qk_norm=True))
+    options = {"n_key_value_heads": kv_heads, "rotary": Rotary(float(theta)), "eps": eps}
+    ours = LoopedModel.from_config(config(**OURS, **options, norm_placement="output", qk_norm=QKNorm()))
     norms = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
     qk_norms = {f"attn.{name}": f"self_attn.{name}" for name in ("q_norm", "k_norm")}
     load_weights(ours, theirs.state_dict(), SUBLAYERS | norms | qk_norms)

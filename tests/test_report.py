@@ -9,7 +9,7 @@ from report_helpers import hostile_model, numbered
 
 from tl_looped import InputError
 from tl_looped.engine.schedule import CORE
-from tl_looped.lens import kl_divergence
+from tl_looped.lens.measures import kl_divergence
 from tl_looped.report import Prompt, built_in, collect, report_page
 from tl_looped.report import data as data_module
 from tl_looped.report.data import choose_attention, spread
@@ -37,7 +37,7 @@ def test_numbers_equal_direct_computation(family: str):
         kl = (final * (final / probs).log()).sum(-1)
         torch.testing.assert_close(reading.kl_to_final[t], kl, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(reading.answer_prob[t], probs[-1, 11])
-        assert reading.answer_rank[t] == 1 + probs[-1].argsort(descending=True).tolist().index(11)
+        assert reading.answer_rank[t] == probs[-1].argsort(descending=True).tolist().index(11)
         step = (states[t + 1] - states[t]).norm(dim=-1) / states[t + 1].norm(dim=-1)
         torch.testing.assert_close(reading.step[t], step)
         torch.testing.assert_close(reading.cosine[t], torch.cosine_similarity(states[t + 1], states[t], dim=-1))
@@ -83,10 +83,10 @@ def test_without_an_answer_the_final_top_token_is_tracked():
     model = hostile_model()
     (reading,) = collect(model, [Prompt("The square root of 16 is")]).readings
     top = int(model("The square root of 16 is")[0, -1].argmax())
-    assert (reading.answer_id, reading.answer_given) == (top, False)
-    assert reading.answer_rank[-1] == 1
+    assert (reading.answer_id, reading.prompt.answer) == (top, None)
+    assert reading.answer_rank[-1] == 0
     (given,) = collect(model, [Prompt("The square root of 16 is", answer=" 4")]).readings
-    assert (given.answer_id, given.answer, given.answer_given) == (6, " 4", True)
+    assert (given.answer_id, given.answer) == (6, " 4")
     assert given.tokens == ("The", " square", " root", " of", " 16", " is")
 
 
@@ -200,7 +200,7 @@ def test_a_prompt_is_text_or_tokens():
         ("ouro", numbered(1, answer="four"), "an answer must be a token id below"),
         ("ouro", numbered(1, answer="100000"), "an answer must be a token id below"),
         ("ouro", numbered(100000), "token id 100000 is out of the vocabulary"),
-        ("ouro", numbered(), "at least one token"),
+        ("ouro", numbered(), "prompt 1 is empty, so there is nothing to run"),
     ],
 )
 def test_prompts_that_can_not_be_read(family: str, prompt: Prompt, message: str):
@@ -227,11 +227,11 @@ def reading() -> data_module.Reading:
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
-        ([1, 1, 1, 1], "is the top token after every loop, from loop 0 on"),
-        ([9, 1, 1, 1], "is the top token after loop 1 and every later one"),
-        ([1, 4, 1, 1], "is the top token after loop 2 and every later one"),
-        ([3, 2, 2, 1], "becomes the top token only after the last loop, loop 3"),
-        ([3, 1, 1, 2], "was the top token after loop 2, and lost that place"),
+        ([0, 0, 0, 0], "is the top token after every loop, from loop 0 on"),
+        ([9, 0, 0, 0], "is the top token after loop 1 and every later one"),
+        ([0, 4, 0, 0], "is the top token after loop 2 and every later one"),
+        ([3, 2, 2, 0], "becomes the top token only after the last loop, loop 3"),
+        ([3, 0, 0, 2], "was the top token after loop 2, and lost that place"),
         ([3, 3, 3, 1234], "rank 1,234; the top token is"),
     ],
 )

@@ -87,7 +87,7 @@ def test_the_exits_section_names_the_best_rule(family: str) -> None:
         assert float(found[2]) == pytest.approx(7 - row["saved"], abs=6e-3)
         assert float(found[3].strip("%>")) == pytest.approx(100 * row["agreement"], abs=0.6)
         assert float(found[4]) == pytest.approx(row["kl"], rel=6e-2, abs=1e-9)
-    assert "on 10 tokens of all prompts" in html
+    assert "on 10 positions of all prompts" in html
     assert (
         f"the best rule is {rows[0][0]}, with the threshold {rows[0][1]}: tokens stop after {rows[0][2]} of 7" in html
     )
@@ -105,6 +105,12 @@ def test_the_sections_of_an_embedded_model_say_what_a_full_run_says() -> None:
             words for words in re.findall(r'<p class="finding">(.*?)</p>', lens.html) if f"“{tops[0]}”" in words
         )
         assert f"“{tops[-1]}”" in words or tops[0] == tops[-1]
+    # The answers are due at the last position alone, so nothing is averaged over others.
+    tops = torch.stack([model(prompt.name, t + 1)[0, -1].argmax() for t in range(6) for prompt in prompts]).view(6, 3)
+    share = float((tops[0] == tops[-1]).double().mean())
+    assert f"top token at {share:.0%} of 3 positions" in lens.html
+    assert "over the last position of 3 prompts, where the answer is due" in lens.html
+    assert "on the last position of 3 prompts, where the answer is due" in exits.html
     page = report_page(data, extra=[lens, exits])
     assert page.index("What each layer would say") < page.index("When it could stop") < page.index("Prompt 1 of 3")
 

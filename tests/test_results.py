@@ -18,17 +18,17 @@ from torch import Tensor
 from tl_looped import InputError, LoopSchedule
 from tl_looped.engine.results import Result
 from tl_looped.lens import (
-    ExitCurves,
     ExitTrace,
     KLRule,
-    LoopAgreement,
-    LoopLensResult,
+    LogitLens,
+    ReadoutAgreement,
     TunedLens,
     fit_tuned_lens,
-    loop_agreement,
-    loop_lens,
+    logit_lens,
+    readout_agreement,
     trace_exits,
 )
+from tl_looped.lens.trade_off import ExitCurves
 
 
 @lru_cache
@@ -39,9 +39,9 @@ def results() -> dict[str, Result]:
     trace = trace_exits(model, texts, n_loops=3)
     fit = {"steps": 2, "progress": False, "held_out": ["f"]}
     return {
-        "lens": loop_lens(model, texts, 3, site="resid_mid", positions=None, targets=["a", 3]),
-        "lens of the state": loop_lens(model, texts, 3, padding_side="left"),
-        "agreement": loop_agreement(model, texts, 3),
+        "lens": logit_lens(model, texts, 3, site="resid_mid", positions=None, targets=["a", 3]),
+        "lens of the state": logit_lens(model, texts, 3, padding_side="left"),
+        "agreement": readout_agreement(model, texts, 3),
         "trace": trace,
         "curves": trace.curves(),
         "tuned": fit_tuned_lens(model, texts, per_loop=True, **fit),
@@ -70,9 +70,9 @@ def assert_equal(found: Any, wanted: Any, where: str = "") -> None:
 
 
 KINDS = [
-    ("lens", LoopLensResult),
-    ("lens of the state", LoopLensResult),
-    ("agreement", LoopAgreement),
+    ("lens", LogitLens),
+    ("lens of the state", LogitLens),
+    ("agreement", ReadoutAgreement),
     ("trace", ExitTrace),
     ("curves", ExitCurves),
     ("tuned", TunedLens),
@@ -94,7 +94,7 @@ def test_a_result_comes_back_from_its_file(kind: str, cls: type[Result], tmp_pat
 
 
 def test_what_comes_back_works_as_before(tmp_path: Path) -> None:
-    lens = LoopLensResult.load(results()["lens"].save(tmp_path / "lens"))
+    lens = LogitLens.load(results()["lens"].save(tmp_path / "lens"))
     assert lens.rank_trajectory("a").shape == (3, 2, 2, 3)
     assert lens.answer_flips().equals(results()["lens"].answer_flips())
     trace = ExitTrace.load(results()["trace"].save(tmp_path / "trace"))
@@ -102,7 +102,7 @@ def test_what_comes_back_works_as_before(tmp_path: Path) -> None:
     model = make(tokenizer=word_tokenizer(), **{**TINY["ouro"], "d_vocab": len(WORDS)})
     tuned = TunedLens.load(results()["tuned"].save(tmp_path / "tuned"))
     options = {"kind": "tuned", "site": "resid_post", "positions": None}
-    found, wanted = (loop_lens(model, "a b c", translator=one, **options) for one in (tuned, results()["tuned"]))
+    found, wanted = (logit_lens(model, "a b c", translator=one, **options) for one in (tuned, results()["tuned"]))
     assert torch.equal(found.entropy, wanted.entropy)
 
 
@@ -158,25 +158,25 @@ def test_the_file_is_safetensors_that_says_what_it_is(tmp_path: Path) -> None:
 
 def test_files_that_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be read as a result"):
-        LoopLensResult.load(tmp_path / "missing")
+        LogitLens.load(tmp_path / "missing")
     with pytest.raises(InputError, match="can't be read as a result"):
-        LoopLensResult.load(tmp_path)
+        LogitLens.load(tmp_path)
     (tmp_path / "text").write_text("not safetensors")
     with pytest.raises(InputError, match="text' can't be read as a result"):
-        LoopLensResult.load(tmp_path / "text")
+        LogitLens.load(tmp_path / "text")
     whole = results()["lens"].save(tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-10])
     with pytest.raises(InputError, match="cut' can't be read as a result"):
-        LoopLensResult.load(tmp_path / "cut")
+        LogitLens.load(tmp_path / "cut")
     for metadata in (None, {"format": "pt"}):
         save_file({"a": torch.zeros(2)}, tmp_path / "foreign", metadata=metadata)
         with pytest.raises(InputError, match="foreign' is a safetensors file, but not a result of tl_looped"):
-            LoopLensResult.load(tmp_path / "foreign")
+            LogitLens.load(tmp_path / "foreign")
 
 
 def test_the_result_of_another_class(tmp_path: Path) -> None:
     path = results()["lens"].save(tmp_path / "lens")
-    with pytest.raises(InputError, match="holds a LoopLensResult, not a ExitTrace: call LoopLensResult.load"):
+    with pytest.raises(InputError, match="holds a LogitLens, not a ExitTrace: call LogitLens.load"):
         ExitTrace.load(path)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tl_looped.engine.errors import InputError
 from tl_looped.observe import observe
-from tl_looped.stages import (
-    STAGE_MEASURES,
+from tl_looped.stages import STAGE_MEASURES
+from tl_looped.stages.measures import (
     colsum_concentration,
     matrix_entropy,
     mixing_score,

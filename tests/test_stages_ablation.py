@@ -19,10 +19,10 @@ from tl_looped.stages import (
     AblationEffect,
     MassiveActivations,
     ablation_effect,
-    activation_ratios,
     massive_activations,
     silence_mlp,
 )
+from tl_looped.stages.ablation import activation_ratios
 
 DIM = 5
 
@@ -124,7 +124,7 @@ def test_a_silent_mlp_adds_nothing_at_its_loops(family: str, loops: Any, chosen:
 
 def test_the_effect_of_an_ablation_is_that_of_two_runs():
     model, prompts = massive(), [[1, 2, 3, 4], [5, 6, 7], [8, 9, 1, 2]]
-    result = ablation_effect(model, prompts, 1, [0, 2], n_loops=3, progress=False)
+    result = ablation_effect(model, prompts, layer=1, loops=[0, 2], n_loops=3, progress=False)
     clean = observe(model, prompts, 3, measures=[MIXING, RESIDUAL_ENTROPY], progress=False)
     with model.hooks(fwd_hooks=silence_mlp(model, 1, [0, 2], n_loops=3)):
         silent = observe(model, prompts, 3, measures=[MIXING, RESIDUAL_ENTROPY], progress=False)
@@ -137,7 +137,7 @@ def test_the_effect_of_an_ablation_is_that_of_two_runs():
 
 def test_without_its_mlp_the_stream_is_no_longer_compressed():
     model = massive()
-    result = ablation_effect(model, tokens_for(model), 1, n_loops=3, progress=False)
+    result = ablation_effect(model, tokens_for(model), layer=1, n_loops=3, progress=False)
     made = [result.schedule.realised_depth("blocks", 1, t) for t in range(3)]
     assert bool((result.clean["residual_entropy"][made] < 0.01).all())
     assert bool((result.ablated["residual_entropy"][made] > 0.3).all())
@@ -147,7 +147,7 @@ def test_without_its_mlp_the_stream_is_no_longer_compressed():
 
 def test_a_silent_layer_that_runs_once():
     model = tiny("llama")
-    result = ablation_effect(model, tokens_for(model), 0, stack="coda", n_loops=2, progress=False)
+    result = ablation_effect(model, tokens_for(model), layer=0, stack="coda", n_loops=2, progress=False)
     last = result.schedule.depth - 1
     assert float(result.change("magnitude")[last]) != 0 and not bool(result.change("magnitude")[:last].any())
     assert result.made_by["silent"] == "MLP of coda.0 silent"
@@ -156,7 +156,7 @@ def test_a_silent_layer_that_runs_once():
 def test_other_measures_and_figures_and_files(tmp_path: Path):
     model = tiny("ouro")
     options: dict[str, Any] = {"n_loops": 3, "progress": False}
-    result = ablation_effect(model, tokens_for(model), -1, 1, measures=[TOTAL_VARIATION, MIXING], **options)
+    result = ablation_effect(model, tokens_for(model), layer=-1, loops=1, measures=[TOTAL_VARIATION, MIXING], **options)
     assert bool(result.clean["total_variation"][:2].isnan().all())
     table = result.to_dataframe()
     assert len(table) == 2 * 6 and table["loop"].tolist()[:6] == [0, 0, 1, 1, 2, 2]
@@ -198,13 +198,13 @@ def test_what_can_not_be_silenced(options: dict[str, Any], message: str):
     [
         ({"top": 0}, "top must be at least 1"),
         ({"min_ratio": -1.0}, "min_ratio must be a finite number of at least 0, got -1.0"),
-        ({"prompt": torch.zeros(2, 4, dtype=torch.int64)}, "one prompt, got 2"),
+        ({"prompts": torch.zeros(2, 4, dtype=torch.int64)}, "one prompt, got 2"),
     ],
 )
 def test_what_the_search_refuses(options: dict[str, Any], message: str):
     model = tiny("llama")
     with pytest.raises(InputError, match=message):
-        massive_activations(model, **{"prompt": tokens_for(model, 1), **options})
+        massive_activations(model, **{"prompts": tokens_for(model, 1), **options})
 
 
 def test_a_state_that_is_not_finite_is_named():
@@ -217,5 +217,5 @@ def test_a_state_that_is_not_finite_is_named():
 
 
 def test_two_runs_do_not_share_a_file():
-    with pytest.raises(InputError, match="leave out save_to"):
-        ablation_effect(tiny("llama"), tokens_for(tiny("llama")), 0, save_to="file")
+    with pytest.raises(InputError, match="ablation_effect has no argument 'save_to'"):
+        ablation_effect(tiny("llama"), tokens_for(tiny("llama")), layer=0, save_to="file")

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.schedule import LoopSchedule
-from tl_looped.stages import CurveAlignment, LoopAlignment, align_curves, align_loops, resample
+from tl_looped.stages import CurveAlignment, align_curves
+from tl_looped.stages.alignment import resample
 
 NAN = float("nan")
 REFERENCE = torch.tensor([0.0, 1.0, 4.0, 2.0, 2.5, 5.0], dtype=torch.float64)
@@ -98,38 +97,30 @@ def test_constant_curves_have_no_correlation(constant: str):
 
 
 def test_every_loop_of_a_run():
-    schedule = LoopSchedule.looped(1, 4, 2, 3)
-    values = torch.randn(schedule.depth, dtype=torch.float64)
-    result = align_loops(values, schedule, REFERENCE)
+    values = torch.randn(3, 4, dtype=torch.float64)
+    result = align_curves(values, REFERENCE)
     for t in range(3):
-        one = align_curves(values[1 + 4 * t : 5 + 4 * t], REFERENCE)
+        one = align_curves(values[t], REFERENCE)
         row = result.to_dataframe().iloc[t]
         assert row["loop"] == t and row["correlation"] == one.correlation
         assert row["p_shift"] == one.p_shift and row["p_permutation"] == one.p_permutation
 
 
 def test_a_loop_without_values_has_no_alignment(tmp_path: Path):
-    schedule = LoopSchedule.looped(0, 3, 0, 3)
-    values = torch.arange(9.0)
-    values[0] = NAN
-    result = align_loops(values, schedule, REFERENCE)
+    values = torch.arange(9.0).reshape(3, 3)
+    values[0, 0] = NAN
+    result = align_curves(values, REFERENCE)
     assert result.correlation.isnan().tolist() == [True, False, False] == result.p_shift.isnan().tolist()
     line = result.plot().data[0]
     assert line.y[0] is None and line.y[2] == pytest.approx(float(result.correlation[2]), rel=1e-4)
-    loaded = LoopAlignment.load(result.save(tmp_path / "loops"))
+    loaded = CurveAlignment.load(result.save(tmp_path / "loops"))
     assert torch.equal(loaded.p_permutation[1:], result.p_permutation[1:])
-
-
-def test_nested_stacks():
-    schedule = LoopSchedule.nested(3, 2, 2)
-    values = torch.randn(schedule.depth, dtype=torch.float64)
-    result = align_loops(values, schedule, REFERENCE, stack="H_blocks")
-    assert float(result.correlation[1]) == align_curves(values[15:18], REFERENCE).correlation
 
 
 def test_table_figure_and_file(tmp_path: Path):
     result = align_curves(CURVE, REFERENCE)
     assert result.to_dataframe().iloc[0].to_dict() == {
+        "loop": 0,
         "correlation": result.correlation,
         "p_shift": result.p_shift,
         "p_permutation": result.p_permutation,
@@ -144,12 +135,6 @@ def test_table_figure_and_file(tmp_path: Path):
     assert loaded.p_shift == result.p_shift and torch.equal(loaded.shifts, result.shifts)
 
 
-def loops(values: Tensor | None = None, **options: Any) -> LoopAlignment:
-    schedule = LoopSchedule.looped(1, 3, 0, 2)
-    values = torch.randn(7) if values is None else values
-    return align_loops(values, schedule, REFERENCE, **options)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -159,10 +144,9 @@ def loops(values: Tensor | None = None, **options: Any) -> LoopAlignment:
         (lambda: resample(CURVE, 1), "n_points must be at least 2"),
         (lambda: align_curves(CURVE, REFERENCE, n_permutations=0), "n_permutations must be at least 1"),
         (lambda: align_curves(CURVE, REFERENCE, seed=-1), "seed must be at least 0"),
-        (lambda: loops(torch.ones(6)), r"each of the 7 layer calls.*got shape \(6,\)"),
-        (lambda: loops(torch.full((7,), NAN)), "no loop has a finite value in all of its layers"),
-        (lambda: loops(stack="prelude"), "'prelude' does not loop"),
-        (lambda: loops(torch.ones(7)).plot(), "correlation.* has no finite value"),
+        (lambda: align_curves(torch.ones(2, 3, 4), REFERENCE), r"curve must hold.*got shape \(3, 4\)"),
+        (lambda: align_curves(torch.full((2, 3), NAN), REFERENCE), "no loop has a finite value in all of its layers"),
+        (lambda: align_curves(torch.ones(2, 3), REFERENCE).plot(), "correlation.* has no finite value"),
     ],
 )
 def test_what_is_refused(call: Any, message: str):

@@ -85,7 +85,7 @@ def folded(model: Any, block: Any) -> tuple[Tensor, Tensor]:
     """(directions, unembedding) with the norms' weights in them, entry by entry."""
     w, W_U = block.mlp.W_out.clone(), model.W_U.clone()
     for i in range(model.cfg.d_model):
-        if block.placement != "pre":
+        if model.cfg.norm_placement != "pre":
             w[:, i] *= block.ln2_post.weight[i]
         if model.cfg.final_norm or model.cfg.loop_norm == "each":
             W_U[i] *= model.transformer.ln_final.weight[i]

@@ -77,7 +77,7 @@ def test_architectures_are_what_they_are_called(norm: Any, injection: bool) -> N
     cfg = architecture(4, norm, injection, "fan_in", SIZES)
     assert (cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_loops, cfg.norm_placement) == (0, 4, 0, 128, norm)
     assert cfg.injection == ("concat_linear" if injection else "none")
-    assert cfg.initial_state == ("truncated_normal" if injection else "prelude")
+    assert cfg.state_init == ("truncated_normal" if injection else "prelude")
     assert cfg.loop_norm == ("each" if norm == "output_sandwich" else "none")
 
 

@@ -70,7 +70,7 @@ def test_training_lowers_the_loss_and_writes_what_loads(name: str, little: None,
     assert losses[recipe.n_loops] == pytest.approx(log["held_out_loss_nats"].iloc[-1], rel=1e-4)
     shape = (model.cfg.n_prelude, model.cfg.n_core, model.cfg.n_coda, model.cfg.n_loops)
     assert shape == ((0, 12, 0, 1) if name == "docs-feedforward" else (2, 4, 2, 4))
-    assert model.cfg.random_state == (name == "docs-injected")
+    assert model.cfg.draws_state == (name == "docs-injected")
 
 
 def test_a_seed_gives_the_same_model(little: None, tmp_path: Path):

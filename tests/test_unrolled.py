@@ -192,7 +192,7 @@ def test_the_parameters_are_those_of_the_looped_model() -> None:
 
 def test_a_move_of_one_is_a_move_of_the_other() -> None:
     for first in (0, 1):
-        model = make(n_prelude=1, rotary_base=10000.0)
+        model = make(n_prelude=1)
         unrolled, (clean, _) = model.unrolled(2), short_prompts(model)
         before = model(clean, 2)
         (model, unrolled)[first].to(torch.float64)
@@ -244,6 +244,7 @@ def test_what_is_more_than_its_weight_is_refused() -> None:
         model.unrolled()
     model = make(exit_gate=True)
     nn.utils.parametrizations.weight_norm(model.transformer.blocks[0].mlp.up)
+    model.eval()
     with pytest.raises(InputError, match="blocks.0.mlp.up is parametrised, so a view can't share its weight: remove"):
         model.unrolled()
 

@@ -168,7 +168,7 @@ def test_one_loop_of_ouro_adds_up_but_not_by_head() -> None:
         _, cache = unrolled.run_with_cache(clean)
         assert_same("sum", cache.decompose_resid().sum(0), cache["resid_post", -1])
     for method in ("stack_head_results", "get_full_resid_decomposition"):
-        with pytest.raises(InputError, match=f"{method} adds up.* a norm after attention and MLP mixes heads"):
+        with pytest.raises(InputError, match=f"{method} adds up.* a norm after attention mixes the heads"):
             getattr(cache, method)()
     with pytest.raises(InputError, match="exit gate reads the norm before the head too.* Use fold_ln=False"):
         unrolled.enable_compatibility_mode()

@@ -12,7 +12,18 @@ from circuitsvis.utils.render import RenderedHTML
 from helpers import config
 
 from tl_looped import viz
-from tl_looped.viz.style import data_block, loop_axis, numbers, plotly_text, shorten, token_axis
+from tl_looped.viz.readout import readout_curves, readout_heatmap
+from tl_looped.viz.state import state_convergence, step_by_position
+from tl_looped.viz.style import (
+    data_block,
+    loop_axis,
+    loop_colors,
+    numbers,
+    plotly_text,
+    shorten,
+    show_token,
+    token_axis,
+)
 
 TOKENS = ["<bos>", " a", "</script>", "\n"]
 
@@ -40,12 +51,12 @@ def attention(n_layers: int = 1, n_heads: int = 2, n_loops: int = 3) -> list[viz
 
 
 def test_loop_colors_run_from_green_to_yellow():
-    colors = [[int(part) for part in re.findall(r"\d+", color)] for color in viz.loop_colors(5)]
+    colors = [[int(part) for part in re.findall(r"\d+", color)] for color in loop_colors(5)]
     reds, greens = [color[0] for color in colors], [color[1] for color in colors]
     assert reds == sorted(reds)  # more red in green is more yellow
     assert greens == sorted(greens)
     assert all(color[2] < color[1] for color in colors)
-    assert len(viz.loop_colors(1)) == 1
+    assert len(loop_colors(1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +64,7 @@ def test_loop_colors_run_from_green_to_yellow():
     [(" a", "·a"), ("a ", "a·"), ("  ", "··"), ("a b", "a b"), ("\n", "⏎"), (" \t", "·⇥"), ("\x00", "\\x00"), ("", "")],
 )
 def test_white_space_of_a_token_shows(token: str, shown: str):
-    assert viz.show_token(token) == shown
+    assert show_token(token) == shown
 
 
 def test_plotly_text_has_no_tags():
@@ -94,7 +105,7 @@ def test_readout_heatmap_shows_probability_and_top_token():
     probs = probabilities(3, 4, 5)
     names = [[[f"t{t}p{j}k{k}" for k in range(5)] for j in range(4)] for t in range(3)]
     names[1][2][0] = "<img src=x>"
-    fig = viz.readout_heatmap(probs, names, TOKENS, positions=range(7, 11))
+    fig = readout_heatmap(probs, names, TOKENS, positions=range(7, 11))
     cells = trace(fig)
     torch.testing.assert_close(torch.tensor(cells["z"]), probs[..., 0], atol=1e-5, rtol=1e-4)
     assert cells["text"][0][3] == "t0p3k0"
@@ -111,24 +122,24 @@ def test_readout_heatmap_shows_probability_and_top_token():
 @pytest.mark.parametrize(("n_loops", "n_positions", "written"), [(3, 4, True), (64, 4, False), (3, 64, False)])
 def test_readout_heatmap_writes_tokens_where_there_is_room(n_loops: int, n_positions: int, written: bool):
     names = [[["word"] for _ in range(n_positions)] for _ in range(n_loops)]
-    fig = viz.readout_heatmap(torch.rand(n_loops, n_positions, 1), names, ["a"] * n_positions)
+    fig = readout_heatmap(torch.rand(n_loops, n_positions, 1), names, ["a"] * n_positions)
     assert ("text" in trace(fig)) == written
 
 
 def test_readout_curves_have_units():
-    prob, rank = torch.tensor([0.1, 0.9]), torch.tensor([12, 1])
-    fig = viz.readout_curves(prob, rank, torch.tensor([1.5, 0.2]), torch.tensor([2.0, 0.0]), "<4>")
-    assert [trace(fig, i)["y"] for i in range(4)] == [[0.1, 0.9], [12, 1], [1.5, 0.2], [2.0, 0.0]]
+    prob, rank = torch.tensor([0.1, 0.9]), torch.tensor([11, 0])
+    fig = readout_curves(prob, rank, torch.tensor([1.5, 0.2]), torch.tensor([2.0, 0.0]), "<4>")
+    assert [trace(fig, i)["customdata"] for i in range(4)] == [[0.1, 0.9], [11, 0], [1.5, 0.2], [2.0, 0.0]]
     titles = [layout(fig)[axis]["title"]["text"] for axis in ("yaxis", "yaxis2", "yaxis3")]
     assert titles == ["probability", "rank (log scale)", "nats"]
     assert layout(fig)["annotations"][0]["text"] == "Probability of &lt;4&gt;"
     low, high = layout(fig)["yaxis2"]["range"]
-    assert low > high  # rank 1 at the top
+    assert low > high  # rank 0 at the top
 
 
 def test_state_convergence_marks_the_last_position_and_the_median():
     step = torch.tensor([[1.0, 2.0, 3.0], [0.1, 0.2, 0.6]])
-    fig = viz.state_convergence(step, step - 1, ["a", "b", "c"])
+    fig = state_convergence(step, step - 1, ["a", "b", "c"])
     lines = {(one["name"], one.get("xaxis", "x")): one["y"] for one in json.loads(fig.to_json())["data"]}
     assert lines["last position", "x"] == [3.0, 0.6]
     assert lines["median over positions", "x"] == [2.0, 0.2]
@@ -138,10 +149,10 @@ def test_state_convergence_marks_the_last_position_and_the_median():
 
 def test_step_by_position_has_a_line_for_each_loop():
     step = torch.rand(4, 3)
-    fig = viz.step_by_position(step, ["a", "b", "c"])
+    fig = step_by_position(step, ["a", "b", "c"])
     lines = [one for one in json.loads(fig.to_json())["data"] if one["mode"] == "lines+markers"]
     torch.testing.assert_close(torch.tensor([one["y"] for one in lines]), step, atol=1e-4, rtol=1e-4)
-    assert [one["line"]["color"] for one in lines] == viz.loop_colors(4)
+    assert [one["line"]["color"] for one in lines] == loop_colors(4)
 
 
 def test_attention_from_position_has_a_panel_for_each_head():
@@ -196,10 +207,10 @@ def test_layer_attention_names():
     ("changes", "there", "absent"),
     [
         ({"n_prelude": 1, "injection": "concat_linear"}, ["prelude", "W [x; e]", "injection"], ["coda", "exit gate"]),
-        ({"n_coda": 2, "injection": "add", "initial_state": "zeros"}, ["coda", "x + e", "= 0"], ["prelude"]),
+        ({"n_coda": 2, "injection": "add", "state_init": "zeros"}, ["coda", "x + e", "= 0"], ["prelude"]),
         ({"exit_gate": True, "loop_norm": "each", "final_norm": False}, ["exit gate", "x₀ = e", "norm"], ["injection"]),
         (
-            {"initial_state": "truncated_normal", "injection": "add", "n_core": 24},
+            {"state_init": "truncated_normal", "injection": "add", "n_core": 24},
             ["random (truncated normal)", "24 layers", "⋯"],
             [],
         ),

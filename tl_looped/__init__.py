@@ -7,13 +7,16 @@ cache["pattern", 0, 2]   # layer 0 in loop 2
 """
 
 from tl_looped.engine.cache import LoopedCache as LoopedCache
-from tl_looped.engine.config import Llama3Rope as Llama3Rope
 from tl_looped.engine.config import LoopedConfig as LoopedConfig
 from tl_looped.engine.errors import HookNameError as HookNameError
 from tl_looped.engine.errors import InputError as InputError
 from tl_looped.engine.errors import LoadError as LoadError
 from tl_looped.engine.errors import LoopedError as LoopedError
 from tl_looped.engine.hooks import LoopHookPoint as LoopHookPoint
+from tl_looped.engine.parts import LinearRope as LinearRope
+from tl_looped.engine.parts import Llama3Rope as Llama3Rope
+from tl_looped.engine.parts import QKNorm as QKNorm
+from tl_looped.engine.parts import Rotary as Rotary
 from tl_looped.engine.runs import DEFAULT_SEED as DEFAULT_SEED
 from tl_looped.engine.schedule import HookSite as HookSite
 from tl_looped.engine.schedule import LoopSchedule as LoopSchedule

@@ -12,27 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from tl_looped.adapters import loading
+from tl_looped.adapters import Looping, loading
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.engine import Engine, ReturnType
+from tl_looped.engine.engine import ReturnType
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import check_device, check_dtype
+from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
-from tl_looped.generation import (
-    Generated,
-    TokenStream,
-    generate,
-    generate_stream,
-)
+from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer
 from tl_looped.unrolled import UnrolledModel
 
 Self = TypeVar("Self", bound="LoopedModel")
 
 
-class LoopedModel(CachingHooks, Engine):
+class LoopedModel(CachingHooks, GeneratesText):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
@@ -47,6 +43,8 @@ class LoopedModel(CachingHooks, Engine):
         transformer: the native model.
         tokenizer: a tokenizer of transformers, or None for token ids only.
     """
+
+    transformer: LoopedTransformer  # pyright: ignore[reportIncompatibleVariableOverride] - never set to another kind
 
     # Making and keeping models.
 
@@ -75,6 +73,9 @@ class LoopedModel(CachingHooks, Engine):
         revision: str | None = None,
         subfolder: str | None = None,
         ignore_config_keys: Iterable[str] = (),
+        loop_layers: tuple[int, int] | None = None,
+        n_loops: int | None = None,
+        update: LoopUpdate | None = None,
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
 
@@ -89,18 +90,25 @@ class LoopedModel(CachingHooks, Engine):
             subfolder: the folder in it that holds the model.
             ignore_config_keys: keys of config.json that you know to change nothing, to be read as if they were not
                 there; a dot leads to a key in an object.
+            loop_layers: (a, b) of a feedforward model: its layers a to b - 1 become the core, those before the prelude,
+                those after the coda; None for all layers.
+            n_loops: how often they run, in runs that do not say; None for once: the feedforward model itself.
+            update: what a loop makes of the state x, with F(x) what comes out of the core: "replace": F(x), the
+                default. "damped": x + (F(x) - x) / n_loops.
 
         Raises:
-            InputError: a dtype, device, revision or subfolder that can't be.
+            InputError: a dtype, device, revision or subfolder that can't be; layers that the model does not have, or
+                looping asked of a model that is looped already.
             LoadError: an unknown family, a config key or value that is not implemented, a missing, extra or misshapen
                 weight, one with NaN or infinite values or of integers, weights of mixed formats, a pickled checkpoint,
                 a tokenizer that can't be read, or a name that is neither.
         """
         place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
         folder = loading.find(name, revision, subfolder)
+        looping = Looping(loop_layers, n_loops, update)
         full_name = f"{name}/{subfolder}" if subfolder else str(name)
         tokenizer = loading.load_tokenizer(folder) if tokenizer is None else tokenizer
-        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys), tokenizer).eval()
+        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys, looping), tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, weights and tokenizer in tl_looped's own format; `from_pretrained(folder)` reads it back."""
@@ -134,18 +142,6 @@ class LoopedModel(CachingHooks, Engine):
         """
         total, _, _ = resolve_loops(n_loops, None, None, self.cfg)
         return UnrolledModel(self, total, initial_state, seed)
-
-    def generate(
-        self, input: Prompts, max_new_tokens: int = 10, n_loops: int | None = None, **options: Any
-    ) -> str | list[str] | Tensor | Generated:
-        """Generate text with the loops, initial states and hooks asked for; see `tl_looped.generation.generate`."""
-        return generate(self, input, max_new_tokens, n_loops, **options)
-
-    def generate_stream(
-        self, input: Prompts, max_new_tokens: int = 10, n_loops: int | None = None, **options: Any
-    ) -> TokenStream:
-        """Generate text token by token; see `tl_looped.generation.generate_stream`."""
-        return generate_stream(self, input, max_new_tokens, n_loops, **options)
 
     # Caching.
 

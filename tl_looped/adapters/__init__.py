@@ -5,13 +5,27 @@ from __future__ import annotations
 from tl_looped.adapters.base import Adapter as Adapter
 from tl_looped.adapters.base import ConfigKeys as ConfigKeys
 from tl_looped.adapters.base import Json
+from tl_looped.adapters.base import Looping as Looping
 from tl_looped.adapters.base import Source as Source
+from tl_looped.adapters.base_loop import BaseLoopAdapter
+from tl_looped.adapters.feedforward import FEEDFORWARD
+from tl_looped.adapters.gpt2 import GPT2Adapter
+from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
 from tl_looped.adapters.raven import RavenAdapter
 from tl_looped.engine.errors import LoadError
 
-ADAPTERS: tuple[Adapter, ...] = (NativeAdapter(), OuroAdapter(), RavenAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    NativeAdapter(),
+    OuroAdapter(),
+    RavenAdapter(),
+    *FEEDFORWARD,
+    GPT2Adapter(),
+    NanochatAdapter(),
+    LoopedNanochatAdapter(),
+    BaseLoopAdapter(),
+)
 
 
 def adapter_for(config: Json) -> Adapter:

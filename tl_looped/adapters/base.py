@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tl_looped.engine.config import Llama3Rope, LoopedConfig
-from tl_looped.engine.errors import LoadError, check_count, nearest
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError, LoadError, check_count, nearest
+from tl_looped.engine.parts import LOOP_UPDATES, LinearRope, Llama3Rope, LoopUpdate, Rotary, check_choice
 
 Json = Mapping[str, Any]
 
@@ -37,12 +38,14 @@ class Source:
         name: the stored tensor.
         start, stop: rows of it, once it is viewed as [-1, ...] with the parameter's other axes.
         shape: the stored shape, where it is not that of the parameter.
+        transposed: whether the stored matrix is [in, out]; rows are then counted after it is turned.
     """
 
     name: str
     start: int | None = None
     stop: int | None = None
     shape: tuple[int, ...] | None = None
+    transposed: bool = False
 
 
 class ConfigKeys:
@@ -163,9 +166,15 @@ def without(config: Json, keys: Iterable[str]) -> Json:
 
 @runtime_checkable
 class Adapter(Protocol):
-    """One checkpoint family."""
+    """One checkpoint family.
+
+    Attributes:
+        family: what it is called.
+        feedforward: whether its models are feedforward: all layers the core, one loop. Such a model can be looped.
+    """
 
     family: str
+    feedforward: bool
 
     def claims(self, config: Json) -> bool:
         """Whether a config.json is of this family."""
@@ -191,20 +200,70 @@ class Adapter(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Looping:
+    """How to loop a feedforward model.
+
+    Attributes:
+        layers: (a, b): layers a to b - 1 become the core, those before the prelude, those after the coda; None for all.
+        n_loops: how often they run; None for once.
+        update: what a loop makes of the state x, with F(x) what comes out of the core: "replace": F(x). "damped":
+            x + (F(x) - x) / n_loops, so that all loops together go about as far as one. With one loop both are the
+            feedforward model.
+    """
+
+    layers: tuple[int, int] | None = None
+    n_loops: int | None = None
+    update: LoopUpdate | None = None
+
+    def applied(self, cfg: LoopedConfig, adapter: Adapter) -> LoopedConfig:
+        """The config of a model looped so.
+
+        Raises:
+            InputError: no such layers, no such update, or a family that is looped already.
+        """
+        if self == Looping():
+            return cfg
+        if not adapter.feedforward:
+            raise InputError(
+                f"loop_layers, n_loops and update loop a feedforward model, but {cfg.model_name} is a looped "
+                f"{cfg.family} model: leave them out, and pass n_loops to each run."
+            )
+        loops = check_count("n_loops", 1 if self.n_loops is None else self.n_loops)
+        update = "replace" if self.update is None else self.update
+        check_choice("update", update, LOOP_UPDATES)
+        a, b = (0, cfg.n_core) if self.layers is None else self._checked_layers(cfg.n_core)
+        step = 1 / loops if update == "damped" else 1.0
+        counts = {"n_prelude": a, "n_core": b - a, "n_coda": cfg.n_core - b, "n_loops": loops}
+        return replace(cfg, **counts, loop_update=update, loop_step=step)
+
+    def _checked_layers(self, n_layers: int) -> tuple[int, int]:
+        layers = self.layers
+        if not isinstance(layers, (tuple, list)) or [type(one) for one in layers] != [int, int]:
+            raise InputError(f"loop_layers must be (first, end), two integers, got {layers!r}.")
+        a, b = layers
+        if not 0 <= a < b <= n_layers:
+            raise InputError(
+                f"loop_layers={tuple(layers)} must be (first, end) with 0 <= first < end <= {n_layers}, the number of "
+                "layers: the end does not belong to the loop."
+            )
+        return a, b
+
+
 def head_size(config: ConfigKeys, d_model: Any, n_heads: Any) -> int:
     """Size of a head: stored, or the model's divided among the heads."""
     return config.get("head_dim") or check_count("d_model", d_model) // check_count("n_heads", n_heads)
 
 
-def rotary(config: ConfigKeys, default_base: float | None = None) -> tuple[float, Llama3Rope | None]:
-    """(base, scaling) of rotary embedding, in the forms that transformers has written before and since version 5.
+def rotary(config: ConfigKeys, default_base: float | None = None) -> Rotary:
+    """Rotary embedding in halves, in the forms that transformers has written before and since version 5.
 
     Before: `rope_theta`, and `rope_scaling` for all else. Since: `rope_parameters`, or one such for each kind of layer,
     of which full attention's is taken here. Where both forms stand side by side they must agree.
     """
     before, since = config.section("rope_scaling"), config.section("rope_parameters")
     sections = [section for section in (before, since.section("full_attention") or since) if section]
-    scalings = [_scaling(section) for section in sections]
+    scalings = [scaling(section) for section in sections]
     bases = [base for base in (config.get("rope_theta"), *(one.get("rope_theta") for one in sections)) if base]
     for what, values in (("rope_theta", bases), ("rotary scaling", scalings)):
         if any(value != values[0] for value in values):
@@ -212,16 +271,19 @@ def rotary(config: ConfigKeys, default_base: float | None = None) -> tuple[float
     base = next(iter(bases), default_base)
     if base is None:
         raise LoadError("config.json has no 'rope_theta', which this family needs.")
-    return base, next(iter(scalings), None)
+    return Rotary(base, scaling=next(iter(scalings), None))
 
 
-def _scaling(section: ConfigKeys) -> Llama3Rope | None:
+def scaling(section: ConfigKeys) -> Llama3Rope | LinearRope | None:
+    """Scaling of the frequencies, as the keys of one kind of layer say."""
     kind = section.one_of("rope_type", "type", default="default")
     if kind == "default":
         return None
+    if kind == "linear":
+        return LinearRope(section.need("factor"))
     if kind != "llama3":
         raise LoadError(
-            f"config.json has rope_type={kind!r}, which is not implemented: only 'default' and 'llama3' are."
+            f"config.json has rope_type={kind!r}, which is not implemented: only 'default', 'linear' and 'llama3' are."
         )
     return Llama3Rope(
         factor=section.need("factor"),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tl_looped.adapters import Adapter, Source, adapter_for
+from tl_looped.adapters import Adapter, Looping, Source, adapter_for
 from tl_looped.adapters.base import ConfigKeys, Json, without
 from tl_looped.adapters.native import to_json
 from tl_looped.engine.config import LoopedConfig
@@ -38,6 +38,8 @@ _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "optimizer*", "scheduler*", "consolidated*")
 _TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.bpe.model", "*.tiktoken")
 _FORMATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_WRAPPED = "_orig_mod."  # by torch.compile
+_PREFIXES = ("module.", "model.", "transformer.", "gpt.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -96,11 +98,12 @@ def _download(name: str, revision: str | None, subfolder: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the header of a safetensors file says of a tensor; `format` as "BF16" or "I8"."""
+    """What the header of a safetensors file says of a tensor: `format` as "BF16" or "I8", `name` in the file."""
 
     shape: tuple[int, ...]
     format: str
     file: Path
+    name: str
 
 
 def load(
@@ -109,6 +112,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None,
     ignore_config_keys: Iterable[str] = (),
+    looping: Looping | None = None,
 ) -> LoopedTransformer:
     """The model in a folder; nothing is loaded unless config, names, shapes and formats of all weights are right.
 
@@ -121,13 +125,16 @@ def load(
         device: where to put it.
         dtype: of the weights; None: as stored.
         ignore_config_keys: keys of config.json to read as if they were not there.
+        looping: how to loop it, where it is a feedforward model; None for as it is.
     """
     values = without(_read_json(folder / "config.json"), ignore_config_keys)
     adapter, stored = adapter_for(values), _stored(folder)
     cfg = _config(adapter, values, folder, frozenset(stored), name)
+    cfg = cfg if looping is None else looping.applied(cfg, adapter)
     with torch.device("meta"):
         model = LoopedTransformer(cfg)
     sources, checks = adapter.sources(cfg), adapter.checked(cfg)
+    stored = _as_the_family_names(stored, {source.name for source in sources.values()})
     head = sources.pop("unembed.weight", None) if cfg.tie_embeddings else None
     _check_stored(model, sources, stored, {*checks, *([head.name] if head else [])})
     targets: dict[str, list[str]] = {}
@@ -137,8 +144,8 @@ def load(
     with tqdm(total=len(stored), desc=f"Loading {cfg.model_name}", disable=len(stored) < 200) as bar:
         for file in sorted({one.file for one in stored.values()}):
             with safe_open(file, framework="pt") as tensors:
-                for theirs in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    tensor = tensors.get_tensor(theirs)
+                for theirs in [name for name, one in stored.items() if one.file == file]:
+                    tensor = tensors.get_tensor(stored[theirs].name)
                     if theirs in checks:
                         checks[theirs](tensor)
                     for ours in targets.get(theirs, ()):
@@ -164,6 +171,19 @@ def _config(adapter: Adapter, values: Json, folder: Path, names: frozenset[str],
     return cfg
 
 
+def _as_the_family_names(stored: dict[str, Stored], wanted: set[str]) -> dict[str, Stored]:
+    """The tensors under the names that the family has, where all carry a prefix that it has not, or lack one.
+
+    Training wrappers add one, and a model that was saved without its head lacks one, as GPT-2's on the hub.
+    """
+    found = {name.removeprefix(_WRAPPED): one for name, one in stored.items()}
+    kinds = [stored, found]
+    kinds += [{name.removeprefix(prefix): one for name, one in found.items()} for prefix in _PREFIXES]
+    kinds += [{prefix + name: one for name, one in found.items()} for prefix in _PREFIXES]
+    best = max(kinds, key=lambda names: len(wanted & set(names)))  # the first of those that are equally good
+    return best if len(best) == len(stored) else stored
+
+
 def _one_dtype(formats: dict[str, str]) -> torch.dtype:
     """The number format that all weights have."""
     found: dict[torch.dtype, list[str]] = {}
@@ -185,6 +205,7 @@ def _assign(
     """Make a parameter of the rows of a stored tensor; all of its numbers must be finite."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
+    tensor = tensor.T if source.transposed else tensor
     rows = tensor.reshape(-1, *getattr(module, attribute).shape[1:])[source.start : source.stop]
     weight = rows.to(device=device, dtype=dtype, copy=True)
     if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):  # one quick pass, and NaN shows in both
@@ -203,7 +224,7 @@ def _tie(model: LoopedTransformer, head: Source | None, stored: dict[str, Stored
     model.unembed.weight = model.embed.weight
     if head is not None and head.name in stored:
         with safe_open(stored[head.name].file, framework="pt") as tensors:
-            beside = tensors.get_tensor(head.name).to(model.embed.weight)
+            beside = tensors.get_tensor(stored[head.name].name).to(model.embed.weight)
         if not torch.equal(beside, model.embed.weight):
             raise LoadError(f"the config ties the head to the embedding, but the stored {head.name!r} differs from it.")
 
@@ -213,14 +234,15 @@ def _check_stored(
 ) -> None:
     """Raise unless the stored tensors are exactly those that make the model, and hold floating-point numbers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {source.name: source.shape or tuple(parameters[ours].shape) for ours, source in sources.items()}
+    shapes = {ours: tuple(parameters[ours].shape)[:: -1 if one.transposed else 1] for ours, one in sources.items()}
+    wanted = {source.name: source.shape or shapes[ours] for ours, source in sources.items()}
     known = sorted(set(stored) & set(wanted))
     problems = {
         "missing": sorted(set(wanted) - set(stored)),
         "not known to this family": sorted(set(stored) - set(wanted) - extra),
         "misshapen": [f"{n} is {stored[n].shape}, not {wanted[n]}" for n in known if stored[n].shape != wanted[n]],
         f"not in one of the formats {', '.join(_FORMATS)}, as quantised weights are": [
-            f"{n} is {stored[n].format}" for n in sorted(stored) if stored[n].format not in _FORMATS
+            f"{n} is {one.format}" for n, one in sorted(stored.items()) if one.format not in _FORMATS and n not in extra
         ],
     }
     if any(problems.values()):
@@ -257,7 +279,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
                     if name in stored:
                         raise LoadError(f"{name!r} is stored twice: in {stored[name].file.name} and in {file.name}.")
                     header = tensors.get_slice(name)
-                    stored[name] = Stored(tuple(header.get_shape()), header.get_dtype(), file)
+                    stored[name] = Stored(tuple(header.get_shape()), header.get_dtype(), file, name)
         except SafetensorError as error:
             raise LoadError(f"{file} is not a whole safetensors file: {error}") from error
     return stored

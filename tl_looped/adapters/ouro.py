@@ -24,6 +24,7 @@ class OuroAdapter:
     """(0, k⊗T, 0): output sandwich, the final norm after every loop, an exit gate."""
 
     family = "ouro"
+    feedforward = False
 
     def claims(self, config: Json) -> bool:
         """Whether a config.json is Ouro's."""
@@ -39,7 +40,6 @@ class OuroAdapter:
             raise LoadError(
                 f"config.json has layer_types={kinds}: only 'full_attention' in all {layers} layers is implemented."
             )
-        base, scaling = rotary(config)
         d_model, n_heads = config.need("hidden_size"), config.need("num_attention_heads")
         return LoopedConfig(
             d_model=d_model,
@@ -53,8 +53,7 @@ class OuroAdapter:
             n_loops=config.need("total_ut_steps"),
             norm_placement="output_sandwich",
             eps=config.need("rms_norm_eps"),
-            rotary_base=base,
-            rotary_scaling=scaling,
+            rotary=rotary(config),
             loop_norm="each",
             final_norm=False,
             exit_gate=True,

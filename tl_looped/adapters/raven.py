@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_looped.adapters.base import ConfigKeys, Json, Source, head_size, rotary
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
+from tl_looped.engine.parts import QKNorm, Rotary
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE
 from tl_looped.nn.rotary import inverse_frequencies
 
@@ -36,6 +37,7 @@ class RavenAdapter:
     """(p, k⊗T, c) with concat-linear injection and a random initial state."""
 
     family = "raven"
+    feedforward = False
 
     def claims(self, config: Json) -> bool:
         """Whether a config.json is of the Raven family."""
@@ -77,7 +79,7 @@ class RavenAdapter:
             n_loops=config.need("mean_recurrence"),
             eps=config.need("norm_eps"),
             injection="concat_linear",
-            initial_state="truncated_normal",
+            state_init="truncated_normal",
             tie_embeddings=config.one_of("tie_embeddings", "tie_word_embeddings", default=False),
             model_name=model_name,
             **self._variant(config, names),
@@ -89,26 +91,23 @@ class RavenAdapter:
         init = config.section("init_values")
         init.harmless("embedding", "out_proj")
         scale, first = init.get("embed_scale", 1.0), f"transformer.{_STACKS[CORE]}.0"
-        common = {"initial_state_std": init.need("std"), "embed_scale": scale}
+        common = {"state_init_std": init.need("std"), "embed_scale": scale}
         if f"{first}.norm_3.weight" in names:
             return common | {
                 "family": "huginn",
                 "norm_placement": "residual_sandwich",
                 "loop_norm": "last",
                 "qk_bias": config.get("qk_bias", False),
-                "rotary_style": "adjacent",
-                "rotary_base": config.need("rope_base"),
-                "initial_state_scale": scale,
+                "rotary": Rotary(config.need("rope_base"), "adjacent"),
+                "state_init_scale": scale,
             }
         config.only(qk_bias=False)
         olmo = f"{first}.attn.q_norm.weight" in names
-        base, scaling = rotary(config, config.get("rope_base"))
         return common | {
             "family": "retrofit-olmo2" if olmo else "retrofit-llama",
             "norm_placement": "output" if olmo else "pre",
-            "qk_norm": olmo,
-            "rotary_base": base,
-            "rotary_scaling": scaling,
+            "qk_norm": QKNorm() if olmo else None,
+            "rotary": rotary(config, config.get("rope_base")),
         }
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
@@ -143,7 +142,7 @@ class RavenAdapter:
             shape = (2, 1, cfg.n_heads, cfg.d_head)
             sources["attn.q.bias"] = Source(f"{theirs}.attn.qk_bias", 0, n_query, shape)
             sources["attn.k.bias"] = Source(f"{theirs}.attn.qk_bias", n_query, None, shape)
-        if cfg.qk_norm:
+        if cfg.qk_norm is not None:
             sources |= {f"attn.{name}.weight": Source(f"{theirs}.attn.{name}.weight") for name in ("q_norm", "k_norm")}
         return sources
 
@@ -156,8 +155,9 @@ def _check_rotary_table(cfg: LoopedConfig, table: Tensor) -> None:
     shape = (1, cfg.n_ctx, 1, cfg.d_head // 2, 2)
     if tuple(table.shape) != shape:
         raise LoadError(f"freqs_cis has shape {tuple(table.shape)}, but the config says {shape}.")
-    angles = torch.arange(cfg.n_ctx, dtype=torch.float32)[:, None] * inverse_frequencies(cfg)
+    rotary = cfg.rotary or Rotary()
+    angles = torch.arange(cfg.n_ctx, dtype=torch.float32)[:, None] * inverse_frequencies(rotary, cfg.d_head)
     ours = torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]
     error = float((table.float() - ours).abs().max())
     if not error <= _ROTARY_TOLERANCE:  # so that NaN is refused too
-        raise LoadError(f"freqs_cis differs by {error:.3g} from the rotary table of base {cfg.rotary_base}.")
+        raise LoadError(f"freqs_cis differs by {error:.3g} from the rotary table of base {rotary.base}.")

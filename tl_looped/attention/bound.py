@@ -19,8 +19,8 @@ for each. Without the norm's weight in X it would be a statement about another m
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,18 +28,18 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.attention.distances import pattern_distance
-from tl_looped.attention.patterns import checked_pattern
+from tl_looped.attention.patterns import checked_pattern, pattern_distance
 from tl_looped.engine.checks import check_eval, check_finite
+from tl_looped.engine.config import ROTARY_TERM, LoopedConfig
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import check_one_prompt, check_whole_run
-from tl_looped.engine.schedule import CORE
+from tl_looped.engine.runs import Prompts, Run, RunOptions, check_one_prompt, check_whole_run, with_run_options
+from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn.block import Block
-from tl_looped.observe.watching import naming_origin
+from tl_looped.observe.watching import naming_origin, watch
 from tl_looped.viz.stability import bound_scatter
 
 LIPSCHITZ = 0.5
@@ -186,9 +186,9 @@ class AttentionBound(Result):
         return bound_scatter(self.bound[1:], self.observed[1:], self.plain[1:], limit, title)
 
 
-@torch.no_grad()
+@with_run_options
 def attention_bound(
-    model: LoopedModel, prompt: str | Tensor, n_loops: int | None = None, **options: Any
+    model: LoopedModel, prompts: Prompts, n_loops: int | None = None, **options: Unpack[RunOptions]
 ) -> AttentionBound:
     """Proposition 4.2 for every loop, core layer and head, beside the change that was observed.
 
@@ -198,10 +198,9 @@ def attention_bound(
     `hook_resid_pre` where the norm comes after attention (OLMo-2). Keeps two loops, whatever their number.
 
     Args:
-        model: the model.
-        prompt: one prompt, text or token ids, of two tokens or more.
+        model, options: as in `LoopedModel.forward`.
+        prompts: one prompt, of two tokens or more.
         n_loops: loops to run, two or more; None for the count the model was trained with.
-        options: as in `attention_stability`.
 
     Raises:
         InputError: before the run, for one loop, one token or several prompts; in it, for activations that are not
@@ -211,76 +210,70 @@ def attention_bound(
         arXiv 2604.11791, Proposition 4.2; the bound for rotary embedding is this library's.
     """
     check_eval(check_looped(model))
-    run = model.batch(prompt, n_loops, **options)
+    run = model.batch_of(model.prepare(prompts, n_loops, **options))
     check_whole_run(run)
     check_one_prompt(run, tokens=2)
-    watch = _Watch(model, None if run.visible is None else run.visible[0].cpu())
-    with naming_origin(model, run), model.hooks(fwd_hooks=watch.hooks()):
-        model(run.tokens, run.n_loops, return_type=None, **options)
-    cfg, shape = model.cfg, (run.n_loops, model.cfg.n_core)
-    names = ("bound", "observed", "plain", "rotary_bound", "step", "norm")
-    found = {
-        name: torch.full(shape if name in ("step", "norm") else (*shape, cfg.n_heads), math.nan, dtype=torch.float64)
-        for name in names
-    }
-    for (loop, layer), values in watch.found.items():
-        for name in names:
-            found[name][loop, layer] = values[name]
-    broken = {"rotary position embedding": True, "biases on queries and keys": cfg.qk_bias}
-    broken |= {"norms on queries and keys": cfg.qk_norm}
+    cfg = model.cfg
+    layers = [_Layer(block, cfg, run) for block in model.transformer.blocks if isinstance(block, Block)]
+    source = layers[0].source
+
+    def see(site: HookSite, x: Tensor) -> None:
+        layer = layers[site.layer or 0]
+        if site.component == source:
+            check_finite(x[0], (f"{site.name!r}, position",))
+            layer.read(x[0])
+        else:
+            checked_pattern(x, repr(site.name))
+            layer.compare(x[0])
+
+    names = [HookSite(name, CORE, i).name for i in range(len(layers)) for name in (source, "attn.hook_pattern")]
+    with naming_origin(model, run):
+        watch(model, run, names, see, only_loops=True)
+    numbers = {name: torch.stack([torch.stack(one.found[name]) for one in layers], dim=1) for name in layers[0].found}
     return AttentionBound(
         made_by={"model": cfg.model_name, **run.describe()},
-        breaks=tuple(name for name, is_so in broken.items() if is_so),
+        breaks=cfg.score_terms(),
         n_tokens=run.tokens.shape[1],
-        kappa=torch.stack(watch.kappa),
-        **found,
+        kappa=torch.stack([one.kappa for one in layers]),
+        **numbers,
     )
 
 
-class _Watch:
-    """Compares each core layer's attention with that of the loop before, while the model runs; float64, on the CPU."""
+class _Layer:
+    """Compares a core layer's attention with that of the loop before, while the model runs; float64, on the CPU.
 
-    def __init__(self, model: LoopedModel, visible: Bool[Tensor, "query key"] | None):
-        self.model, self.visible = model, visible
-        self.before_attention = model.cfg.norm_placement != "output"
-        blocks = [block for block in model.transformer.blocks if isinstance(block, Block)]
-        self.W_Q = [block.attn.W_Q.detach().cpu() for block in blocks]
-        self.W_K = [block.attn.W_K.detach().cpu() for block in blocks]
-        self.norms = [block.ln1.weight.detach().double().cpu() for block in blocks if self.before_attention]
-        self.kappa = [score_norm(q, k) for q, k in zip(self.W_Q, self.W_K, strict=True)]
-        self.x: dict[int, Tensor] = {}
-        self.previous: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # X, pattern, plain pattern
-        self.found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    Attributes:
+        kappa: of each head.
+        found: the numbers of `AttentionBound`, a tensor for each loop.
+    """
 
-    def hooks(self) -> list[tuple[HookName, HookFn]]:
-        """Hooks for one run."""
-        source = "ln1.hook_normalized" if self.before_attention else "hook_resid_pre"
-        pairs = ((source, self._input), ("attn.hook_pattern", self._pattern))
-        return [(f"{CORE}.{layer}.{name}", fn) for layer in range(self.model.cfg.n_core) for name, fn in pairs]
+    def __init__(self, block: Block, cfg: LoopedConfig, run: Run):
+        self.W_Q, self.W_K = (weight.detach().cpu() for weight in (block.attn.W_Q, block.attn.W_K))
+        self.kappa = score_norm(self.W_Q, self.W_K)
+        self.source, self.input = block.query_input
+        self.covered = set(cfg.score_terms()) <= {ROTARY_TERM}
+        self.visible = None if run.visible is None else run.visible[0].cpu()
+        self.previous: tuple[Tensor, Tensor, Tensor] | None = None  # X, pattern, plain pattern
+        self.found: dict[str, list[Tensor]] = defaultdict(list)
 
-    def _input(self, x: Tensor, hook: LoopHookPoint) -> None:
-        check_finite(x[0], (f"{hook.name!r}, position",))
-        layer = hook.layer()
-        x = x[0].double().cpu()
-        if self.before_attention:
-            x = x * self.norms[layer]
-        self.x[layer] = x
+    def read(self, x: Float[Tensor, "pos d_model"]) -> None:
+        """See what the attention of a loop reads."""
+        self.x = self.input(x.double()).detach().cpu()
 
-    def _pattern(self, pattern: Tensor, hook: LoopHookPoint) -> None:
-        layer = hook.layer()
-        x, W_Q, W_K = self.x[layer], self.W_Q[layer], self.W_K[layer]
-        checked_pattern(pattern, repr(hook.name))
-        pattern = pattern[0].cpu()
-        plain = plain_pattern(x, W_Q, W_K, self.visible)
-        if layer in self.previous:
-            other, pattern_before, plain_before = self.previous[layer]
-            covered = not (self.model.cfg.qk_bias or self.model.cfg.qk_norm)
-            self.found[hook.loop or 0, layer] = {
-                "bound": pattern_bound(x, other, self.kappa[layer], W_Q.shape[-1]),
-                "observed": pattern_distance(pattern, pattern_before).double(),
-                "plain": pattern_distance(plain, plain_before),
-                "rotary_bound": _rotary_bound(x, other, W_Q, W_K) if covered else torch.tensor(math.nan),
-                "step": torch.linalg.matrix_norm(x - other),
-                "norm": torch.stack([torch.linalg.matrix_norm(one, ord=2) for one in (x, other)]).max(),
-            }
-        self.previous[layer] = (x, pattern, plain)
+    def compare(self, pattern: Float[Tensor, "head query key"]) -> None:
+        """See its pattern."""
+        x, pattern = self.x, pattern.cpu()
+        plain = plain_pattern(x, self.W_Q, self.W_K, self.visible)
+        of_heads, nan = torch.full_like(self.kappa, math.nan), torch.tensor(math.nan, dtype=torch.float64)
+        found = dict.fromkeys(("bound", "observed", "plain", "rotary_bound"), of_heads) | {"step": nan, "norm": nan}
+        if self.previous is not None:
+            other, pattern_before, plain_before = self.previous
+            found["bound"] = pattern_bound(x, other, self.kappa, self.W_Q.shape[-1])
+            found["observed"] = pattern_distance(pattern, pattern_before).double()
+            found["plain"] = pattern_distance(plain, plain_before)
+            found["rotary_bound"] = _rotary_bound(x, other, self.W_Q, self.W_K) if self.covered else of_heads
+            found["step"] = torch.linalg.matrix_norm(x - other)
+            found["norm"] = torch.stack([torch.linalg.matrix_norm(one, ord=2) for one in (x, other)]).max()
+        for name, value in found.items():
+            self.found[name].append(value)
+        self.previous = (x, pattern, plain)

@@ -1,59 +1,54 @@
-"""Whether a model's attention comes to rest over loops: per head for one prompt, and between all layer calls."""
+"""Whether a model's attention comes to rest over loops: per head, and between all layer calls."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.attention.distances import (
-    distance_matrix,
-    mean_total_variation,
-    pattern_distance,
-    settling_loop,
-    stability_score,
-)
-from tl_looped.attention.patterns import checked_pattern
+from tl_looped.attention.patterns import STABILITY, at_query, distance_matrix, settling_loop
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import check_one_prompt, check_whole_run
+from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.watching import naming_origin
-from tl_looped.viz.stability import call_distances, head_changes
+from tl_looped.observe import Measure
+from tl_looped.observe.observation import BATCH_SIZE, observe
+from tl_looped.observe.observed import Observed
+from tl_looped.viz.calls import call_matrix
+from tl_looped.viz.stability import CHANGE_SCALE, head_changes
 
 Change = Literal["tv_to_previous", "tv_to_last", "frobenius_to_previous", "frobenius_to_last"]
 
-_LABELS: dict[str, str] = {
-    "tv_to_previous": "total variation<br>to the previous loop",
-    "tv_to_last": "total variation<br>to the last loop",
-    "frobenius_to_previous": "Frobenius distance<br>to the previous loop",
-    "frobenius_to_last": "Frobenius distance<br>to the last loop",
-}
+_MEASURES = dict(zip(get_args(Change), STABILITY, strict=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionStability(Result):
-    """How each head's pattern changes over loops, for one prompt.
+    """How each head's pattern changes over loops: the mean over prompts, and each prompt's own.
 
-    What compares with the loop before is NaN at loop 0; what compares with the last is 0 in the last.
+    What compares with the loop before is NaN at loop 0; what compares with the last is 0 in the last. A prompt of one
+    token, which can only look at itself, is NaN, and in no mean.
 
     Attributes:
-        position: the query that was looked at; None for all.
+        position: the query that was looked at, as it was given; None for all.
         tolerance: total variation up to which a pattern counts as the last one.
         tv_to_previous, tv_to_last: total variation, mean over queries: the share of attention that sits elsewhere.
         frobenius_to_previous, frobenius_to_last: Frobenius norm of the difference.
-        score: `stability_score`: 1 where attention never moves, 0 where every loop moves all of it.
+        score: 1 − the mean of `tv_to_previous` over loops: 1 where attention never moves, 0 where every loop moves all
+            of it to other keys.
         settles_at: the first loop from which on `tv_to_last` stays within the tolerance, see `settling_loop`; NaN for
             never.
+        per_prompt: the four changes of each prompt, by their names.
     """
 
     position: int | None
@@ -64,12 +59,13 @@ class AttentionStability(Result):
     frobenius_to_last: Float[Tensor, "loop layer head"]
     score: Float[Tensor, "layer head"]
     settles_at: Float[Tensor, "layer head"]
+    per_prompt: dict[str, Float[Tensor, "prompt loop layer head"]]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each loop, core layer and head: loop, layer, head and the four changes."""
         places = np.indices(self.tv_to_last.shape).reshape(3, -1)
         columns = dict(zip(("loop", "layer", "head"), places, strict=True))
-        return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _LABELS})
+        return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _MEASURES})
 
     def heads(self) -> pd.DataFrame:
         """One row for each core layer and head: layer, head, score, settles_at (NaN for never)."""
@@ -78,7 +74,7 @@ class AttentionStability(Result):
         return pd.DataFrame({"layer": layer, "head": head, **values})
 
     def plot(self, change: Change = "tv_to_last") -> go.Figure:
-        """Every head's change over loops, a row for each, with a mark where it settles.
+        """Every head's change over loops, mean over prompts: a row for each, with a mark where it settles.
 
         Args:
             change: which of the four.
@@ -89,77 +85,84 @@ class AttentionStability(Result):
         if change not in get_args(Change):
             raise InputError(f"change must be one of {get_args(Change)}, got {change!r}.")
         which = "all queries" if self.position is None else f"query at position {self.position}"
+        prompts = len(self.per_prompt[change])
+        which += f", mean over {prompts} prompts" if prompts > 1 else ""
         title = f"Attention over loops: {self.made_by.get('model', '')}, {which}"
-        top = 1.0 if change.startswith("tv") else None
-        return head_changes(getattr(self, change), self.settles_at, self.tolerance, _LABELS[change], title, top)
+        top, label = 1.0 if change.startswith("tv") else None, f"{_MEASURES[change].unit}<br>{_MEASURES[change].label}"
+        return head_changes(getattr(self, change), self.settles_at, self.tolerance, label, title, top)
 
 
-@torch.no_grad()
+def stability_of(observed: Observed, *, position: int | None = None, tolerance: float = 0.05) -> AttentionStability:
+    """Whether attention comes to rest, of an observation.
+
+    Args:
+        observed: from `observe(..., measures=STABILITY)`, or of one query, `[at_query(one, position) for one in
+            STABILITY]`.
+        position: that query, for the result to say.
+        tolerance: total variation up to which a pattern counts as the last one.
+
+    Raises:
+        InputError: the measures are missing, or no prompt has two tokens.
+    """
+    check_number("tolerance", tolerance, low_too=True)
+    per_prompt = {name: observed.prompts_by_loop(one.name) for name, one in _MEASURES.items()}
+    changes = {name: values.nanmean(0) for name, values in per_prompt.items()}
+    if not bool(changes["tv_to_last"].isfinite().any()):
+        raise InputError("no prompt has two tokens, and a single token can only look at itself: pass longer prompts.")
+    return AttentionStability(
+        made_by=observed.made_by,
+        position=position,
+        tolerance=float(tolerance),
+        **changes,
+        score=1 - changes["tv_to_previous"][1:].mean(0),
+        settles_at=settling_loop(changes["tv_to_last"], tolerance),
+        per_prompt=per_prompt,
+    )
+
+
+@with_run_options
 def attention_stability(
     model: LoopedModel,
-    prompt: str | Tensor,
+    prompts: Prompts,
     n_loops: int | None = None,
     *,
     position: int | None = None,
     tolerance: float = 0.05,
-    **options: Any,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    **options: Unpack[RunOptions],
 ) -> AttentionStability:
     """Whether, and from which loop on, each head of the core layers looks at the same keys.
 
-    Over all queries, one that keeps moving hardly shows among many at rest: to follow the token that answers, pass
-    its position.
-
-    Keeps the patterns of all loops, n_loops · layers · heads · pos² numbers; for many prompts or many loops of a large
-    model take the measures of `tl_looped.attention.measures` with `tl_looped.observe`.
+    Over all queries, one that keeps moving hardly shows among many at rest: to follow the token that answers, pass its
+    position. Every batch runs twice, once for the end; of patterns two loops are kept.
 
     Args:
-        model: the model.
-        prompt: one prompt, text or token ids, of two tokens or more.
+        model, batch_size, progress, options: as in `observe`.
+        prompts: of two tokens or more.
         n_loops: loops to run, two or more; None for the count the model was trained with.
-        position: of one query, negative from the end; None for all queries, of which total variation is the mean.
+        position: of one query, negative from each prompt's end; None for all, of which total variation is the mean.
         tolerance: total variation up to which a pattern counts as the last one.
-        options: `initial_state`, `seed`, `attention_mask`, `position_ids`, `prepend_bos`, as in `LoopedModel.forward`.
 
     Raises:
-        InputError: before the run, for one loop, one token or several prompts; after it, for patterns that are not
-            finite: the message names the layer and loop where that began.
+        InputError: before the run, for a position that a prompt does not have, or prompts of one token; in it, for
+            activations that are not finite: the message names the layer and loop where that began.
 
     Source:
         arXiv 2604.11791, section 4 (Frobenius distances); score and settling loop are this library's.
     """
     check_eval(check_looped(model))
-    run = model.batch(prompt, n_loops, **options)
-    check_whole_run(run)
-    check_one_prompt(run, tokens=2)
-    query = None if position is None else resolve_index("position", position, run.tokens.shape[1])
     check_number("tolerance", tolerance, low_too=True)
-    filters = [f"{CORE}.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_core)]
-    _, cache = model.run_with_cache(
-        run.tokens, run.n_loops, names_filter=filters, device="cpu", return_type=None, **options
-    )
-    with naming_origin(model, run):
-        for name, pattern in cache.items():
-            checked_pattern(pattern, repr(name))
-    patterns = cache.stack("pattern")[:, :, 0]
-    if query is not None:
-        patterns = patterns[..., query : query + 1, :]
-    before, last = patterns.roll(1, 0), patterns[-1:].expand_as(patterns)
-    changes: dict[str, Tensor] = {
-        "tv_to_previous": mean_total_variation(patterns, before),
-        "tv_to_last": mean_total_variation(patterns, last),
-        "frobenius_to_previous": pattern_distance(patterns, before),
-        "frobenius_to_last": pattern_distance(patterns, last),
-    }
-    for name in ("tv_to_previous", "frobenius_to_previous"):
-        changes[name][0] = float("nan")
-    return AttentionStability(
-        made_by={"model": model.cfg.model_name, **run.describe()},
-        position=query,
-        tolerance=float(tolerance),
-        **changes,
-        score=stability_score(patterns),
-        settles_at=settling_loop(changes["tv_to_last"], tolerance),
-    )
+    runs = model.prepare(prompts, n_loops, **options)
+    lengths = [int(real.sum()) for real in runs.rows.real]
+    if max(lengths) < 2:
+        raise InputError("no prompt has two tokens, and a single token can only look at itself: pass longer prompts.")
+    measures: Sequence[Measure] = STABILITY
+    if position is not None:
+        resolve_index("position", position, min(lengths))
+        measures = [at_query(one, position) for one in STABILITY]
+    observed = observe(model, runs, measures=measures, batch_size=batch_size, progress=progress)
+    return stability_of(observed, position=position, tolerance=tolerance)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -202,10 +205,11 @@ class PatternDistances(Result):
         shown = self.mean() if chosen is None else self.distance[chosen]
         which = f"mean of {len(self.distance)} heads" if chosen is None else f"head {chosen}"
         title = f"Distance of attention patterns, {which}: {self.made_by.get('model', '')}"
-        return call_distances(shown, self.loops, self.layers, title)
+        look = ("the distances", "Frobenius<br>distance", CHANGE_SCALE, (0.0, None))
+        return call_matrix(shown, self.loops, self.layers, title, *look)
 
 
-def pattern_distances(cache: LoopedCache) -> PatternDistances:
+def pattern_distances_of(cache: LoopedCache) -> PatternDistances:
     """Frobenius distances between the patterns of every two (loop, layer) pairs of a cache.
 
     Args:

@@ -19,25 +19,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.dynamics import (
-    BEHAVIOURS,
-    N_LOOPS,
-    classify_limits,
-    convergence,
-    cosine_to,
-    distance_to,
-    distinctness,
-    limit_shares,
-)
-from tl_looped.dynamics.limits import FEWEST_LOOPS
+from tl_looped.dynamics import BEHAVIOURS, classify_limits, cycle_of, settled
+from tl_looped.dynamics.limits import FEWEST_LOOPS, limit_shares
+from tl_looped.dynamics.measures import cosine_to, distance_to
+from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import length, median
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
+from tl_looped.observe.watching import watch
 from tl_looped.viz.study import study_panels
 
 Norm = Literal["pre", "residual_sandwich", "output_sandwich"]
@@ -214,7 +207,7 @@ def study_architectures(
         initialisations: see `initialise`.
         sizes: of the models and prompts.
         tolerance, hold: as in `convergence`.
-        threshold: as in `distinctness`.
+        threshold: as in `cycle_of`.
         share: in (0, 1].
         progress: show a bar.
 
@@ -269,8 +262,8 @@ def architecture(
     sizes = Sizes() if sizes is None else sizes
     d = sizes.d_model
     scale = math.sqrt(d) if initialisation == "huginn" else 1.0
-    drawn = {"injection": "concat_linear", "initial_state": "truncated_normal", "initial_state_scale": scale}
-    drawn["initial_state_std"] = math.sqrt(2 / (5 * d))
+    drawn = {"injection": "concat_linear", "state_init": "truncated_normal", "state_init_scale": scale}
+    drawn["state_init_std"] = math.sqrt(2 / (5 * d))
     return LoopedConfig(
         d_model=d,
         n_heads=sizes.n_heads,
@@ -337,11 +330,11 @@ def _states(model: LoopedModel, tokens: Tensor, seed: int | None) -> Float[Tenso
     cfg = model.cfg
     states = torch.empty(cfg.n_loops, cfg.n_core, *tokens.shape, cfg.d_model)
 
-    def keep(x: Tensor, hook: LoopHookPoint) -> None:
-        states[hook.loop, hook.layer()] = x
+    def keep(site: HookSite, x: Tensor) -> None:
+        states[site.loop, site.layer] = x
 
-    hooks = [(HookSite("hook_resid_post", CORE, layer).name, keep) for layer in range(cfg.n_core)]
-    model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_loop=cfg.n_loops, seed=seed)
+    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(cfg.n_core)]
+    watch(model, model.batch(tokens, seed=seed), names, keep, only_loops=True)
     return states.flatten(2, 3)
 
 
@@ -351,8 +344,8 @@ def _measure(
     """(what a cell says, its distances)."""
     end = states[-1:].expand_as(states)
     distances = distance_to(states, end)
-    judged = convergence(distances, limits["tolerance"], hold=limits["hold"])
-    cosines = distinctness(states[-1], threshold=limits["threshold"]).smallest
+    judged = settled(distances, limits["tolerance"], hold=limits["hold"])
+    cosines = cycle_of(states[-1], threshold=limits["threshold"]).smallest
     labels, _, _ = classify_limits(cosine_to(states, end)[:, -1])
     norms = length(states[:, -1]).mean(-1)
     converged, cosine = judged.share(), float(median(cosines))

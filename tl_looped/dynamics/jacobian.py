@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,15 @@ import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.engine.checks import check_eval, check_finite, check_number
+from tl_looped.dynamics.tokens import one_prompt, prepare_long
+from tl_looped.engine.checks import check_finite, check_number
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import length, ratio
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run, check_one_prompt
-from tl_looped.model import LoopedModel, check_looped
+from tl_looped.engine.runs import Prompts, Run, RunOptions, check_state, with_run_options
+from tl_looped.model import LoopedModel
 from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.dynamics import spectrum_plane
 
@@ -83,10 +83,11 @@ class JacobianSpectrum(Result):
 
 
 @torch.inference_mode(mode=False)  # it needs gradients, whatever the caller's mode
-def loop_jacobian_spectrum(
+@with_run_options
+def jacobian_spectrum(
     model: LoopedModel,
-    prompt: str | Tensor,
-    n_loops: int = N_LOOPS,
+    prompts: Prompts,
+    n_loops: int | None = None,
     *,
     loop: int = -1,
     state: Tensor | None = None,
@@ -95,7 +96,7 @@ def loop_jacobian_spectrum(
     tolerance: float | None = None,
     max_iterations: int = 1000,
     start_seed: int = 0,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> JacobianSpectrum:
     """Leading eigenvalues of the Jacobian J of one loop, x → loop(x), at a state.
 
@@ -111,8 +112,8 @@ def loop_jacobian_spectrum(
 
     Args:
         model: the model, in float32 or float64.
-        prompt: one prompt.
-        n_loops: loops to run for the state.
+        prompts: one prompt.
+        n_loops: loops to run for the state; None for 128.
         loop: take the state that enters this loop; by default the last, so the state is near the fixed point if there
             is one.
         state: the state itself, [pos, d_model] or [1, pos, d_model]; then nothing is run before.
@@ -121,7 +122,7 @@ def loop_jacobian_spectrum(
         tolerance: relative accuracy that ARPACK stops at; None: 1e-9 in float64, 1e-4 in float32.
         max_iterations: of ARPACK's restarts.
         start_seed: of ARPACK's first vector.
-        options: `initial_state`, `seed`, `position_ids`, `prepend_bos`, as in `LoopedModel.forward`.
+        options: as in `LoopedModel.forward`.
 
     Raises:
         InputError: several prompts, a half-precision model, too many eigenvalues, a state that is not finite, or no
@@ -131,26 +132,24 @@ def loop_jacobian_spectrum(
         Lehoucq, Sorensen and Yang 1998 (ARPACK). For the spectral radius at a fixed point as the rate of convergence:
         any text on fixed-point iteration (Ostrowski's theorem).
     """
-    check_eval(check_looped(model))
+    runs = prepare_long(model, prompts, n_loops, options, least=1)
     if model.dtype not in _TOLERANCES:
         raise InputError(f"the model is {model.dtype}: load it in float32, or better float64, for its Jacobian.")
     check_count("k", k)
     check_count("max_iterations", max_iterations)
     accuracy = _TOLERANCES[model.dtype] if tolerance is None else check_number("tolerance", tolerance, 0.0, 1.0)
     if state is not None:
-        if "initial_state" in options:
+        if runs.initial_state is not None:
             raise InputError("state is given, so leave out initial_state.")
-        options = {**options, "initial_state": state[None] if state.ndim == 2 else state}
-    run = model.batch(prompt, n_loops, **options)
-    check_one_prompt(run)
-    if run.start or run.stop != run.n_loops:
-        raise InputError("say with loop= at which loop: leave out start_at_loop and stop_at_loop.")
+        check_state(model.cfg, runs.rows, state, runs.seed, model.dtype)
+        runs = replace(runs, initial_state=state)
+    run = one_prompt(model, runs)
     at = resolve_index("loop", loop, run.n_loops)
     place = None if position is None else resolve_index("position", position, run.tokens.shape[1])
     size = model.cfg.d_model * (run.tokens.shape[1] if place is None else 1)
     if k > size - 2:
         raise InputError(f"the Jacobian has {size} rows, so k must be at most {size - 2}, got {k}.")
-    run = dataclasses.replace(run, start=at if state is not None else 0, stop=at + 1, reads_out=False)
+    run = replace(run, start=at if state is not None else 0, stop=at + 1, reads_out=False)
     model.reach(run).check_hooks()
     with naming_origin(model, run):
         loop_map = _LoopMap(model, run, place)

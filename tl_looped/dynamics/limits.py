@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_looped.dynamics.measures import COSINE_TO_END
-from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.dynamics.tokens import observe_tokens, place_table, token_series
-from tl_looped.engine.checks import check_loop_axis, check_number, check_same_shape, undefined_series
-from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.dynamics.tokens import place_table, prepare_long
+from tl_looped.engine.checks import check_loop_axis, check_number, undefined_series
+from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts
+from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.model import LoopedModel
+from tl_looped.observe.observation import BATCH_SIZE, observe
 from tl_looped.observe.observed import Observed
 from tl_looped.viz.dynamics import limit_curves
 
@@ -100,7 +100,7 @@ def classify_limits(
     """The limit behaviour of every series, by the algorithm that `LimitRule` describes.
 
     Args:
-        cosines: of the state after each loop and the state after the last, as `cosine_to(states, states[-1:])` gives.
+        cosines: of the state after each loop and the state after the last, as the measure `COSINE_TO_END` gives.
         rule: its thresholds.
 
     Returns:
@@ -192,54 +192,10 @@ def _quality(
     return 1 - (1 - explained) * (w - 1) / (w - 1 - basis.shape[1])
 
 
-# Of labels, on any axes. Undefined ones (−1) are left out.
-
-
 def limit_shares(labels: Int[Tensor, "*dims"]) -> Float[Tensor, "behaviour"]:
-    """Share of each behaviour among all labels, in the order of `BEHAVIOURS`; NaN where none is defined."""
+    """Share of each behaviour among all defined labels, in the order of `BEHAVIOURS`; NaN where none is defined."""
     counts = _counts(labels)
     return counts / counts.sum()
-
-
-def prompt_shares(labels: Int[Tensor, " token"], prompts: Int[Tensor, " token"]) -> Float[Tensor, "behaviour"]:
-    """Share of prompts in which each behaviour occurs at least once: one token that orbits makes a prompt count.
-
-    Args:
-        labels: of tokens.
-        prompts: the prompt of each token.
-
-    Returns:
-        In the order of `BEHAVIOURS`, over prompts with a defined label; they need not sum to 1. NaN if there is none.
-
-    Raises:
-        InputError: labels and prompts differ in shape.
-    """
-    check_same_shape(labels, prompts, "prompts", first="labels")
-    found = [(_counts(labels[prompts == one]) > 0).double() for one in prompts[labels >= 0].unique().tolist()]
-    return torch.stack(found).mean(0) if found else torch.full((len(BEHAVIOURS),), float("nan"), dtype=torch.float64)
-
-
-def co_occurrence(labels: Int[Tensor, "layer *dims"]) -> Float[Tensor, "behaviour other_behaviour"]:
-    """How behaviours go together across the layers of a token.
-
-    Entry (a, b) is the chance that, of two different layers of one token, drawn at random, the first shows a and the
-    second b. The matrix is symmetric and sums to 1; all on the diagonal means that the layers of a token agree.
-
-    Args:
-        labels: of the same tokens in several layers.
-
-    Returns:
-        In the order of `BEHAVIOURS`; NaN where no token has two layers with a label.
-
-    Raises:
-        InputError: fewer than two layers.
-    """
-    if labels.ndim < 2 or len(labels) < 2:
-        raise InputError(f"labels must be [layer, ...] with at least two layers, got shape {tuple(labels.shape)}.")
-    shows = torch.stack([labels.flatten(1) == i for i in range(len(BEHAVIOURS))]).double()
-    counts = shows.sum(1)
-    pairs = counts @ counts.T - torch.diag(counts.sum(1))  # a layer is not paired with itself
-    return pairs / pairs.sum()
 
 
 def _counts(labels: Tensor) -> Float[Tensor, "behaviour"]:
@@ -269,13 +225,31 @@ class LimitBehaviour(Result):
         return dict(zip(BEHAVIOURS, limit_shares(self._layer(layer)).tolist(), strict=True))
 
     def prompt_shares(self, layer: int = -1) -> dict[str, float]:
-        """Share of prompts with at least one token of each behaviour in a layer."""
-        found = prompt_shares(self._layer(layer), self.places["prompt"])
-        return dict(zip(BEHAVIOURS, found.tolist(), strict=True))
+        """Share of prompts in which at least one token of a layer shows each behaviour: one that orbits is enough.
+
+        Of prompts with a defined label; the shares need not sum to 1. NaN where there is none.
+        """
+        labels, prompts = self._layer(layer), self.places["prompt"]
+        seen = [(_counts(labels[prompts == one]) > 0).double() for one in prompts[labels >= 0].unique().tolist()]
+        shares = torch.stack(seen).mean(0) if seen else torch.full((len(BEHAVIOURS),), float("nan"))
+        return dict(zip(BEHAVIOURS, shares.tolist(), strict=True))
 
     def co_occurrence(self) -> pd.DataFrame:
-        """`co_occurrence` of all layers, with the names of the behaviours."""
-        return pd.DataFrame(co_occurrence(self.labels).numpy(), index=list(BEHAVIOURS), columns=list(BEHAVIOURS))
+        """How behaviours go together across the layers of a token.
+
+        Entry (a, b) is the chance that, of two different layers of one token, drawn at random, the first shows a and
+        the second b. The matrix is symmetric and sums to 1; all on the diagonal means that the layers of a token agree.
+        NaN where no token has two layers with a label.
+
+        Raises:
+            InputError: a single layer.
+        """
+        if len(self.labels) < 2:
+            raise InputError("behaviours of layers are compared, and there is one layer.")
+        shows = torch.stack([self.labels == i for i in range(len(BEHAVIOURS))]).double()
+        counts = shows.sum(1)
+        pairs = counts @ counts.T - torch.diag(counts.sum(1))  # a layer is not paired with itself
+        return pd.DataFrame((pairs / pairs.sum()).numpy(), index=list(BEHAVIOURS), columns=list(BEHAVIOURS))
 
     def _layer(self, layer: int) -> Int[Tensor, " token"]:
         return self.labels[resolve_index("layer", layer, len(self.labels))]
@@ -301,8 +275,8 @@ class LimitBehaviour(Result):
         return limit_curves(self.cosines[:, index], self.labels[index], BEHAVIOURS, threshold, names, title)
 
 
-def limits_of(observed: Observed, rule: LimitRule | None = None, *, name: str = COSINE_TO_END.name) -> LimitBehaviour:
-    """The limit behaviour of every token of a collection, in every core layer.
+def limits_of(observed: Observed, *, rule: LimitRule | None = None, name: str = COSINE_TO_END.name) -> LimitBehaviour:
+    """The limit behaviour of every token of an observation, in every core layer.
 
     Args:
         observed: from `observe(..., measures=[COSINE_TO_END], per_token=["cosine_to_end"])`.
@@ -313,7 +287,7 @@ def limits_of(observed: Observed, rule: LimitRule | None = None, *, name: str = 
         InputError: what `classify_limits` refuses; or the measure was not kept for every token.
     """
     rule = LimitRule() if rule is None else rule
-    cosines, places = token_series(observed, name)
+    cosines, places = observed.tokens_by_loop(name)
     labels, period, amplitude = classify_limits(cosines, rule)
     return LimitBehaviour(
         made_by={**observed.made_by, "rule": dataclasses.asdict(rule)},
@@ -325,19 +299,26 @@ def limits_of(observed: Observed, rule: LimitRule | None = None, *, name: str = 
     )
 
 
+@with_run_options
 def limit_behaviour(
-    model: LoopedModel, prompts: Prompts, n_loops: int = N_LOOPS, *, rule: LimitRule | None = None, **options: Any
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    rule: LimitRule | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    **options: Unpack[RunOptions],
 ) -> LimitBehaviour:
     """How each token's state behaves in the limit of many loops, in every core layer.
 
-    Every batch runs twice, once for the end; what is kept are the cosines.
+    Every batch runs twice, once for the end; what is kept are the cosines. To go on after an interruption, pass
+    `limits_of` what `observe(..., save_to=...)` gives.
 
     Args:
-        model: in evaluation mode.
-        prompts: as in `observe`.
-        n_loops: 128 in the paper; at least 16.
+        model, prompts, batch_size, progress, options: as in `observe`.
+        n_loops: at least 16; None for 128, as in the paper.
         rule: the thresholds of the algorithm, which `LimitRule` describes.
-        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `save_to`, `progress`, as in `observe`.
 
     Raises:
         InputError: what `observe` refuses; too few loops; states that are not finite, with layer and loop.
@@ -345,5 +326,7 @@ def limit_behaviour(
     Source:
         arXiv 2604.11791.
     """
-    check_count("n_loops", n_loops, minimum=FEWEST_LOOPS)
-    return limits_of(observe_tokens(model, prompts, COSINE_TO_END, n_loops, FEWEST_LOOPS, options), rule)
+    runs = prepare_long(model, prompts, n_loops, options, least=FEWEST_LOOPS)
+    measures, per_token = [COSINE_TO_END], [COSINE_TO_END.name]
+    found = observe(model, runs, measures=measures, per_token=per_token, batch_size=batch_size, progress=progress)
+    return limits_of(found, rule=rule)

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.dynamics.steps import N_LOOPS, accelerations, step_angles, step_changes, step_norms
-from tl_looped.engine.checks import check_eval
+from tl_looped.dynamics.measures import MOTION
+from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.errors import resolve_index
-from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import check_one_prompt, check_whole_run
-from tl_looped.engine.schedule import CORE, HookSite
-from tl_looped.model import LoopedModel, check_looped
-from tl_looped.observe.watching import naming_origin
-from tl_looped.viz.motion import motion_curves
-
-_NAMES = ("step", "angle", "acceleration", "step_change")
+from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.model import LoopedModel
+from tl_looped.observe.observation import BATCH_SIZE, observe
+from tl_looped.observe.observed import Observed
+from tl_looped.viz.dynamics import motion_curves
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LoopMotion(Result):
-    """The steps of one core layer's output from loop to loop, for one prompt; NaN where a step has none before it.
+class StateMotion(Result):
+    """The steps of one core layer's output from loop to loop, at every token; NaN where a step has none before it.
 
     Attributes:
         layer: the core layer.
-        str_tokens: text of each token; its id where there is no tokenizer.
+        places: prompt and position of each token.
         step: ‖x_t − x_{t−1}‖ / ‖x_t‖.
         angle: between a step and the one before, in radians: 0 straight on, π/2 orthogonal, π back.
         acceleration: length of the difference of the two steps, over ‖x_t‖.
@@ -41,75 +35,69 @@ class LoopMotion(Result):
     """
 
     layer: int
-    str_tokens: tuple[str, ...]
-    step: Float[Tensor, "loop pos"]
-    angle: Float[Tensor, "loop pos"]
-    acceleration: Float[Tensor, "loop pos"]
-    step_change: Float[Tensor, "loop pos"]
+    places: dict[str, Int[Tensor, " token"]]
+    step: Float[Tensor, "loop token"]
+    angle: Float[Tensor, "loop token"]
+    acceleration: Float[Tensor, "loop token"]
+    step_change: Float[Tensor, "loop token"]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each loop and position: loop, pos, token and the four measures."""
-        loop, pos = np.indices(self.step.shape).reshape(2, -1)
-        tokens = np.array(self.str_tokens, dtype=object)[pos]
-        values = {name: getattr(self, name).flatten().numpy() for name in _NAMES}
-        return pd.DataFrame({"loop": loop, "pos": pos, "token": tokens, **values})
+        """One row for each loop and token: loop, prompt, pos and the four measures."""
+        table = place_table(self.step.shape, ("loop", "token"), self.places)
+        return table.assign(**{one.name: getattr(self, one.name).flatten().numpy() for one in MOTION})
 
     def plot(self) -> go.Figure:
-        """Step length and turning angle over loops: the last position, and the median over positions."""
+        """Step length and turning angle over loops: the last positions, and the median over all tokens."""
         title = f"Steps of core layer {self.layer}: {self.made_by.get('model', '')}"
-        return motion_curves(self.step, self.angle, title)
+        last = self.places["prompt"].diff(append=self.places["prompt"].new_tensor([-1])) != 0
+        return motion_curves(self.step, self.angle, last, title)
 
 
-@torch.no_grad()
-def loop_motion(
-    model: LoopedModel, prompt: str | Tensor, n_loops: int = N_LOOPS, *, layer: int = -1, **options: Any
-) -> LoopMotion:
-    """How a core layer's output moves from loop to loop: step lengths, angles, and how steps change.
-
-    Three states are kept at a time, whatever the number of loops.
+def motion_of(observed: Observed, *, layer: int = -1) -> StateMotion:
+    """The steps of a core layer's output, of an observation.
 
     Args:
-        model: the model.
-        prompt: one prompt.
-        n_loops: loops to run, two or more.
+        observed: from `observe(..., measures=MOTION, per_token=[measure.name for measure in MOTION])`.
         layer: the core layer, by default the last.
-        options: `initial_state`, `seed`, `position_ids`, `prepend_bos`, as in `LoopedModel.forward`.
 
     Raises:
-        InputError: several prompts, one loop, no such layer; states that are not finite, with the site where that
-            began.
+        InputError: no such layer, or a measure was not kept for every token.
+    """
+    values = {one.name: observed.tokens_by_loop(one.name) for one in MOTION}
+    places = values["step"][1]
+    index = resolve_index("layer", layer, values["step"][0].shape[1])
+    steps = {name: series[:, index] for name, (series, _) in values.items()}
+    return StateMotion(made_by=observed.made_by, layer=index, places=places, **steps)
+
+
+@with_run_options
+def state_motion(
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    layer: int = -1,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    **options: Unpack[RunOptions],
+) -> StateMotion:
+    """How a core layer's output moves from loop to loop at every token: step lengths, angles, and how steps change.
+
+    It is `motion_of` of what `observe` sees, which keeps three states of each layer, whatever the number of loops.
+
+    Args:
+        model, prompts, batch_size, progress, options: as in `observe`.
+        n_loops: three or more; None for 128.
+        layer: the core layer, by default the last.
+
+    Raises:
+        InputError: too few loops, no such layer, or what `observe` refuses.
 
     Source:
         arXiv 2509.23314: step norms, angles between steps, acceleration.
     """
-    check_eval(check_looped(model))
-    run = model.batch(prompt, n_loops, **options)
-    check_whole_run(run)
-    check_one_prompt(run)
+    runs = prepare_long(model, prompts, n_loops, options, least=3)
     index = resolve_index("layer", layer, model.cfg.n_core)
-    states: list[Tensor] = []
-    rows: dict[str, list[Tensor]] = {name: [] for name in _NAMES}
-
-    def measure(x: Tensor, hook: LoopHookPoint) -> None:
-        states[:] = [*states[-2:], x[0]]
-        missing = torch.full(x.shape[1:2], float("nan"), dtype=wide_dtype(x.dtype))
-        found = dict.fromkeys(_NAMES, missing)
-        if len(states) > 1:
-            some = torch.stack(states)
-            norms = step_norms(some)
-            found["step"] = norms[-1]
-            if len(states) > 2:
-                found |= {"angle": step_angles(some)[-1], "acceleration": accelerations(some)[-1]}
-                found["step_change"] = step_changes(norms)[-1]
-        for name, value in found.items():
-            rows[name].append(value.cpu())
-
-    site = HookSite("hook_resid_post", CORE, index).name
-    with naming_origin(model, run), model.hooks(fwd_hooks=[(site, measure)]):
-        model.execute(run, return_type=None)
-    return LoopMotion(
-        made_by={"model": model.cfg.model_name, **run.describe()},
-        layer=index,
-        str_tokens=model.token_texts(run.tokens[0]),
-        **{name: torch.stack(row) for name, row in rows.items()},
-    )
+    names = [one.name for one in MOTION]
+    found = observe(model, runs, measures=MOTION, per_token=names, batch_size=batch_size, progress=progress)
+    return motion_of(found, layer=index)

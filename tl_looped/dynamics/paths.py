@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -14,15 +13,17 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.dynamics.steps import N_LOOPS
-from tl_looped.engine.checks import check_eval, check_finite, check_number
+from tl_looped.dynamics.tokens import one_prompt, prepare_long
+from tl_looped.engine.checks import check_finite, check_number
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import length, met_from, ratio, unit, wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run, check_one_prompt, check_whole_run
-from tl_looped.model import LoopedModel, check_looped
+from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs, check_state, with_run_options
+from tl_looped.engine.schedule import HookSite
+from tl_looped.model import LoopedModel
+from tl_looped.observe.watching import watch
 from tl_looped.viz.dynamics import path_curves
 
 
@@ -123,16 +124,17 @@ class PathIndependence(Result):
 
 
 @torch.no_grad()
+@with_run_options
 def path_independence(
     model: LoopedModel,
-    prompt: str | Tensor,
-    n_loops: int = N_LOOPS,
+    prompts: Prompts,
+    n_loops: int | None = None,
     *,
     seeds: Sequence[int] | None = None,
     noise: float | None = None,
     initial_states: Sequence[Tensor] | None = None,
     tolerance: float = 1e-2,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> PathIndependence:
     """Run a prompt from several initial states, and see whether the state that leaves each loop becomes the same.
 
@@ -149,14 +151,14 @@ def path_independence(
     All runs are one batch; of the states of earlier loops nothing is kept but their distances.
 
     Args:
-        model: the model.
-        prompt: one prompt.
-        n_loops: loops to run.
+        model: in evaluation mode.
+        prompts: one prompt.
+        n_loops: None for 128.
         seeds: of draws or of noise; None for 0, 1, 2, 3.
         noise: relative L2, such as 0.5.
         initial_states: two or more, each [pos, d_model] or [1, pos, d_model], in the model's dtype.
         tolerance: relative L2 up to which states are in the same place.
-        options: `position_ids`, `prepend_bos`; with `noise` also `seed`, of the model's own state.
+        options: as in `LoopedModel.forward`, without `initial_state`; `seed` is that of the model's own state.
 
     Raises:
         InputError: before the run: a model that draws no state without `noise` or `initial_states`, fewer than two
@@ -167,28 +169,33 @@ def path_independence(
         arXiv 2502.05171, path independence. (Which noise, and the tolerance, are this library's.)
     """
     check_number("tolerance", tolerance)
-    check_eval(check_looped(model))
-    run = model.batch(prompt, n_loops, **options)
-    check_whole_run(run, loops=1)
-    check_one_prompt(run)
-    starts = _starts(model, prompt, run, seeds, noise, initial_states, options)
+    runs = prepare_long(model, prompts, n_loops, options, least=1)
+    if runs.initial_state is not None:
+        raise InputError("path independence takes several initial states: pass initial_states=[...].")
+    run = one_prompt(model, runs)
+    if initial_states is not None:
+        if seeds is not None or noise is not None:
+            raise InputError("initial_states are given, so leave out seeds and noise.")
+        for one in initial_states:
+            check_state(model.cfg, runs.rows, one, runs.seed, model.dtype)
+        each = {f"given {i}": replace(runs, initial_state=one) for i, one in enumerate(initial_states)}
+        starts = {name: _state(model, one) for name, one in each.items()}
+    else:
+        starts = _starts(model, runs, run, seeds, noise)
+    if len(starts) < 2:
+        raise InputError(f"one start has nothing to meet: pass two or more, got {list(starts)}.")
+    for name, state in starts.items():
+        check_finite(state[0], (f"start {name!r}, position",))
     states = torch.cat(list(starts.values()))
-    together = dataclasses.replace(
-        run,
-        tokens=run.tokens.expand(len(states), -1),
-        attention_mask=run.attention_mask.expand(len(states), -1),
-        reads_out=False,
-        state=states,
-        state_given=True,
-    )
     kept: list[Tensor] = []
 
-    def see(x: Tensor, hook: LoopHookPoint) -> None:
-        check_finite(x, (f"loop {hook.loop}, start", "position"))
+    def see(site: HookSite, x: Tensor) -> None:
+        check_finite(x, (f"loop {site.loop}, start", "position"))
         kept.append(pairwise_distances(x).cpu())
 
-    with model.hooks(fwd_hooks=[("hook_state_post", see)]):
-        model.execute(together)
+    tokens, mask = (one.expand(len(states), -1) for one in (run.tokens, run.attention_mask))
+    together = replace(run, tokens=tokens, attention_mask=mask, state=states, state_given=True)
+    watch(model, together, ["hook_state_post"], see, only_loops=True)
     return PathIndependence(
         made_by={"model": model.cfg.model_name, **run.describe(), "initial_state": "several", "noise": noise},
         starts=tuple(starts),
@@ -199,44 +206,25 @@ def path_independence(
 
 
 def _starts(
-    model: LoopedModel,
-    prompt: str | Tensor,
-    run: Run,
-    seeds: Sequence[int] | None,
-    noise: float | None,
-    given: Sequence[Tensor] | None,
-    options: dict[str, Any],
+    model: LoopedModel, runs: Runs, run: Run, seeds: Sequence[int] | None, noise: float | None
 ) -> dict[str, Float[Tensor, "1 pos d_model"]]:
-    """The initial states of all runs, by what they are."""
-    if "initial_state" in options:
-        raise InputError("path independence takes several initial states: pass initial_states=[...].")
-    if given is not None:
-        if seeds is not None or noise is not None:
-            raise InputError("initial_states are given, so leave out seeds and noise.")
-        states = [one[None] if isinstance(one, Tensor) and one.ndim == 2 else one for one in given]
-        found = {f"given {i}": model.batch(prompt, run.n_loops, initial_state=one) for i, one in enumerate(states)}
-        starts = {name: one.state for name, one in found.items() if one.state is not None}
-    else:
-        chosen = list(range(4)) if seeds is None else [check_count("a seed", seed, minimum=0) for seed in seeds]
-        if len(set(chosen)) < len(chosen):
-            raise InputError(f"seeds names one twice: {chosen}.")
-        if noise is not None:
-            own, after = (model(prompt, run.n_loops, stop_at_loop=loop, **options) for loop in (0, 1))
-            size = length(wide(own))
-            size = torch.where(size == 0, length(wide(after)), size)
-            starts = {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
-        elif model.cfg.random_state:
-            drawn = [{**options, "seed": seed} for seed in chosen]
-            states = [model.batch(prompt, run.n_loops, **one).state for one in drawn]
-            starts = {f"seed {seed}": one for seed, one in zip(chosen, states, strict=True) if one is not None}
-        else:
-            own_state = "zero" if model.cfg.initial_state == "zeros" else "the prelude's output"
-            raise InputError(
-                f"{model.cfg.model_name} draws no state but starts from {own_state}, so seeds change nothing: pass "
-                "noise=0.5 for noise around it, or initial_states=[...]."
-            )
-    if len(starts) < 2:
-        raise InputError(f"one start has nothing to meet: pass two or more, got {list(starts)}.")
-    for name, state in starts.items():
-        check_finite(state[0], (f"start {name!r}, position",))
-    return starts
+    """The initial states that are drawn or made by noise, by what they are."""
+    chosen = list(range(4)) if seeds is None else [check_count("a seed", seed, minimum=0) for seed in seeds]
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"seeds names one twice: {chosen}.")
+    if noise is not None:
+        own, after = (model.execute(replace(run, stop=loop, reads_out=False)) for loop in (0, 1))
+        size = length(wide(own))
+        size = torch.where(size == 0, length(wide(after)), size)
+        return {"own": own} | {f"noise {seed}": noise_around(own, noise, seed, size) for seed in chosen}
+    if model.cfg.draws_state:
+        return {f"seed {seed}": _state(model, replace(runs, seed=seed)) for seed in chosen}
+    raise InputError(
+        f"{model.cfg.model_name} draws no state, so seeds change nothing: it starts from {model.cfg.state_in_words()}. "
+        "Pass noise=0.5 for noise around it, or initial_states=[...]."
+    )
+
+
+def _state(model: LoopedModel, runs: Runs) -> Float[Tensor, "1 pos d_model"]:
+    """The initial state of runs that give or draw one."""
+    return cast(Tensor, model.batch_of(runs).state)

@@ -1,62 +1,48 @@
-"""Per-token numbers of many prompts, side by side: what a collection kept, as one tensor with its places."""
+"""What this room's calls on a model share: how prompts run, and the numbers of their tokens side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.runs import Prompts
-from tl_looped.model import LoopedModel
-from tl_looped.observe import Measure, observe
-from tl_looped.observe.observed import Observed
+from tl_looped.engine.checks import check_eval
+from tl_looped.engine.errors import check_count
+from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs, check_one_prompt, check_whole_run
+from tl_looped.model import LoopedModel, check_looped
 
-Places = dict[str, Int[Tensor, " token"]]
-
-
-def observe_tokens(
-    model: LoopedModel, prompts: Prompts, measure: Measure, n_loops: int, least: int, options: Mapping[str, Any]
-) -> Observed:
-    """Observe one measure, kept for every token.
-
-    Raises:
-        InputError: a model without loops, fewer than `least` of them, or what `observe` refuses.
-    """
-    if not isinstance(model, LoopedModel):
-        raise InputError(f"a {type(model).__name__} has no loops to compare: pass a LoopedModel.")
-    check_count("n_loops", n_loops, minimum=least)
-    return observe(model, prompts, n_loops, measures=[measure], per_token=[measure.name], **options)
+N_LOOPS = 128
+"""Loops after which the paper takes a state for the fixed point: what runs where the caller does not say."""
 
 
-def token_series(observed: Observed, name: str) -> tuple[Float[Tensor, "loop layer token"], Places]:
-    """A measure of the core layers for every token of every prompt, and each token's prompt and position.
-
-    Args:
-        observed: from `observe(..., per_token=[name])`.
-        name: of a measure with one number for each token and layer.
+def prepare_long(
+    model: LoopedModel, prompts: Prompts, n_loops: int | None, options: Mapping[str, object], least: int = 2
+) -> Runs:
+    """`model.prepare`, but 128 loops where neither `n_loops` nor prepared runs say how many.
 
     Raises:
-        InputError: the measure was not kept for every token, is not one number for each, or a prompt has not run.
+        InputError: a model without loops or in training mode, fewer than `least` loops, or what `prepare` refuses.
     """
-    values, places = observed.tokens_by_loop(name)
-    if values.ndim != 3:
-        raise InputError(f"{name!r} must have one number for each token and layer, not {observed.axes[name]}.")
-    return values, places
+    check_eval(check_looped(model))
+    loops = N_LOOPS if n_loops is None and not isinstance(prompts, Runs) else n_loops
+    runs = model.prepare(prompts, loops, **cast(RunOptions, options))
+    check_count("n_loops", runs.n_loops, minimum=least)
+    return runs
+
+
+def one_prompt(model: LoopedModel, runs: Runs, loops: int = 1) -> Run:
+    """The run of a single prompt, from the first loop to the last."""
+    run = model.batch_of(runs)
+    check_whole_run(run, loops)
+    check_one_prompt(run)
+    return run
 
 
 def place_table(shape: Sequence[int], axes: Sequence[str], places: Mapping[str, Tensor]) -> pd.DataFrame:
-    """One row for each cell: a column with the index on each axis, and for the last axis those of `places` instead.
-
-    Args:
-        shape: of the cells.
-        axes: names of their axes.
-        places: what to say of each index of the last axis; nothing: the index.
-    """
+    """One row for each cell: a column with the index on each axis, and for the last axis those of `places` instead."""
     columns = {axis: index.ravel() for axis, index in zip(axes, np.indices(tuple(shape)), strict=True)}
     if places:
         index = columns.pop(axes[-1])

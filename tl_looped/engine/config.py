@@ -1,61 +1,51 @@
-"""LoopedConfig: every choice that separates one looped language model from another, as a field."""
+"""LoopedConfig: a looped language model as a composition of parts, and what follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn
 
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.schedule import LoopSchedule
-
-NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output"]
-LoopNorm = Literal["none", "each", "last"]
-Injection = Literal["none", "concat_linear", "add"]
-InitialState = Literal["prelude", "zeros", "normal", "truncated_normal"]
-RotaryStyle = Literal["halves", "adjacent"]
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Frequency scaling of Llama 3.1 and later, by wavelength against the original context length."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_n_ctx: int
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            check_number(f"rotary_scaling.{name}", getattr(self, name))
-        check_count("rotary_scaling.original_n_ctx", self.original_n_ctx)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise InputError(
-                f"rotary_scaling needs low_freq_factor < high_freq_factor, got {self.low_freq_factor} and "
-                f"{self.high_freq_factor}."
-            )
+from tl_looped.engine.parts import (
+    ACT_FNS,
+    INJECTIONS,
+    LOOP_NORMS,
+    LOOP_UPDATES,
+    NORM_KINDS,
+    NORM_PLACEMENTS,
+    STATE_INITS,
+    ActFn,
+    Injection,
+    LinearRope,
+    Llama3Rope,
+    LoopNorm,
+    LoopUpdate,
+    NormKind,
+    NormPlacement,
+    QKNorm,
+    Rotary,
+    StateInit,
+    check_choice,
+)
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, LoopSchedule
 
 
 @dataclass(frozen=True)
 class LoopedConfig:
     """A decoder with `n_prelude` layers, `n_core` layers run `n_loops` times, and `n_coda` layers.
 
-    Names are TransformerLens's where it has one. Equations, with x the residual stream, e the prelude's output, N a
-    root-mean-square norm with weight:
+    Names are TransformerLens's where it has one. What a choice computes stands in the tables of `engine.parts`. With x
+    the residual stream, e the prelude's output and N the norms, a run is::
 
-    ===================== =======================================================================================
-    norm_placement        one sub-layer f (attention, then MLP)
-    ===================== =======================================================================================
-    "pre"                 x + f(N(x))            Llama, and models trained from scratch
-    "residual_sandwich"   N'(x + f(N(x)))        Huginn: the residual stream itself is normalised
-    "output_sandwich"     x + N'(f(N(x)))        Ouro
-    "output"              x + N'(f(x))           OLMo-2
-    ===================== =======================================================================================
+        e = N(prelude(N(scale · E[token] + P[position])))      P, and these two norms, only where they are asked for
+        x = initial state
+        n_loops times:  x = N(update(x, core(inject(x, e))))   N as `loop_norm` says
+        logits = cap(U N(coda(N(x))))
 
-    `injection` at the start of every loop: "none": x; "add": x + e; "concat_linear": W [x; e], the state first.
-    `loop_norm`: the final norm (the same weights) on the state after "each" loop (Ouro), after the "last" one only,
-    before the coda (Huginn), or "none". `final_norm`: whether the head reads through that norm (again).
+    What asks how a model is built asks the methods here (`sum_broken_by`, `score_terms`, ...), not the fields.
     """
 
     # Sizes.
@@ -75,27 +65,43 @@ class LoopedConfig:
 
     # Layers.
     norm_placement: NormPlacement = "pre"
-    eps: float = 1e-6  # added to the mean square in every norm
-    qk_bias: bool = False  # a bias on queries and keys, before rotary
-    qk_norm: bool = False  # a norm on the whole query and the whole key vector, all heads together, before rotary
-    act_fn: Literal["silu"] = "silu"  # the gate of the MLP: act_fn(gate) * up
+    norm: NormKind = "rms"
+    eps: float = 1e-6  # added to the mean square (or the variance) in every norm
+    act_fn: ActFn = "silu"
+    gated_mlp: bool = True  # down(act_fn(gate(x)) · up(x)); else down(act_fn(up(x)))
+    mlp_bias: bool = False  # on every map of the MLP
 
-    # Rotary position embedding, on the whole head.
-    rotary_style: RotaryStyle = "halves"  # which components pair up: i with i + d_head/2, or 2i with 2i + 1
-    rotary_base: float = 10000.0
-    rotary_scaling: Llama3Rope | None = None
+    # Attention: softmax(scale · q kᵀ) v.
+    qk_bias: bool = False  # on queries and keys, before norm and rotary
+    v_bias: bool = False
+    o_bias: bool = False
+    qk_norm: QKNorm | None = None
+    attn_scale: float | None = None  # None: 1 / sqrt(d_head)
+    score_cap: float | None = None  # c: scores become c · tanh(scores / c), before the mask
+    windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
+
+    # Position.
+    rotary: Rotary | None = dataclasses.field(default_factory=Rotary)
+    rotary_windowed: Rotary | None = None  # of the layers with a window; None: as in the others
+    learned_positions: bool = False
 
     # The loop.
     injection: Injection = "none"
+    loop_update: LoopUpdate = "replace"
+    loop_step: float = 1.0  # of the damped update
     loop_norm: LoopNorm = "none"
-    final_norm: bool = True
-    initial_state: InitialState = "prelude"
-    initial_state_std: float = 1.0  # of the normal distribution; truncated at three of them
-    initial_state_scale: float = 1.0  # the drawn state is multiplied by this
+    state_init: StateInit = "prelude"
+    state_init_std: float = 1.0  # of the normal distribution; truncated at three of them
+    state_init_scale: float = 1.0  # the drawn state is multiplied by this
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
 
     # Embedding and head.
     embed_scale: float = 1.0
+    embed_norm: bool = False  # on what the prelude reads
+    prelude_norm: bool = False  # on what comes out of the prelude
+    final_norm: bool = True  # whether the head reads through a norm
+    final_norm_kind: NormKind | None = None  # None: as in the layers
+    logit_cap: float | None = None  # c: logits become c · tanh(logits / c)
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()  # tokens that end a text, beside the tokenizer's own
 
@@ -112,33 +118,45 @@ class LoopedConfig:
         check_count("n_key_value_heads", self.kv_heads)
         if self.n_heads % self.kv_heads:
             raise InputError(f"n_heads ({self.n_heads}) must be a multiple of n_key_value_heads ({self.kv_heads}).")
-        if self.d_head % 2:
-            raise InputError(f"d_head must be even for rotary embedding, got {self.d_head}.")
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
-        for name in ("eps", "rotary_base", "initial_state_std", "initial_state_scale", "embed_scale"):
-            check_number(name, getattr(self, name))
-        for name in ("qk_bias", "qk_norm", "final_norm", "exit_gate", "tie_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name, table in _CHOICES.items():
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                check_choice(name, getattr(self, name), table)
+        for name in _NUMBERS:
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                check_number(name, getattr(self, name))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise InputError(f"{field.name} must be True or False, got {value!r}.")
         for token in self.eos_token_ids:
             check_count("a token in eos_token_ids", token, minimum=0)
-        if self.injection == "none" and self.initial_state != "prelude":
+        self._check_together()
+
+    def _check_together(self) -> None:
+        for rotary in (self.rotary, self.rotary_windowed):
+            size = None if rotary is None else rotary.size or self.d_head
+            if size is not None and (size % 2 or size > self.d_head):
+                raise InputError(f"d_head must be even for rotary embedding, got {self.d_head}, of which {size} turn.")
+        if self.injection == "none" and self.state_init != "prelude":
             raise InputError(
-                f"initial_state={self.initial_state!r} without injection would never read the tokens: "
-                "take initial_state='prelude', or an injection."
+                f"state_init={self.state_init!r} without injection would never read the tokens: "
+                "take state_init='prelude', or an injection."
             )
+        if self.loop_step > 1 or (self.loop_step != 1 and self.loop_update != "damped"):
+            raise InputError(f"loop_step={self.loop_step} must be in (0, 1], and 1 unless loop_update='damped'.")
+        layers = self.n_prelude + self.n_core + self.n_coda
+        if self.windows and len(self.windows) != layers:
+            raise InputError(f"windows must have one entry for each of {layers} layers, got {len(self.windows)}.")
+        for window in self.windows:
+            if window is not None:
+                check_count("a window", window)
+
+    # Sizes.
 
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
-
-    @property
-    def random_state(self) -> bool:
-        """Whether a run draws its initial state at random when none is given."""
-        return self.initial_state in ("normal", "truncated_normal")
 
     @property
     def n_layers(self) -> NoReturn:
@@ -153,33 +171,229 @@ class LoopedConfig:
         loops = self.n_loops if n_loops is None else n_loops
         return LoopSchedule.looped(self.n_prelude, self.n_core, self.n_coda, loops)
 
+    def layers(self) -> list[tuple[str, int]]:
+        """Every distinct layer as (stack, index in it), in the order in which one loop runs them."""
+        counts = ((PRELUDE, self.n_prelude), (CORE, self.n_core), (CODA, self.n_coda))
+        return [(stack, layer) for stack, n in counts for layer in range(n)]
+
+    def window(self, stack: str | None, layer: int | None) -> int | None:
+        """How many keys a query of a layer sees, itself included; None for all up to itself."""
+        return (
+            dict(zip(self.layers(), self.windows, strict=True)).get((stack or "", layer or 0)) if self.windows else None
+        )
+
+    # The state.
+
+    @property
+    def draws_state(self) -> bool:
+        """Whether a run draws its initial state at random when none is given."""
+        return self.state_init in ("normal", "truncated_normal")
+
+    @property
+    def starts_from_prelude(self) -> bool:
+        """Whether the state that enters the first loop is the prelude's output, unless one is given."""
+        return self.state_init == "prelude"
+
+    @property
+    def reads_input_in_loops(self) -> bool:
+        """Whether every loop mixes the prelude's output into the state."""
+        return self.injection != "none"
+
+    @property
+    def resumes_in_loop(self) -> bool:
+        """Whether a loop can go on from what one of its layers reads, without the state that entered it."""
+        return self.loop_update == "replace"
+
+    # Norms around the loop and the head.
+
+    @property
+    def norms_each_loop(self) -> bool:
+        """Whether a norm closes every loop, so that the state is normed."""
+        return self.loop_norm in ("each", "own")
+
+    @property
+    def norms_last_loop(self) -> bool:
+        """Whether the state is normed once, between the last loop and what follows."""
+        return self.loop_norm == "last"
+
+    @property
+    def has_final_weights(self) -> bool:
+        """Whether there is a module for the final norm, which may also close loops."""
+        return self.final_norm or self.loop_norm in ("each", "last")
+
+    def head_norm_site(self, last_loop: int) -> HookSite | None:
+        """The one norm through which the head reads the last layer's output; None where it is none, or two."""
+        if self.readout_broken_by() is not None:
+            return None
+        if self.final_norm:
+            return HookSite("ln_final.")
+        return HookSite("ln_loop.", loop=last_loop) if self.norms_each_loop else HookSite("ln_coda.")
+
+    def sum_broken_by(self, n_loops: int) -> str | None:
+        """Why the last state is not the embedding plus the layers' outputs; None where it is."""
+        if self.norm_placement == "residual_sandwich":
+            return "its layers normalise the residual stream itself"
+        if self.embed_norm or self.prelude_norm:
+            return "the residual stream is normalised before the loops"
+        if self.reads_input_in_loops:
+            return "the prelude's output is mixed in again in every loop"
+        if self.loop_update != "replace":
+            return "a loop moves the state only a part of the way to what its layers make of it"
+        if self.norms_each_loop and n_loops > 1:
+            return "the residual stream is normalised between loops"
+        if self.loop_norm != "none" and self.n_coda:
+            return "the residual stream is normalised before the coda"
+        return None
+
+    def heads_mixed_by(self) -> str | None:
+        """Why what attention adds is not the sum of its heads; None where it is (but for a bias)."""
+        mixed = self.norm_placement in ("output", "output_sandwich")
+        return "a norm after attention mixes the heads" if mixed else None
+
+    def readout_broken_by(self) -> str | None:
+        """Why the head does not read the last layer's output through one norm and nothing else; None where it does."""
+        norms = (self.loop_norm != "none" and self.n_coda == 0) + self.final_norm
+        if self.n_coda == 0 and self.loop_update != "replace":
+            return "its head reads the state that the loop updates, and not the last layer's output"
+        return (
+            None
+            if norms == 1
+            else f"its head reads the last layer's output through {('no norm', '', 'two norms')[norms]}"
+        )
+
+    def score_terms(self) -> tuple[str, ...]:
+        """What attention scores have that q kᵀ / sqrt(d_head) of a causal layer, linear in x, has not."""
+        scale = self.attn_scale is not None and self.attn_scale != self.d_head**-0.5
+        terms = {
+            ROTARY_TERM: self.rotary is not None,
+            "biases on queries and keys": self.qk_bias,
+            "norms on queries and keys": self.qk_norm is not None,
+            "a scale of their own": scale,
+            "a soft cap": self.score_cap is not None,
+            "sliding windows": any(window is not None for window in self.windows),
+        }
+        return tuple(term for term, is_so in terms.items() if is_so)
+
+    # Words.
+
+    @property
+    def source(self) -> str:
+        """Where e comes from."""
+        return "the prelude" if self.n_prelude else "the embedding"
+
+    @property
+    def mix(self) -> str:
+        """The formula of the injection."""
+        return INJECTIONS[self.injection][0]
+
+    @property
+    def state_mark(self) -> str:
+        """The initial state, for a drawing: what comes behind "x₀"."""
+        return STATE_INITS[self.state_init][0]
+
+    def state_in_words(self) -> str:
+        """What enters the first loop."""
+        std = self.state_init_std * self.state_init_scale
+        return STATE_INITS[self.state_init][1].format(source=self.source, std=std)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """The choices that make up the model, each as (name, what it is); what a model does not have is left out."""
+        formula, words = INJECTIONS[self.injection]
+        act = ACT_FNS[self.act_fn]
+        mlp = f"{act}(gate) · up" if self.gated_mlp else f"{act}, not gated"
+        biases = {"queries and keys": self.qk_bias, "values": self.v_bias, "attention's output": self.o_bias}
+        biased = [name for name, is_so in {**biases, "the MLP": self.mlp_bias}.items() if is_so]
+        parts = {
+            "norm placement": NORM_PLACEMENTS[self.norm_placement],
+            "norm": NORM_KINDS[self.norm],
+            "MLP": mlp,
+            "biases": ", ".join(biased),
+            "attention": "; ".join(self._attention_in_words()),
+            "injection": words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}",
+            "initial state": self.state_in_words(),
+            "update of the state": "" if self.loop_update == "replace" else _update(self),
+            "norm of the loop": LOOP_NORMS[self.loop_norm],
+            "norm before the prelude": "yes" if self.embed_norm else "",
+            "norm after the prelude": "yes" if self.prelude_norm else "",
+            "norm before the head": "yes" if self.final_norm else "no",
+            "position": self._position_in_words(),
+            "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
+            "exit gate": "a linear gate on the state after every loop" if self.exit_gate else "",
+        }
+        return [(name, text) for name, text in parts.items() if text]
+
+    def _attention_in_words(self) -> list[str]:
+        words, seen = [], sorted({window for window in self.windows if window is not None})
+        if self.qk_norm is not None:
+            each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
+            words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
+        if self.score_cap is not None:
+            words.append(f"soft cap of {self.score_cap:g} on scores")
+        if seen:
+            some = sum(window is not None for window in self.windows)
+            words.append(f"{some} of {len(self.windows)} layers see the last {', '.join(map(str, seen))} tokens only")
+        return words
+
+    def _position_in_words(self) -> str:
+        words = ["learned"] if self.learned_positions else []
+        if self.rotary is not None:
+            words.append(f"rotary, base {self.rotary.base:,.0f}")
+        if self.rotary_windowed is not None:
+            words.append(f"base {self.rotary_windowed.base:,.0f} in layers with a window")
+        return ", ".join(words) or "none"
+
+    # As JSON.
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LoopedConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> LoopedConfig:
         """The config with these values; an unknown or missing field is an error that names it."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        needed = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-        missing = sorted(needed - set(values))
-        if unknown or missing:
-            raise InputError(f"not a LoopedConfig: unknown fields {unknown}, missing fields {missing}.")
-        scaling, ends = values.get("rotary_scaling"), values.get("eos_token_ids", ())
-        names = {field.name for field in dataclasses.fields(Llama3Rope)}
-        if scaling and (not isinstance(scaling, dict) or set(scaling) != names):
-            raise InputError(f"rotary_scaling must have the fields {sorted(names)}, got {scaling!r}.")
-        return cls(
-            **{**values, "rotary_scaling": Llama3Rope(**scaling) if scaling else None, "eos_token_ids": tuple(ends)}
-        )
+        given = dict(_fields(cls, values, "LoopedConfig"))
+        for name in ("rotary", "rotary_windowed"):
+            if given.get(name) is not None:
+                rotary = dict(_fields(Rotary, given[name], name))
+                if rotary.get("scaling") is not None:
+                    llama3 = isinstance(rotary["scaling"], Mapping) and "low_freq_factor" in rotary["scaling"]
+                    kind = Llama3Rope if llama3 else LinearRope
+                    rotary["scaling"] = kind(**_fields(kind, rotary["scaling"], f"{name}.scaling"))
+                given[name] = Rotary(**rotary)
+        if given.get("qk_norm") is not None:
+            given["qk_norm"] = QKNorm(**_fields(QKNorm, given["qk_norm"], "qk_norm"))
+        for name in ("windows", "eos_token_ids"):
+            given[name] = tuple(given.get(name, ()))
+        return cls(**given)
 
 
-_CHOICES = {
-    "norm_placement": NormPlacement,
-    "act_fn": Literal["silu"],
-    "rotary_style": RotaryStyle,
-    "injection": Injection,
-    "loop_norm": LoopNorm,
-    "initial_state": InitialState,
+def _fields(kind: Any, values: Any, what: str) -> Mapping[str, Any]:
+    """The values, where they are the fields of a class."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping):
+        raise InputError(f"{what} must have the fields {sorted(fields)}, got {values!r}.")
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted({n for n, f in fields.items() if f.default is dataclasses.MISSING} - set(values))
+    if unknown or missing:
+        raise InputError(f"not a {what}: unknown fields {unknown}, missing fields {missing}.")
+    return values
+
+
+def _update(cfg: LoopedConfig) -> str:
+    return LOOP_UPDATES[cfg.loop_update].format(step=cfg.loop_step)
+
+
+ROTARY_TERM = "rotary position embedding"
+_CHOICES: dict[str, Mapping[Any, object]] = {
+    "norm_placement": NORM_PLACEMENTS,
+    "norm": NORM_KINDS,
+    "final_norm_kind": NORM_KINDS,
+    "act_fn": ACT_FNS,
+    "injection": INJECTIONS,
+    "loop_update": LOOP_UPDATES,
+    "loop_norm": LOOP_NORMS,
+    "state_init": STATE_INITS,
 }
+_NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "state_init_scale", "embed_scale")
+_NUMBERS += ("logit_cap",)
+_OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

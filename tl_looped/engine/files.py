@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,18 +40,26 @@ def check_output(path: str | Path) -> Path:
     return target
 
 
-def write_whole(path: str | Path, content: str | bytes) -> Path:
-    """Write a file under another name and move it into place when it is complete; text as UTF-8."""
+def write_whole(path: str | Path, content: str | bytes | Callable[[str], object]) -> Path:
+    """Write a file under another name and move it into place when it is complete; text as UTF-8.
+
+    Args:
+        path: the file.
+        content: of the file, or what writes it, given the name to write to.
+    """
     target = check_output(path)
     umask = os.umask(0)
     os.umask(umask)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if not callable(content):
+                file.write(content.encode() if isinstance(content, str) else content)
+        if callable(content):
+            content(partial)
         os.chmod(partial, 0o666 & ~umask)  # as any new file; a temporary one is private
         os.replace(partial, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{str(path)!r} can't be written: {error}.") from error
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -96,7 +96,7 @@ class LoopHookPoint:
     @property
     def site(self) -> HookSite:
         """Stack, layer, loop and component."""
-        return self.point.site.at(self.loop)
+        return self.point.at(self.loop)
 
     @property
     def name(self) -> str:
@@ -178,6 +178,14 @@ class SharedHookPoint(HookPoint):
         self.progress = progress
         self.name: str = site.name  # pyright: ignore[reportIncompatibleVariableOverride] - never None here
         self._registered: OrderedDict[int, HookFn] = OrderedDict()
+        self._sites: dict[int | None, HookSite] = {None: site}
+
+    def at(self, loop: int | None) -> HookSite:
+        """The site in a loop, made once: names are asked for at every firing."""
+        found = self._sites.get(loop)
+        if found is None:
+            found = self._sites[loop] = self.site.at(loop)
+        return found
 
     def add_hook(
         self,
@@ -261,7 +269,8 @@ class SharedHookPoint(HookPoint):
         """Whether any hook acts at this loop: what is not asked for need not be computed."""
         if not (self.fwd_hooks or self.bwd_hooks):
             return False
-        return bool(self._acting([*self.fwd_hooks, *self.bwd_hooks], self.site.at(loop)))
+        site = self.at(loop)
+        return bool(self._acting(self.fwd_hooks, site) or self._acting(self.bwd_hooks, site))
 
     def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Run the hooks of this loop on `x`, a value that the fast path does not form; `settle` takes both results.
@@ -279,8 +288,9 @@ class SharedHookPoint(HookPoint):
         that every loop reads again, or in a cache, and none of these is to change when a hook edits in place.
         """
         here = LoopHookPoint(self, loop)
-        acting = self._acting(self.fwd_hooks, here.site)
-        backward = self._acting(self.bwd_hooks, here.site) if torch.is_grad_enabled() else []
+        site = self.at(loop)
+        acting = self._acting(self.fwd_hooks, site)
+        backward = self._acting(self.bwd_hooks, site) if self.bwd_hooks and torch.is_grad_enabled() else []
         writes = not all(handle.reads_only for handle in acting)
         final = x.clone() if writes else x
         for handle in acting:

@@ -84,3 +84,15 @@ def identity(value: Any, depth: int = 0) -> str:
     held += [one for one in inner.__code__.co_consts if not inspect.iscode(one)]
     body = hashlib.sha256(inner.__code__.co_code + repr(inner.__code__.co_names).encode()).hexdigest()[:8]
     return f"{name} {body} {identity(held, depth + 1)}"
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In what one call differs from another, in words, of what this one says; empty where it does not."""
+    return "; ".join(_difference(key, there.get(key), here[key]) for key in here if there.get(key) != here[key])
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        return f"the {key} {', '.join(map(repr, names))} differ"
+    return f"{key} is {there!r} there, {here!r} here"

@@ -9,7 +9,7 @@ import torch
 from tl_looped.engine.errors import HookNameError, InputError, resolve_index
 from tl_looped.engine.hooks import HookDict, SharedHookPoint
 from tl_looped.engine.runs import Run
-from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, HookSite
+from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, READS_TOKENS, HookSite
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]
@@ -35,7 +35,7 @@ class Reach:
     def __contains__(self, point: SharedHookPoint) -> bool:
         if point.looped:
             return len(self.loops) > 0
-        if point.site.stack == PRELUDE or point.name == "hook_embed":
+        if point.site.stack == PRELUDE or point.name in READS_TOKENS:
             return self.reads_tokens
         if point.name == "hook_state_init":
             return self.run.start == 0
@@ -85,31 +85,35 @@ class Reach:
         kept = set(self.loops) if loops is None else {resolve_index("loop", t, total) for t in loops}
         if not kept <= set(self.loops):
             raise InputError(f"loops {sorted(kept - set(self.loops))} can't be kept: {self._ran()}.")
-        accept = self._acceptor(names_filter)
+        if names_filter is not None and not callable(names_filter):
+            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            return self._named(names, frozenset(kept))
         chosen: Chosen = []
         for point in self.hook_dict.points():
-            found = [site for site in self.sites(point) if accept(site) and (site.loop is None or site.loop in kept)]
+            if point not in self or (names_filter is None and point.site.component == HEAVY):
+                continue
+            at: Iterable[int | None] = kept if point.looped else (None,)
+            found = [t for t in at if names_filter is None or names_filter(point.at(t).name)]
             if found:
-                chosen.append((point, frozenset(site.loop for site in found if site.loop is not None) or None))
-        if isinstance(names_filter, str):
-            names_filter = [names_filter]
-        for name in names_filter if names_filter is not None and not callable(names_filter) else ():
-            wanted = HookSite.parse(name)
-            at = {point.name: loops for point, loops in chosen}.get(wanted.at(None).name, frozenset())
-            if at is not None and (wanted.loop not in at if wanted.loop is not None else not at):
-                raise HookNameError(f"nothing to cache at {name!r}: {self._ran()}, and {sorted(kept)} are kept.")
+                chosen.append((point, frozenset(t for t in found if t is not None) or None))
         if not chosen:
             raise HookNameError(
                 f"names_filter={names_filter!r} accepts no hook name that this run reaches: {self._ran()}."
             )
         return chosen
 
-    def _acceptor(self, names_filter: NamesFilter) -> Callable[[HookSite], bool]:
-        if names_filter is None:
-            return lambda site: site.component != HEAVY
-        if callable(names_filter):
-            return lambda site: bool(names_filter(site.name))
-        wanted = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-        for name in wanted:
-            self.hook_dict.shared(name)  # raises for a name that the model does not have
-        return lambda site: site.name in wanted or site.at(None).name in wanted
+    def _named(self, names: Sequence[str], kept: frozenset[int]) -> Chosen:
+        """What the names mean; not a look at all that there is, as a model may have thousands of points."""
+        points = {name: self.hook_dict.shared(name) for name in names}  # raises for a name that the model does not have
+        if not points:
+            raise HookNameError(
+                f"names_filter={list(names)} accepts no hook name that this run reaches: {self._ran()}."
+            )
+        chosen: dict[SharedHookPoint, frozenset[int] | None] = {}
+        for name, point in points.items():
+            loop = HookSite.parse(name).loop
+            loops = kept if loop is None else kept & {loop}
+            if point not in self or (point.looped and not loops):
+                raise HookNameError(f"nothing to cache at {name!r}: {self._ran()}, and {sorted(kept)} are kept.")
+            chosen[point] = (chosen.get(point) or frozenset()) | loops if point.looped else None
+        return list(chosen.items())

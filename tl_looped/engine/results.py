@@ -17,9 +17,10 @@ import plotly.graph_objects as go
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from tl_looped.engine.config import Llama3Rope, LoopedConfig
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.files import read_safetensors, write_whole
+from tl_looped.engine.parts import LinearRope, Llama3Rope, QKNorm, Rotary
 from tl_looped.engine.schedule import LoopSchedule, Pass
 
 Self = TypeVar("Self", bound="AnyResult")
@@ -27,7 +28,9 @@ Self = TypeVar("Self", bound="AnyResult")
 _FORMAT = "tl_looped.result"
 _MOST_ROWS = 12  # of the table in a notebook
 # The classes that a file may name besides the result's own; never looked up by import.
-_PARTS: dict[str, type] = {part.__name__: part for part in (LoopSchedule, Pass, LoopedConfig, Llama3Rope)}
+_PARTS: dict[str, type] = {
+    part.__name__: part for part in (LoopSchedule, Pass, LoopedConfig, Rotary, LinearRope, Llama3Rope, QKNorm)
+}
 
 
 class AnyResult:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.prompts import Rows
-from tl_looped.engine.state import random_state
+from tl_looped.engine.state import own_state
 from tl_looped.engine.tokens import PaddingSide
 
 DEFAULT_SEED = 0
@@ -247,7 +247,7 @@ def check_state(cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtyp
         raise InputError(f"seed must be an integer of at least 0{bound}, got {seed!r}.")
     if state is None:
         return
-    if seed is not None and cfg.random_state:
+    if seed is not None and cfg.draws_state:
         raise InputError("initial_state and seed both given: the state is either given or drawn, so leave one out.")
     shape = (len(rows), rows.longest, cfg.d_model)
     if not isinstance(state, Tensor):
@@ -275,13 +275,11 @@ def resolve_state(
     """(the state to start from or None for the prelude's output, the seed that drew it)."""
     if given is not None:
         return given.to(positions.device), None
-    if cfg.initial_state == "prelude":
-        return None, None
-    if cfg.initial_state == "zeros":
-        return torch.zeros(*positions.shape, cfg.d_model, dtype=dtype, device=positions.device), None
-    if seed is None and not training:
+    if not cfg.draws_state:
+        seed = None
+    elif seed is None and not training:
         seed = DEFAULT_SEED
-    return random_state(cfg, positions, seed, dtype), seed
+    return own_state(cfg, positions, seed, dtype), seed
 
 
 def check_whole_run(run: Run, loops: int = 2) -> None:

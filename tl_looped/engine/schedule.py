@@ -72,6 +72,7 @@ LOOP_AXES: dict[str, tuple[str, ...]] = {
     "hook_state_pre": RESID,
     "hook_injection_in": RESID,
     "hook_injection": RESID,
+    "hook_core_out": RESID,
     "ln_loop.hook_scale": SCALE,
     "ln_loop.hook_normalized": RESID,
     "hook_state_post": RESID,
@@ -79,12 +80,20 @@ LOOP_AXES: dict[str, tuple[str, ...]] = {
 }
 MODEL_AXES: dict[str, tuple[str, ...]] = {
     "hook_embed": RESID,
+    "hook_pos_embed": RESID,
+    "ln_embed.hook_scale": SCALE,
+    "ln_embed.hook_normalized": RESID,
+    "ln_prelude.hook_scale": SCALE,
+    "ln_prelude.hook_normalized": RESID,
     "hook_state_init": RESID,
     "ln_coda.hook_scale": SCALE,
     "ln_coda.hook_normalized": RESID,
     "ln_final.hook_scale": SCALE,
     "ln_final.hook_normalized": RESID,
 }
+# What a run computes of its tokens, beside the prelude's layers.
+_INPUT = ("hook_embed", "hook_pos_embed", "ln_embed", "ln_prelude")
+READS_TOKENS = frozenset(name for name in MODEL_AXES if name.startswith(_INPUT))
 # What a run computes and reads nowhere: no gradient of the output comes there.
 DEAD_ENDS = frozenset({"hook_exit_gate"})
 
@@ -110,6 +119,9 @@ class HookSite:
     stack: str | None = None
     layer: int | None = None
     loop: int | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @cached_property
     def name(self) -> str:

@@ -20,11 +20,11 @@ def draw_noise(cfg: LoopedConfig, n_positions: int, seed: int | None) -> Float[T
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rows = -(-n_positions // _BLOCK) * _BLOCK
-    if cfg.initial_state == "truncated_normal":
+    if cfg.state_init == "truncated_normal":
         noise = _truncated_normal(rows, cfg.d_model, generator)
     else:
         noise = torch.randn(rows, cfg.d_model, generator=generator)
-    return noise[:n_positions] * cfg.initial_state_std * cfg.initial_state_scale
+    return noise[:n_positions] * cfg.state_init_std * cfg.state_init_scale
 
 
 def _truncated_normal(rows: int, size: int, generator: torch.Generator | None) -> Float[Tensor, "rows size"]:
@@ -43,3 +43,14 @@ def random_state(
     """One draw for each position, the same in every row: a prompt's state does not depend on its batch or padding."""
     noise = draw_noise(cfg, int(positions.max()) + 1, seed)
     return noise.to(device=positions.device, dtype=dtype)[positions]
+
+
+def own_state(
+    cfg: LoopedConfig, positions: Int[Tensor, "batch pos"], seed: int | None, dtype: torch.dtype
+) -> Float[Tensor, "batch pos d_model"] | None:
+    """The state that a run starts from when none is given: drawn, or zero; None for the prelude's output."""
+    if cfg.draws_state:
+        return random_state(cfg, positions, seed, dtype)
+    if cfg.starts_from_prelude:
+        return None
+    return torch.zeros(*positions.shape, cfg.d_model, dtype=dtype, device=positions.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.kv import KVCache
-from tl_looped.engine.runs import Run, visibility
+from tl_looped.engine.network import Frame
+from tl_looped.engine.runs import Run, Runs, visibility
 from tl_looped.engine.schedule import CORE
 from tl_looped.engine.state import draw_noise
 from tl_looped.generation.loop_end import ExitRule, LoopEnd
-from tl_looped.nn import Frame
 
 StatePolicy = Literal["fresh", "zeros", "carry"]
 Watch = Callable[[LoopEnd, int], object]
@@ -30,29 +31,44 @@ class NewStates:
 
     Args:
         model: the model.
-        run: the prompt.
+        runs, run: the prompt, with its seed.
         n_positions: how many positions there will be, at most.
         policy: "fresh", "zeros" or "carry".
     """
 
-    def __init__(self, model: Engine, run: Run, n_positions: int, policy: StatePolicy):
+    def __init__(self, model: Engine, runs: Runs, run: Run, n_positions: int, policy: StatePolicy):
         if policy not in ("fresh", "zeros", "carry"):
-            raise InputError(f"initial_state must be 'fresh', 'zeros' or 'carry', got {policy!r}.")
-        if policy != "fresh" and run.state is None:
-            raise InputError(
-                f"initial_state={policy!r}, but {model.cfg.model_name} starts every position from its embedding, "
-                "through the prelude: leave initial_state out."
-            )
+            raise InputError(f"new_states must be 'fresh', 'zeros' or 'carry', got {policy!r}.")
         self.policy = policy
-        self.noise = None
-        if policy == "fresh" and run.state is not None and model.cfg.random_state:
-            self.noise = draw_noise(model.cfg, n_positions, run.seed).to(run.state)
+        self.table: Float[Tensor, "pos d_model"] | None = None  # of fresh ones, by position; None for zeros
+        if run.state is None:
+            if policy != "fresh":
+                raise InputError(
+                    f"new_states={policy!r}, but {model.cfg.model_name} starts every position from its embedding, "
+                    "through the prelude: leave new_states out."
+                )
+            return
+        if not model.transformer.needs_input(state_given=True):
+            raise InputError(
+                f"with initial_state given {model.cfg.model_name} never reads its tokens, as it injects nothing: leave "
+                "initial_state out."
+            )
+        given = runs.initial_state
+        if given is not None and given.ndim == 2 and len(given) >= n_positions:
+            self.table = given.to(run.state)
+        elif model.cfg.draws_state:
+            self.table = draw_noise(model.cfg, n_positions, runs.seed).to(run.state)
+        elif policy == "fresh" and model.cfg.starts_from_prelude:
+            raise InputError(
+                "initial_state is given for the prompt alone, and new tokens would start from another kind of state: "
+                f"give [pos, d_model] for {n_positions} positions, or pass new_states='zeros' or 'carry'."
+            )
 
     def of(self, position_ids: Int[Tensor, "batch 1"], carried: NewState) -> NewState:
         """The states of one new position, whose predecessor ended with `carried`."""
         if self.policy == "carry":
             return carried
-        return torch.zeros_like(carried) if self.noise is None else self.noise[position_ids]
+        return torch.zeros_like(carried) if self.policy == "zeros" or self.table is None else self.table[position_ids]
 
 
 class Decoder:
@@ -60,6 +76,7 @@ class Decoder:
 
     def __init__(self, model: Engine, run: Run, new_states: NewStates):
         self.transformer = model.transformer
+        self.prompt = run
         self.new_states = new_states
         self.n_loops = run.n_loops
         self.tokens, self.real, self.positions = run.tokens, run.attention_mask, run.position_ids
@@ -81,6 +98,19 @@ class Decoder:
 
     def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_model"]:
         return torch.cat((states, new), dim=1)
+
+    def whole_run(self) -> Run | None:
+        """The rows so far, as a run that can be looked at; None where their initial states are not known any more."""
+        states, start = self.prompt.state, self.prompt.tokens.shape[1]
+        if states is not None and start < self.n_positions:
+            if self.new_states.policy == "carry":
+                return None
+            places = self.positions[:, start:]
+            new = self.new_states.of(places, states.new_zeros(*places.shape, states.shape[-1]))
+            states = torch.cat((states, new), dim=1)
+        _, visible = visibility(self.tokens, self.real, None)
+        rows = {"tokens": self.tokens, "attention_mask": self.real, "position_ids": self.positions}
+        return replace(self.prompt, **rows, visible=visible, state=states)
 
     def next_logits(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
         """(the logits that follow the newest tokens, the loops that these ran).
@@ -121,7 +151,6 @@ class CachedDecoder(Decoder):
         super().__init__(model, run, new_states)
         self.model = model
         self.progress = model.hook_dict.progress
-        self.prompt = run
         self.kv = KVCache(run.n_loops, n_positions)
         self.exit_rule = exit_rule
         self.watch = watch
@@ -201,8 +230,7 @@ class CachedDecoder(Decoder):
             with torch.no_grad(), self.progress.at(start):
                 return transformer.readout(after, frame)[:, -1]
 
-        gate = (lambda: transformer.exit_gate(after[:, -1]).squeeze(-1)) if self.model.cfg.exit_gate else None
-        return LoopEnd(loop=t, state=after[:, -1], state_before=before[:, -1], read=read, gate=gate)
+        return LoopEnd(t, after[:, -1], before[:, -1], read, transformer.exit_logit)
 
 
 def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:

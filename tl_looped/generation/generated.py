@@ -1,21 +1,29 @@
-"""Text from a looped model, whole."""
+"""Text from a looped model: token by token, or whole."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, cast
 
 import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from tl_looped.engine.engine import Engine
-from tl_looped.engine.errors import InputError
+from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts, Runs
-from tl_looped.generation.stream import GenerationStep, TokenStream, generate_stream
+from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run, RunOptions, Runs, with_run_options
+from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
+from tl_looped.generation.loop_end import ExitRule
+from tl_looped.generation.sampling import Sampling
+from tl_looped.generation.stopping import Stopping
+from tl_looped.generation.stream import GenerationStep, TokenStream, check_hooks
 
 GenerateReturn = Literal["input", "str", "tokens", "result"]
 
@@ -62,54 +70,244 @@ class Generated(Result):
         ]
         return pd.DataFrame(rows, columns=["batch", "pos", "token", "text", "log_prob", "loops"])
 
-
-def generate(
-    model: Engine,
-    input: Prompts,
-    max_new_tokens: int = 10,
-    n_loops: int | None = None,
-    *,
-    return_type: GenerateReturn = "input",
-    verbose: bool = True,
-    **options: Any,
-) -> str | list[str] | Tensor | Generated:
-    """Generate text. The same seed gives the same text.
-
-    Args:
-        model: the model.
-        input: prompts in any form.
-        max_new_tokens, n_loops, options: as in `generate_stream`.
-        return_type: "str", the prompt and the new text as the tokenizer decodes their ids, without special tokens: of
-            some tokenizers the prompt comes back spaced in another way (a list of texts for a list of texts and for
-            more than one row of tokens); "tokens", both as ids [batch, pos]; "input", whichever the input was;
-            "result", a `Generated` with everything.
-        verbose: show a progress bar.
-
-    Returns:
-        What return_type says. In tokens, a row that has ended goes on with the tokenizer's padding token, or without
-        one with its end-of-text token.
-
-    Raises:
-        InputError: as `generate_stream`, or text is asked for without a tokenizer; nothing was run.
-    """
-    if return_type not in ("input", "str", "tokens", "result"):
-        raise InputError(f"return_type must be 'input', 'str', 'tokens' or 'result', got {return_type!r}.")
-    if return_type == "str" and model.tokenizer is None:
-        raise InputError(
-            "return_type='str', but this model has no tokenizer: pass return_type='tokens', or set model.tokenizer."
+    def plot(self) -> go.Figure:
+        """The log probability of each new token, a line for each row; its text and loops when hovered over."""
+        table = self.to_dataframe()
+        labels = {"log_prob": "log probability (nats)", "pos": "position", "batch": "row"}
+        title = f"Generated tokens: {self.made_by.get('model', '')}"
+        more = ["text", "token", "loops"]
+        return px.line(
+            table, x="pos", y="log_prob", color="batch", hover_data=more, markers=True, labels=labels, title=title
         )
-    if return_type == "input":
-        return_type = "tokens" if isinstance(input, (Tensor, Runs)) else "str"
-    stream = generate_stream(model, input, max_new_tokens, n_loops, **options)
-    steps = list(tqdm(stream, desc="Generating", total=max_new_tokens, unit="token", disable=not verbose))
-    result = _collect(model, stream, steps)
-    if return_type == "result":
-        return result
-    if return_type == "tokens":
-        return result.tokens
-    texts = list(cast("tuple[str, ...]", result.text))
-    several = isinstance(input, (list, tuple)) and isinstance(input[0], (str, list, tuple))
-    return texts if several or len(texts) > 1 else texts[0]
+
+
+class GeneratesText(Engine):
+    """An engine that goes on writing."""
+
+    @with_run_options
+    def generate_stream(
+        self,
+        input: Prompts,
+        max_new_tokens: int = 10,
+        n_loops: int | None = None,
+        *,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        new_states: StatePolicy = "fresh",
+        exit_rule: ExitRule | None = None,
+        watch: Watch | None = None,
+        use_past_kv_cache: bool = True,
+        **options: Unpack[RunOptions],
+    ) -> TokenStream:
+        """Generate text token by token: an iterator of `GenerationStep`. The same seed gives the same text.
+
+        Hooks act at every step, at every loop and new position: `hook.loop`, and `hook.first_position` for where the
+        tensor begins. The first step runs the prompt, a later one the newest token alone, so tensors have one position
+        and patterns are [batch, head, 1, keys so far]. A hook that chooses positions must count from
+        `hook.first_position`; without a cache, tensors hold all positions at every step, from position 0.
+
+        Args:
+            input: prompts in any form, padded at the left: a new token must follow a real one.
+            max_new_tokens: the most tokens to add.
+            n_loops: loops of every token; None for the count the model was trained with.
+            do_sample: draw from the distribution; False takes the most probable token.
+            temperature: logits are divided by it.
+            top_k: draw from the k most probable tokens.
+            top_p: draw from the fewest most probable tokens whose probabilities reach this sum; after `top_k`.
+            stop_at_eos: a row ends with `eos_token_id`.
+            eos_token_id: the token, or tokens, that end a row; None: the checkpoint's own (`cfg.eos_token_ids`) and
+                the tokenizer's end-of-text token, if they have any.
+            stop_strings: texts that end a row: with the token that completes one in the row's generated text. Special
+                tokens count as they are written.
+            new_states: the initial states of new tokens. "fresh": as in any run; where it is drawn, each position has
+                its own draw, the same with and without a cache. "zeros". "carry": the final state of the token before
+                (in the row).
+            exit_rule: stops tokens before their last loop, each by itself: see below. Needs the cache.
+            watch: called as `watch(end, position)` with every `LoopEnd` of every new token and of the prompt's last,
+                and where in the rows it is; what it wants read must be read there. Needs the cache.
+            use_past_kv_cache: keep keys and values of earlier positions; False runs the whole rows for every token.
+            options: of the prompt's run, see `RunOptions`. `seed` is that of the draws too: all rows draw from one
+                generator, so what a row draws depends on its batch. An `initial_state` of [pos, d_model] that is long
+                enough is that of new positions too.
+
+        An exit rule judges the newest token after every loop but the last. A token that stops after loop t keeps its
+        state, from which the coda and the head go on; later tokens, which may run more loops, find in loop s > t its
+        keys and values of loop t in the same layer: the latest it has. A row that has stopped runs along, unused, until
+        all have.
+
+        With a rule or a watcher, the prompt's last token runs by itself, after the others have run all loops; and hooks
+        on the coda and the final norm also act whenever a `LoopEnd` is read.
+
+        Raises:
+            InputError: an option is wrong or contradicts another, the text could pass the model's context, or a
+                backward hook is registered; nothing was run. While it runs, where logits are not finite: the message
+                names the site where that began.
+            HookNameError: a hook at a site or loop that no step reaches; nothing was run.
+
+        Source:
+            arXiv 2502.05171: exits per token, keys and values of the latest loop, states carried over.
+        """
+        check_count("max_new_tokens", max_new_tokens)
+        sampling = Sampling(do_sample, temperature, top_k, top_p)
+        if not use_past_kv_cache and (exit_rule is not None or watch is not None):
+            name = "watch" if exit_rule is None else "exit_rule"
+            raise InputError(f"{name} needs the key-value cache: leave out use_past_kv_cache=False, or {name}.")
+        if watch is not None and not callable(watch):
+            raise InputError(f"watch must be a function of a LoopEnd and a position, got {cast(object, watch)!r}.")
+        runs = _prepare(self, input, n_loops, options)
+        prompt = self.batch_of(runs)
+        n_positions = _check_prompt(self, prompt, max_new_tokens)
+        batch = len(prompt.tokens)
+        stopping = Stopping.checked(self.tokenizer, self.cfg, batch, stop_at_eos, eos_token_id, stop_strings)
+        states = NewStates(self, runs, prompt, n_positions, new_states)
+        if exit_rule is not None:
+            _check_rule(self, exit_rule, prompt.n_loops)
+        with torch.no_grad():
+            check_hooks(self, prompt)
+        if use_past_kv_cache:
+            decoder = CachedDecoder(self, prompt, states, n_positions, exit_rule, watch)
+        else:
+            decoder = Decoder(self, prompt, states)
+        seed = cast(int, runs.seed)
+        made_by = {"model": self.cfg.model_name, **prompt.describe(), "seed": seed, "new_states": new_states}
+        made_by |= {"max_new_tokens": max_new_tokens, **asdict(sampling), "use_past_kv_cache": use_past_kv_cache}
+        made_by |= {"exit_rule": None if exit_rule is None else repr(exit_rule)}
+        made_by |= {"eos": list(stopping.eos), "stop_strings": list(stopping.strings)}
+        return TokenStream(self, prompt, decoder, sampling, stopping, max_new_tokens, seed, made_by)
+
+    @with_run_options
+    def generate(
+        self,
+        input: Prompts,
+        max_new_tokens: int = 10,
+        n_loops: int | None = None,
+        *,
+        return_type: GenerateReturn = "input",
+        verbose: bool = True,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        new_states: StatePolicy = "fresh",
+        exit_rule: ExitRule | None = None,
+        watch: Watch | None = None,
+        use_past_kv_cache: bool = True,
+        **options: Unpack[RunOptions],
+    ) -> str | list[str] | Tensor | Generated:
+        """Generate text. The same seed gives the same text.
+
+        Args:
+            input: prompts in any form.
+            return_type: "str", the prompt and the new text as the tokenizer decodes their ids, without special tokens:
+                of some tokenizers the prompt comes back spaced in another way (a list of texts for several prompts);
+                "tokens", both as ids [batch, pos]; "input", whichever the input was; "result", a `Generated` with
+                everything.
+            verbose: show a progress bar.
+            max_new_tokens, n_loops, options: these and the others as in `generate_stream`.
+
+        Returns:
+            What return_type says. In tokens, a row that has ended goes on with the tokenizer's padding token, or
+            without one with its end-of-text token.
+
+        Raises:
+            InputError: as `generate_stream`, or text is asked for without a tokenizer; nothing was run.
+        """
+        if return_type not in ("input", "str", "tokens", "result"):
+            raise InputError(f"return_type must be 'input', 'str', 'tokens' or 'result', got {return_type!r}.")
+        if return_type == "str" and self.tokenizer is None:
+            raise InputError(
+                "return_type='str', but this model has no tokenizer: pass return_type='tokens', or set model.tokenizer."
+            )
+        if return_type == "input":
+            return_type = "tokens" if isinstance(input, (Tensor, Runs)) else "str"
+        stream = self.generate_stream(
+            input,
+            max_new_tokens,
+            n_loops,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_at_eos=stop_at_eos,
+            eos_token_id=eos_token_id,
+            stop_strings=stop_strings,
+            new_states=new_states,
+            exit_rule=exit_rule,
+            watch=watch,
+            use_past_kv_cache=use_past_kv_cache,
+            **options,
+        )
+        steps = list(tqdm(stream, desc="Generating", total=max_new_tokens, unit="token", disable=not verbose))
+        result = _collect(self, stream, steps)
+        if return_type == "result":
+            return result
+        if return_type == "tokens":
+            return result.tokens
+        texts = list(cast("tuple[str, ...]", result.text))
+        return texts[0] if _is_one(input) and len(texts) == 1 else texts
+
+
+def _is_one(prompts: Prompts) -> bool:
+    """Whether it is one prompt by its form, and not a list of one."""
+    if isinstance(prompts, (list, tuple)):
+        return not isinstance(prompts[0], (str, list, tuple))  # but token ids, or the messages of a chat
+    return isinstance(prompts, (str, Tensor, Mapping, Runs))
+
+
+def _prepare(model: Engine, prompts: Prompts, n_loops: int | None, options: RunOptions) -> Runs:
+    """Prompts that end together, with the seed of their draws."""
+    side = options.get("padding_side")
+    if side not in (None, "left"):
+        raise InputError(f"padding_side={side!r}, but new tokens must follow real ones: leave it out, or pass 'left'.")
+    if not isinstance(prompts, Runs):
+        options = {**options, "padding_side": "left"}
+    runs = model.prepare(prompts, n_loops, **options)
+    if not runs.whole:
+        raise InputError("text is generated with all loops: prepare it without start_at_loop and stop_at_loop.")
+    if runs.visible is not None:
+        raise InputError(
+            f"attention_mask must be [batch, pos] here, got shape {tuple(runs.visible.shape)}: who sees whom in full "
+            "does not say what new tokens see."
+        )
+    laid_out = runs.position_ids is not None or (runs.initial_state is not None and runs.initial_state.ndim == 3)
+    rows = runs.rows if laid_out else replace(runs.rows, padding_side="left")
+    return replace(runs, rows=rows, seed=DEFAULT_SEED if runs.seed is None else runs.seed)
+
+
+def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int) -> int:
+    """How many positions there may be in the end; an error where new tokens can't follow."""
+    length, n_ctx = prompt.tokens.shape[1], model.cfg.n_ctx
+    if length + max_new_tokens > n_ctx:
+        room = f"max_new_tokens can be at most {n_ctx - length}" if length < n_ctx else "shorten the prompt"
+        raise InputError(
+            f"the prompt of {length} tokens and max_new_tokens={max_new_tokens} make {length + max_new_tokens}, more "
+            f"than the model's context of {n_ctx}: {room}."
+        )
+    behind = (~prompt.attention_mask[:, -1]).nonzero().flatten().tolist()
+    if behind:
+        raise InputError(
+            f"rows {behind} end in padding, and a new token must follow a real one: pad at the left, or pass "
+            "attention_mask=... if these tokens are real."
+        )
+    return length + max_new_tokens
+
+
+def _check_rule(model: Engine, rule: object, n_loops: int) -> None:
+    begin = None if isinstance(rule, type) else getattr(rule, "begin", None)
+    judge = begin(model, n_loops) if callable(begin) else None
+    if not callable(judge):
+        raise InputError(
+            f"exit_rule must have a method begin(model, n_loops) that gives a judge, as those of tl_looped.lens.exits "
+            f"do, got {cast(object, rule)!r}."
+        )
 
 
 def _collect(model: Engine, stream: TokenStream, steps: list[GenerationStep]) -> Generated:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tl_looped.model import LoopedModel
 
 Meter = Callable[[LoopEnd], Float[Tensor, " rows"]]
+Memory = dict[str, Tensor]
 
 
 # Ouro's gate, as tensor functions.
@@ -97,9 +98,20 @@ class ThresholdRule:
         """Raise InputError if the model can't have this rule."""
 
     @classmethod
-    def meter(cls) -> Meter:
-        """A fresh meter: called after every loop, in order, it gives the statistic, NaN where it is not defined yet."""
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
+        """The statistic after a loop, NaN where it is not defined yet.
+
+        Args:
+            end: of every loop, in order.
+            memory: what earlier calls left in it, for later ones.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def meter(cls) -> Meter:
+        """A fresh meter: called after every loop, in order, it gives the statistic."""
+        memory: Memory = {}
+        return lambda end: cls.statistic(end, memory)
 
     def met(self, statistic: Float[Tensor, "*dims"]) -> Bool[Tensor, "*dims"]:
         """Whether to stop; never where the statistic is NaN."""
@@ -112,7 +124,6 @@ class ThresholdRule:
         return lambda end: self.met(meter(end))
 
 
-@dataclass(frozen=True)
 class GateRule(ThresholdRule):
     """Stop where the cumulative exit distribution of the model's gate reaches the threshold, a share in (0, 1].
 
@@ -128,7 +139,7 @@ class GateRule(ThresholdRule):
     @classmethod
     def check(cls, model: LoopedModel) -> None:
         """Raise InputError if the model has no gate, or a hook is on it."""
-        if not model.cfg.exit_gate:
+        if model.transformer.exit_logit is None:
             raise InputError(
                 f"{model.cfg.model_name} has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, "
                 "StableTopRule, EntropyRule or AccelerationRule."
@@ -140,19 +151,13 @@ class GateRule(ThresholdRule):
             )
 
     @classmethod
-    def meter(cls) -> Meter:
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
         """The chance to have stopped by now."""
-        going_on: list[Tensor] = []
-
-        def measure(end: LoopEnd) -> Tensor:
-            left = 1 - wide(end.gate_logit).sigmoid()
-            going_on[:] = [left * going_on[0] if going_on else left]
-            return 1 - going_on[0]
-
-        return measure
+        left = 1 - wide(end.gate_logit).sigmoid()
+        memory["going on"] = left * memory.get("going on", 1)
+        return 1 - memory["going on"]
 
 
-@dataclass(frozen=True)
 class KLRule(ThresholdRule):
     """Stop where KL(read-out one loop earlier ‖ read-out), in nats, is small. Not defined after the first loop.
 
@@ -164,20 +169,13 @@ class KLRule(ThresholdRule):
     unit: ClassVar[str] = "nats"
 
     @classmethod
-    def meter(cls) -> Meter:
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
         """KL between successive read-outs."""
-        before: list[Tensor] = []
-
-        def measure(end: LoopEnd) -> Tensor:
-            now = end.log_probs
-            value = kl_divergence(before[0], now) if before else torch.full_like(now[:, 0], float("nan"))
-            before[:] = [now]
-            return value
-
-        return measure
+        before, now = memory.get("before"), end.log_probs
+        memory["before"] = now
+        return torch.full_like(now[:, 0], float("nan")) if before is None else kl_divergence(before, now)
 
 
-@dataclass(frozen=True)
 class LatentRule(ThresholdRule):
     """Stop where the state moves little: ‖x_{t+1} − x_t‖ / ‖x_{t+1}‖, with x_t the state that enters loop t.
 
@@ -189,14 +187,13 @@ class LatentRule(ThresholdRule):
     unit: ClassVar[str] = "relative L2"
 
     @classmethod
-    def meter(cls) -> Meter:
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
         """The relative step of the state."""
-        return lambda end: ratio(length(_step(end)), length(wide(end.state)))
+        return ratio(length(_step(end)), length(wide(end.state)))
 
 
-@dataclass(frozen=True)
 class AccelerationRule(ThresholdRule):
-    """Stop where the step changes little: ‖Δ_t − Δ_{t−1}‖ / ‖x_{t+1}‖ with Δ_t = x_{t+1} − x_t, as in `accelerations`.
+    """Stop where the step changes little: ‖Δ_t − Δ_{t−1}‖ / ‖x_{t+1}‖ with Δ_t = x_{t+1} − x_t, as in `acceleration`.
 
     Not defined after the first loop. The paper calls it acceleration, and its rule second-order; it takes the length as
     it is, and waits for two loops in a row. Dividing by the state's norm, as `LatentRule` does, lets one threshold
@@ -210,20 +207,13 @@ class AccelerationRule(ThresholdRule):
     unit: ClassVar[str] = "relative L2"
 
     @classmethod
-    def meter(cls) -> Meter:
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
         """The relative length of the difference of two steps."""
-        before: list[Tensor] = []
-
-        def measure(end: LoopEnd) -> Tensor:
-            step, size = _step(end), length(wide(end.state))
-            value = ratio(length(step - before[0]), size) if before else torch.full_like(size, float("nan"))
-            before[:] = [step]
-            return value
-
-        return measure
+        before, step, size = memory.get("before"), _step(end), length(wide(end.state))
+        memory["before"] = step
+        return torch.full_like(size, float("nan")) if before is None else ratio(length(step - before), size)
 
 
-@dataclass(frozen=True)
 class EntropyRule(ThresholdRule):
     """Stop where the read-out's entropy, in nats, is small."""
 
@@ -231,12 +221,11 @@ class EntropyRule(ThresholdRule):
     unit: ClassVar[str] = "nats"
 
     @classmethod
-    def meter(cls) -> Meter:
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
         """Entropy of the read-out."""
-        return lambda end: entropy(end.log_probs)
+        return entropy(end.log_probs)
 
 
-@dataclass(frozen=True)
 class StableTopRule(ThresholdRule):
     """Stop where the top token has been the same for so many loops in a row, at least 2.
 
@@ -252,18 +241,20 @@ class StableTopRule(ThresholdRule):
         check_count(f"{self.name}: the number of loops", self.threshold, minimum=2)
 
     @classmethod
-    def meter(cls) -> Meter:
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
         """For how many loops in a row the top token has been what it is; 1 after the first."""
-        kept: list[Tensor] = []
-
-        def measure(end: LoopEnd) -> Tensor:
-            top = end.log_probs.argmax(-1)
-            run = torch.where(top == kept[0], kept[1] + 1, 1) if kept else torch.ones_like(top)
-            kept[:] = [top, run]
-            return run.to(end.log_probs.dtype)
-
-        return measure
+        top = end.log_probs.argmax(-1)
+        same = top == memory.get("top", top)
+        memory["run"] = torch.where(same, memory.get("run", 0) + torch.ones_like(top), 1)
+        memory["top"] = top
+        return memory["run"].to(end.log_probs.dtype)
 
 
 def _step(end: LoopEnd) -> Float[Tensor, "rows d_model"]:
     return wide(end.state) - wide(end.state_before)
+
+
+RULES: dict[str, type[ThresholdRule]] = {
+    rule.name: rule for rule in (GateRule, KLRule, LatentRule, AccelerationRule, EntropyRule, StableTopRule)
+}
+"""All rules here, by name."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval
-from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.numbers import wide_dtype
+from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, with_run_options
 from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
 from tl_looped.lens.reads import (
     LensKind,
@@ -19,23 +20,24 @@ from tl_looped.lens.reads import (
     Place,
     Positions,
     Reads,
+    Targets,
     check_kind,
-    check_rows,
     choose_reads,
-    chunks,
     converter,
     read_states,
-    real_positions,
+    resolve_targets,
 )
-from tl_looped.lens.result import LoopLensResult
-from tl_looped.lens.targets import Targets, resolve_targets, top_tokens
+from tl_looped.lens.result import LogitLens
 from tl_looped.lens.tuned import TunedLens
 from tl_looped.model import LoopedModel, check_looped
+from tl_looped.observe.batch import chunks
+from tl_looped.viz.tokens import LoopTokens, token_log_probs
 
 
-def loop_lens(
+@with_run_options
+def logit_lens(
     model: LoopedModel,
-    input: str | list[str] | Tensor,
+    prompts: Prompts,
     n_loops: int | None = None,
     *,
     kind: LensKind = "exact",
@@ -46,8 +48,8 @@ def loop_lens(
     targets: Targets = None,
     top_k: int = 5,
     translator: TunedLens | None = None,
-    **options: Any,
-) -> LoopLensResult:
+    **options: Unpack[RunOptions],
+) -> LogitLens:
     """What the model would say at every loop (and layer), measured against what it says in the end.
 
     A state x is read by
@@ -64,7 +66,7 @@ def loop_lens(
 
     Args:
         model: the model.
-        input: text, texts, or token ids [batch, pos].
+        prompts: in any form; they run as one padded batch.
         n_loops: loops to run; None for the count it was trained with.
         kind: how a state is read.
         site: "state" (leaving each loop), or "resid_pre", "resid_mid", "resid_post" of the core layers.
@@ -74,8 +76,7 @@ def loop_lens(
             [batch] or [batch, pos] (of the positions read), one for each row; None: what the run itself says at last.
         top_k: how many of the most probable tokens to keep.
         translator: for kind "tuned".
-        options: `initial_state`, `seed`, `attention_mask`, `position_ids`, `prepend_bos`, `padding_side`, as in
-            `LoopedModel.forward`.
+        options: see `RunOptions`.
 
     Raises:
         InputError: before the run; the message says what to change.
@@ -85,27 +86,33 @@ def loop_lens(
         arXiv 2502.05171, 2510.25741.
     """
     check_eval(check_looped(model))
-    run = model.batch(input, n_loops, **options)
+    runs = model.prepare(prompts, n_loops, **options)
     check_kind(model, kind, translator is not None)
-    reads = choose_reads(model, run, site, loops, layers, positions)
-    check_rows(run, reads)
+    reads = choose_reads(model, runs, site, loops, layers, positions)
     if translator is not None:
         if not isinstance(translator, TunedLens):
             raise InputError(f"translator must be a TunedLens, as fit_tuned_lens gives it, got {translator!r}.")
-        translator.check(model, run, reads)
-    kept_top = min(check_count("top_k", top_k), model.cfg.d_vocab)
-    ids, names = resolve_targets(model, run, reads, targets)
-    before = {t - 1 for t in reads.loops if t > 0}  # KL to the previous loop, though it is not among those asked for
-    translate = None if translator is None else translator.translate
-    states, final = read_states(model, run, reads, converter(model, run, reads, kind, translate), before)
-    ids = top_tokens(final) if ids is None else ids
-    values = _measure(model, reads, states, final, ids, kept_top)
-    real = real_positions(run, reads)
-    for name, value in values.items():
-        trailing = value.ndim - len(reads.axes)
-        nothing = float("nan") if value.is_floating_point() else -1
-        values[name] = value.masked_fill(~real.reshape(*real.shape, *(1,) * trailing), nothing).cpu()
-    return LoopLensResult(
+        translator.check(model, runs.n_loops, reads)
+    check_count("top_k", top_k)
+    run = model.batch_of(runs)
+    real = run.attention_mask[:, list(reads.positions)]
+    blind = (~real.any(1)).nonzero().flatten().tolist()
+    if blind:
+        raise InputError(
+            f"rows {blind} have only padding at the positions read: pass padding_side='left' to read the last tokens "
+            "of prompts of different length, or positions=None for all."
+        )
+    ids, names = resolve_targets(model, run.tokens, len(reads.positions), targets)
+    read = {*reads.loops, *(t - 1 for t in reads.loops if t)}  # KL to the loop before, though it is not asked for
+    convert = converter(model, run, reads, kind, None if translator is None else translator.translate)
+    states, final = read_states(model, run, reads, convert, read)
+    ids = final.argmax(-1).view(*real.shape, 1) if ids is None else ids
+    values = {}
+    for name, value in _measure(model, reads, states, final, ids.flatten(0, 1), top_k).items():
+        value = value.unflatten(0, reads.shape).unflatten(len(reads.shape), real.shape)
+        padding = (~real).view(*real.shape, *(1,) * (value.ndim - len(reads.shape) - 2))
+        values[name] = value.masked_fill(padding, float("nan") if value.is_floating_point() else -1).cpu()
+    return LogitLens(
         made_by={"model": model.cfg.model_name, **run.describe(), "kind": kind},
         site=site,
         loops=reads.loops,
@@ -124,56 +131,103 @@ def loop_lens(
 def _measure(
     model: LoopedModel,
     reads: Reads,
-    states: dict[Place, Float[Tensor, "batch pos d_model"]],
-    final: Float[Tensor, "batch pos d_vocab"],
-    targets: Int[Tensor, "batch pos target"],
+    states: dict[Place, Float[Tensor, "rows d_model"]],
+    final: Float[Tensor, "rows d_vocab"],
+    targets: Int[Tensor, "rows target"],
     top_k: int,
 ) -> dict[str, Tensor]:
-    """Every measure, [*axes] or [*axes, top or target]; logits of a piece of the rows exist for two loops at a time."""
-    n_layers = 1 if reads.layers is None else len(reads.layers)
-    batch, pos, n_targets = targets.shape
-    shape = (len(reads.loops), n_layers, batch * pos)
-    floats = {name: final.new_full(shape, float("nan"), dtype=wide_dtype(final.dtype)) for name in _SCALARS}
-    floats |= {"top_probs": final.new_zeros(*shape, top_k, dtype=wide_dtype(final.dtype))}
-    floats |= {"target_probs": final.new_zeros(*shape, n_targets, dtype=wide_dtype(final.dtype))}
-    ints = {name: targets.new_zeros(*shape, n) for name, n in (("top_ids", top_k), ("target_ranks", n_targets))}
-    rows, ids = final.flatten(0, 1), targets.flatten(0, 1)
-    flat = {place: state.flatten(0, 1) for place, state in states.items()}
-    for piece in chunks(batch * pos, final.shape[-1]):
-        last = log_probs_of(rows[piece])
-        for index in range(n_layers):
-            previous: tuple[int, Tensor] | None = None
-            for loop in sorted(t for t, i in flat if i == index):
-                logits = model.transformer.unembed(flat[loop, index][piece])
+    """Every measure, [place, rows, ...]; log probabilities of a piece of the rows exist for two loops at a time."""
+    found: dict[Place, list[dict[str, Tensor]]] = defaultdict(list)
+    for piece in chunks(*final.shape):
+        last = log_probs_of(final[piece])
+        for layer, site in reads.streams.items():
+            before: dict[int, Tensor] = {}
+            for loop in sorted(t for t, of in states if of == layer):
+                logits = model.transformer.unembed(states[loop, layer][piece])
                 log_probs = log_probs_of(logits)
-                _check_numbers(log_probs, reads, loop, index)
+                if bool(log_probs.isnan().any()):
+                    raise InputError(
+                        f"the read-out of {site.at(loop).name!r} is not a number (NaN): look for NaN or infinity in "
+                        "the weights, the dtype or a hook there or before."
+                    )
                 if loop in reads.loops:
-                    at = (reads.loops.index(loop), index, piece)
-                    floats["entropy"][at] = entropy(log_probs)
-                    floats["kl_to_final"][at] = kl_divergence(last, log_probs)
-                    if previous is not None and previous[0] == loop - 1:
-                        floats["kl_to_previous"][at] = kl_divergence(previous[1], log_probs)
-                    top = top_ids(logits, top_k)
-                    floats["top_probs"][at], ints["top_ids"][at] = log_probs.gather(-1, top).exp(), top
-                    floats["target_probs"][at] = log_probs.gather(-1, ids[piece]).exp()
-                    ints["target_ranks"][at] = token_rank(logits, ids[piece])
-                previous = (loop, log_probs)
-    values = {name: value.unflatten(2, (batch, pos)) for name, value in (floats | ints).items()}
-    return values if reads.layers is not None else {name: value.squeeze(1) for name, value in values.items()}
+                    found[loop, layer].append(
+                        _said(logits, log_probs, last, before.get(loop - 1), targets[piece], top_k)
+                    )
+                before = {loop: log_probs}
+    places = [found[loop, layer] for loop in reads.loops for layer in reads.streams]
+    return {name: torch.stack([torch.cat([part[name] for part in parts]) for parts in places]) for name in places[0][0]}
 
 
-_SCALARS = ("entropy", "kl_to_final", "kl_to_previous")
-
-
-def _check_numbers(log_probs: Tensor, reads: Reads, loop: int, index: int) -> None:
-    if bool(log_probs.isnan().any()):
-        raise InputError(
-            f"the read-out of {reads.names(loop)[index]!r} is not a number (NaN): look for NaN or infinity in the "
-            "weights, the dtype or a hook there or before."
-        )
+def _said(
+    logits: Float[Tensor, "rows d_vocab"],
+    log_probs: Float[Tensor, "rows d_vocab"],
+    last: Float[Tensor, "rows d_vocab"],
+    before: Float[Tensor, "rows d_vocab"] | None,
+    targets: Int[Tensor, "rows target"],
+    top_k: int,
+) -> dict[str, Tensor]:
+    """What one read-out says, in numbers."""
+    top = top_ids(logits, min(top_k, logits.shape[-1]))
+    kl_to_final = kl_divergence(last, log_probs)
+    return {
+        "entropy": entropy(log_probs),
+        "kl_to_final": kl_to_final,
+        "kl_to_previous": torch.full_like(kl_to_final, float("nan"))
+        if before is None
+        else kl_divergence(before, log_probs),
+        "top_ids": top,
+        "top_probs": log_probs.gather(-1, top).exp(),
+        "target_probs": log_probs.gather(-1, targets).exp(),
+        "target_ranks": token_rank(logits, targets),
+    }
 
 
 def _texts(model: LoopedModel, *ids: Tensor) -> dict[str, str]:
     """The text of every token id that occurs, by the id as text; a model without tokenizer shows ids."""
     seen = sorted({one for tensor in ids for one in tensor.unique().tolist() if one >= 0})
     return dict(zip(map(str, seen), model.token_texts(torch.tensor(seen)), strict=True))
+
+
+@with_run_options
+def view_prompt(
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    loop: int = -1,
+    kind: LensKind = "exact",
+    top_k: int = 10,
+    translator: TunedLens | None = None,
+    **options: Unpack[RunOptions],
+) -> LoopTokens:
+    """How probable each token of a prompt is after every loop, given what comes before it; the reader picks the loop.
+
+    A probability too small for its number format (1e-38 in float32) is shown as the smallest that it has.
+
+    Args:
+        model, n_loops, kind, top_k, translator, options: as in `logit_lens`; the states that leave the loops are read.
+        prompts: one of at least two tokens, without padding, in any form.
+        loop: the loop to show first.
+
+    Raises:
+        InputError: several prompts, one that is too short or padded, or what `logit_lens` refuses.
+    """
+    check_eval(check_looped(model))
+    runs = model.prepare(prompts, n_loops, **options)
+    run = model.batch_of(runs)
+    check_one_prompt(run)
+    if run.tokens.shape[1] < 2:
+        raise InputError("the prompt has one token, which nothing predicts: pass one of at least two.")
+    start = resolve_index("loop", loop, run.n_loops)
+    reads = {"positions": slice(0, -1), "targets": run.tokens[:, 1:]}
+    result = logit_lens(model, runs, kind=kind, top_k=top_k, translator=translator, **reads)
+    prompt = [result.text(int(token)) for token in result.tokens[0]]
+    probs, ranks, tops = (x[:, 0] for x in (result.target_probs, result.target_ranks, result.top_probs))
+    return token_log_probs(
+        prompt, _log(probs[..., 0]), ranks[..., 0], _log(tops), result.top_tokens(), result.loops, start
+    )
+
+
+def _log(probs: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()

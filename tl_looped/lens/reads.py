@@ -1,45 +1,42 @@
-"""Which states a lens reads, and how a state becomes what the unembedding reads."""
+"""What a lens reads and how, and which tokens it follows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
+import pandas as pd
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError, resolve_index
-from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Run, Runs
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel
+from tl_looped.observe.watching import watch
 
 LensKind = Literal["exact", "direct", "coda", "tuned"]
 LensSite = Literal["state", "resid_pre", "resid_mid", "resid_post"]
 Positions = int | slice | Sequence[int] | None
-Place = tuple[int, int]  # (loop, index among the layers read; 0 for the state)
+Place = tuple[int, int | None]  # (loop, core layer; None for the state)
 Convert = Callable[[Tensor, Place], Tensor]
 Translate = Callable[[Tensor, int, int], Tensor]  # (vectors, layer, loop) -> vectors
 
-CHUNK = 2**24
-"""How many logits of one state are formed at a time: 64 MB in float32."""
+Targets = str | int | Sequence[str | int] | Tensor | None
 
-_SITES = ("state", "resid_pre", "resid_mid", "resid_post")
-_KINDS = ("exact", "direct", "coda", "tuned")
+FINAL = "final top token"
+PER_ROW = "target"
 
 
 @dataclass(frozen=True)
 class Reads:
-    """The states that a lens reads in one run.
+    """The states that a lens reads in a run.
 
     Attributes:
         site: "state" (leaving a loop), or a residual stream of the core layers.
-        loops: in the order asked for.
-        layers: core layers; None for the state.
-        positions: in the order asked for.
+        loops, layers, positions: in the order asked for; layers is None for the state.
     """
 
     site: LensSite
@@ -48,49 +45,51 @@ class Reads:
     positions: tuple[int, ...]
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        """Names of the axes of what is measured."""
-        return ("loop", "batch", "pos") if self.layers is None else ("loop", "layer", "batch", "pos")
-
-    def names(self, loop: int) -> list[str]:
-        """The hook names that are read in a loop, layer by layer."""
+    def streams(self) -> dict[int | None, HookSite]:
+        """What is read in every loop: a site for each layer, or under None the state's."""
         if self.layers is None:
-            return [HookSite("hook_state_post", loop=loop).name]
-        return [HookSite(f"hook_{self.site}", CORE, layer, loop).name for layer in self.layers]
+            return {None: HookSite("hook_state_post")}
+        return {layer: HookSite(f"hook_{self.site}", CORE, layer) for layer in self.layers}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many loops, or loops and layers."""
+        return (len(self.loops),) if self.layers is None else (len(self.loops), len(self.layers))
 
 
 def choose_reads(
     model: LoopedModel,
-    run: Run,
-    site: LensSite,
-    loops: Iterable[int] | None,
-    layers: Iterable[int] | None,
-    positions: Positions,
+    runs: Runs,
+    site: LensSite = "state",
+    loops: Iterable[int] | None = None,
+    layers: Iterable[int] | None = None,
+    positions: Positions = None,
 ) -> Reads:
     """Check what is asked for and count negative numbers from the end; None is all of them.
 
     Raises:
-        InputError: a site, loop, layer or position that there is not, or layers of the state.
+        InputError: runs of a part, a site, loop, layer or position that there is not, or layers of the state.
     """
-    if site not in _SITES:
-        raise InputError(f"site must be one of {', '.join(map(repr, _SITES))}, got {site!r}.")
-    if not run.reads_out or run.start:
+    if site not in get_args(LensSite):
+        raise InputError(f"site must be one of {', '.join(map(repr, get_args(LensSite)))}, got {site!r}.")
+    if not runs.whole:
         raise InputError("a lens reads whole runs: leave out start_at_loop and stop_at_loop.")
     if site == "state" and layers is not None:
         raise InputError("the state leaves the whole loop, not a layer: leave out layers, or pass site='resid_post'.")
-    chosen_loops = _indices("loops", loops, run.n_loops)
     chosen_layers = None if site == "state" else _indices("layers", layers, model.cfg.n_core)
-    return Reads(site, chosen_loops, chosen_layers, _positions(positions, run.tokens.shape[1]))
+    return Reads(
+        site, _indices("loops", loops, runs.n_loops), chosen_layers, choose_positions(positions, runs.rows.longest)
+    )
 
 
-def check_rows(run: Run, reads: Reads) -> None:
-    """An error for a row of which only padding would be read."""
-    blind = (~real_positions(run, reads).any(1)).nonzero().flatten().tolist()
-    if blind:
-        raise InputError(
-            f"rows {blind} have only padding at the positions read: pass padding_side='left' to read the last tokens "
-            "of prompts of different length, or positions=None for all."
-        )
+def choose_positions(given: Positions, size: int) -> tuple[int, ...]:
+    """Positions of padded prompts, counted from the beginning; None is all of them."""
+    if isinstance(given, slice):
+        chosen = tuple(range(size))[given]
+        if not chosen:
+            raise InputError(f"positions {given} picks none of {size} positions.")
+        return chosen
+    return _indices("positions", [given] if isinstance(given, int) else given, size)
 
 
 def _indices(name: str, given: Iterable[int] | None, size: int) -> tuple[int, ...]:
@@ -104,19 +103,10 @@ def _indices(name: str, given: Iterable[int] | None, size: int) -> tuple[int, ..
     return chosen
 
 
-def _positions(given: Positions, size: int) -> tuple[int, ...]:
-    if isinstance(given, slice):
-        chosen = tuple(range(size))[given]
-        if not chosen:
-            raise InputError(f"positions {given} picks none of {size} positions.")
-        return chosen
-    return _indices("positions", [given] if isinstance(given, int) else given, size)
-
-
 def check_kind(model: LoopedModel, kind: LensKind, translated: bool) -> None:
     """An error for a lens that there is not, or that the model can't have."""
-    if kind not in _KINDS:
-        raise InputError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}.")
+    if kind not in get_args(LensKind):
+        raise InputError(f"kind must be one of {', '.join(map(repr, get_args(LensKind)))}, got {kind!r}.")
     if kind == "coda" and not model.cfg.n_coda:
         raise InputError(f"{model.cfg.model_name} has no coda: pass kind='exact' or kind='direct'.")
     if (kind == "tuned") != translated:
@@ -131,62 +121,102 @@ def direct_input(
     model: LoopedModel, site: LensSite, x: Float[Tensor, "*dims d_model"]
 ) -> Float[Tensor, "*dims d_model"]:
     """What the unembedding reads in the direct lens: the final norm of a state, unless the head reads it as it is."""
-    closed = site == "state" and model.cfg.loop_norm == "each" and not model.cfg.final_norm
-    return x if closed else _normed(model, x)
-
-
-def _normed(model: LoopedModel, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
-    """The final norm, without its hooks: they belong to the model's own read-out."""
-    norm = getattr(model.transformer, "ln_final", None)
-    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return model.transformer.head_input(x, closed=site == "state")
 
 
 def converter(
     model: LoopedModel, run: Run, reads: Reads, kind: LensKind, translate: Translate | None = None
 ) -> Convert:
-    """From a state at all positions to what the unembedding reads at the chosen ones."""
-    positions, site = list(reads.positions), reads.site
+    """From a state at all positions to what the unembedding reads at the chosen ones, [rows, d_model]."""
+    positions, site, frame = list(reads.positions), reads.site, model.frame(run)
 
     def whole(x: Tensor, place: Place) -> Tensor:
-        closed = _normed(model, x) if model.cfg.loop_norm == "each" and site != "state" else x
-        return model.transformer.finish(closed, model.frame(run))[:, positions]  # a coda attends over all positions
+        closed = x if site == "state" else model.transformer.close(x)
+        return model.transformer.finish(closed, frame)[:, positions].flatten(0, 1)  # a coda sees all positions
 
     def direct(x: Tensor, place: Place) -> Tensor:
-        vectors, (loop, index) = x[:, positions], place
-        if translate is not None:
-            vectors = translate(vectors, reads.layers[index] if reads.layers else 0, loop)
-        return direct_input(model, site, vectors)
+        vectors, (loop, layer) = x[:, positions].flatten(0, 1), place
+        return direct_input(model, site, vectors if translate is None else translate(vectors, layer or 0, loop))
 
     return whole if kind in ("exact", "coda") else direct
 
 
-@torch.no_grad()
 def read_states(
-    model: LoopedModel, run: Run, reads: Reads, convert: Convert, extra_loops: Iterable[int] = ()
-) -> tuple[dict[Place, Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_vocab"]]:
-    """Run once; (what `convert` makes of each state, the run's own logits at the chosen positions).
-
-    Args:
-        extra_loops: loops to read besides those of `reads`.
-    """
+    model: LoopedModel, run: Run, reads: Reads, convert: Convert, loops: Collection[int]
+) -> tuple[dict[Place, Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_vocab"]]:
+    """Run once; (what `convert` makes of the states in some loops, the run's own logits at the chosen positions)."""
     kept: dict[Place, Tensor] = {}
-    loops = {*reads.loops, *extra_loops}
-    places = {name: (loop, index) for loop in loops for index, name in enumerate(reads.names(loop))}
 
-    def keep(x: Tensor, hook: LoopHookPoint) -> None:
-        kept[places[hook.name]] = convert(x, places[hook.name])
+    def see(site: HookSite, x: Tensor) -> None:
+        place = cast(int, site.loop), site.layer
+        kept[place] = convert(x, place)
 
-    with model.hooks(fwd_hooks=[(name, keep) for name in places]):
-        logits = cast(Tensor, model.execute(run))
-    return kept, logits[:, list(reads.positions)]
-
-
-def real_positions(run: Run, reads: Reads) -> Tensor:
-    """Which of the positions read hold a real token, [batch, pos]."""
-    return run.attention_mask[:, list(reads.positions)]
+    names = [site.name for site in reads.streams.values()]
+    logits = cast(Tensor, watch(model, run, names, see, loops=frozenset(loops), read_out=True))
+    return kept, logits[:, list(reads.positions)].flatten(0, 1)
 
 
-def chunks(rows: int, d_vocab: int) -> list[slice]:
-    """Rows in pieces of at most `CHUNK` logits."""
-    size = max(1, CHUNK // d_vocab)
-    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+def target_name(target: str | int) -> str:
+    """What a target is called in a result: a text as it is; an id so that it is not taken for a text of digits."""
+    return target if isinstance(target, str) else f"id {target}"
+
+
+def resolve_targets(
+    model: LoopedModel, tokens: Int[Tensor, "batch all_pos"], pos: int, targets: Targets
+) -> tuple[Int[Tensor, "batch pos target"] | None, tuple[str, ...]]:
+    """(ids at every position read, names); ids are None where they are the run's own top tokens, not known before it.
+
+    Raises:
+        InputError: a text that is not one token, an id out of the vocabulary, or a tensor of the wrong shape.
+    """
+    batch = len(tokens)
+    if targets is None:
+        return None, (FINAL,)
+    if isinstance(targets, Tensor):
+        return _per_row(targets, batch, pos, model.cfg.d_vocab).to(tokens.device), (PER_ROW,)
+    wanted = [targets] if isinstance(targets, (str, int)) else list(targets)
+    if not wanted:
+        raise InputError("targets is empty: leave it out to follow the run's own top token.")
+    ids = [_one(model, target) for target in wanted]
+    names = tuple(target_name(target) for target in wanted)
+    if len(set(ids)) < len(ids):
+        raise InputError(f"targets names a token twice: {list(wanted)}.")
+    return torch.tensor(ids, device=tokens.device).expand(batch, pos, -1), names
+
+
+def _one(model: LoopedModel, target: str | int) -> int:
+    if isinstance(target, str):
+        return model.to_single_token(target)
+    if isinstance(target, bool) or not isinstance(target, int):
+        raise InputError(f"a target must be a text or a token id, got {target!r}.")
+    if not 0 <= target < model.cfg.d_vocab:
+        raise InputError(f"target {target} is out of the vocabulary [0, {model.cfg.d_vocab}).")
+    return target
+
+
+def _per_row(targets: Tensor, batch: int, pos: int, d_vocab: int) -> Int[Tensor, "batch pos target"]:
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise InputError(f"targets must be token ids, got {targets.dtype}.")
+    if targets.shape == (batch,):
+        targets = targets[:, None].expand(batch, pos)
+    if targets.shape != (batch, pos):
+        raise InputError(
+            f"a tensor of targets has one for each row, [{batch}], or for each row and position read, "
+            f"[{batch}, {pos}], got shape {tuple(targets.shape)}: pass a list to follow several tokens everywhere."
+        )
+    low, high = (int(end) for end in torch.aminmax(targets))
+    if low < 0 or high >= d_vocab:
+        raise InputError(f"target {low if low < 0 else high} is out of the vocabulary [0, {d_vocab}).")
+    return targets.long()[..., None]
+
+
+def table_of(
+    labels: Mapping[str, Sequence[int]], where: Bool[Tensor, "*axes"], columns: Mapping[str, Tensor]
+) -> pd.DataFrame:
+    """A row for each place where `where` holds: what its index on each axis stands for, and the numbers there."""
+    index = where.nonzero(as_tuple=True)
+    frame = {name: torch.tensor(of)[at] for (name, of), at in zip(labels.items(), index, strict=True)}
+    frame |= {name: values.expand(where.shape)[index] for name, values in columns.items()}
+    return pd.DataFrame(
+        {name: (values.double() if values.is_floating_point() else values).numpy() for name, values in frame.items()}
+    )

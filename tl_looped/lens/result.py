@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.numbers import first_met, met_from
 from tl_looped.engine.results import Result
-from tl_looped.lens.targets import target_name
+from tl_looped.lens.reads import table_of, target_name
 from tl_looped.viz.readout import PLACES, lens_heatmap, readout_heatmap
 from tl_looped.viz.style import show_token
+from tl_looped.viz.tokens import LoopTokens, top_tokens_table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LoopLensResult(Result):
+class LogitLens(Result):
     """What a model would say at every loop (and layer). Measures have `axes`; at padding they are NaN, or −1 for ids.
 
     Attributes:
@@ -74,6 +76,11 @@ class LoopLensResult(Result):
         row = self.top_ids.select(self.axes.index("batch"), self._row(batch))
         return name(row.tolist())
 
+    def _labels(self) -> dict[str, Sequence[int]]:
+        """What the indices of the axes behind the loop stand for."""
+        layers = {} if self.layers is None else {"layer": self.layers}
+        return {**layers, "batch": range(len(self.tokens)), "pos": self.positions}
+
     def _row(self, batch: int) -> int:
         return resolve_index("batch", batch, len(self.tokens))
 
@@ -85,7 +92,7 @@ class LoopLensResult(Result):
         if named not in self.target_names:
             raise InputError(
                 f"this result follows {list(self.target_names)}, not {target!r}: pass one of them, or run "
-                f"loop_lens(..., targets=...)."
+                f"logit_lens(..., targets=...)."
             )
         return self.target_names.index(named)
 
@@ -120,52 +127,31 @@ class LoopLensResult(Result):
         came_back (whether the token before is on top again at a later loop).
         """
         order = torch.tensor(self.loops).argsort()
-        loops = torch.tensor(self.loops)[order].tolist()
         top = self.top_ids[..., 0][order]
-        changed = (top[1:] != top[:-1]) & self.real
-        rows = []
-        for step, *place in changed.nonzero().tolist():
-            series = top[(slice(None), *place)].tolist()
-            *layer, batch, pos = place
-            rows.append(
-                {
-                    **({"layer": self.layers[layer[0]]} if self.layers is not None else {}),
-                    "batch": batch,
-                    "pos": self.positions[pos],
-                    "loop": loops[step + 1],
-                    "before": self.text(series[step]),
-                    "after": self.text(series[step + 1]),
-                    "came_back": series[step] in series[step + 2 :],
-                }
-            )
-        layer = ["layer"] if self.layers is not None else []
-        return pd.DataFrame(rows, columns=[*layer, "batch", "pos", "loop", "before", "after", "came_back"])
+        steps = range(len(top) - 1)
+        later = [(top[step + 2 :] == top[step]).any(0) for step in steps]
+        columns = {"before": top[:-1], "after": top[1:], "came_back": torch.stack(later) if later else top[:-1].bool()}
+        loops = [self.loops[order[step + 1]] for step in steps]
+        table = table_of({"loop": loops, **self._labels()}, (top[1:] != top[:-1]) & self.real, columns)
+        table = table.assign(**{name: list(map(self.text, table[name])) for name in ("before", "after")})
+        return table.loc[:, [*self._labels(), "loop", *columns]]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each place with a real token: top token, measures, and each target's probability and rank."""
-        several = len(self.target_names) > 1
-        rows = []
-        for place in torch.cartesian_prod(*(torch.arange(n) for n in self.entropy.shape)).tolist():
-            at = dict(zip(self.axes, place, strict=True))
-            if not bool(self.real[at["batch"], at["pos"]]):
-                continue
-            index = tuple(place)
-            row: dict[str, object] = {"loop": self.loops[at["loop"]]}
-            if self.layers is not None:
-                row["layer"] = self.layers[at["layer"]]
-            position = self.positions[at["pos"]]
-            row |= {"batch": at["batch"], "pos": position}
-            row["token"] = self.text(int(self.tokens[at["batch"], position]))
-            row |= {"top_token": self.text(int(self.top_ids[index][0])), "top_prob": float(self.top_probs[index][0])}
-            for name in ("entropy", "kl_to_final", "kl_to_previous"):
-                row[name] = float(getattr(self, name)[index])
-            for i, target in enumerate(self.target_names):
-                tail = f"[{target}]" if several else ""
-                row[f"target{tail}"] = self.text(int(self.target_ids[at["batch"], at["pos"], i]))
-                row[f"target_prob{tail}"] = float(self.target_probs[index][i])
-                row[f"target_rank{tail}"] = int(self.target_ranks[index][i])
-            rows.append(row)
-        return pd.DataFrame(rows)
+        columns = {"token": self.tokens[:, list(self.positions)], "top_token": self.top_ids[..., 0]}
+        columns["top_prob"] = self.top_probs[..., 0]
+        columns |= {name: getattr(self, name) for name in ("entropy", "kl_to_final", "kl_to_previous")}
+        texts = ["token", "top_token"]
+        for i, target in enumerate(self.target_names):
+            tail = f"[{target}]" if len(self.target_names) > 1 else ""
+            texts.append(f"target{tail}")
+            columns |= {
+                f"target{tail}": self.target_ids[..., i],
+                f"target_prob{tail}": self.target_probs[..., i],
+                f"target_rank{tail}": self.target_ranks[..., i],
+            }
+        table = table_of({"loop": self.loops, **self._labels()}, self.real.expand(self.entropy.shape), columns)
+        return table.assign(**{name: list(map(self.text, table[name])) for name in texts})
 
     def plot(self, batch: int = 0, layer: int = -1) -> go.Figure:
         """Loop by position: the top token in each cell, its probability as colour, the top tokens when hovering.
@@ -194,9 +180,21 @@ class LoopLensResult(Result):
             InputError: the result has no layers.
         """
         if self.layers is None:
-            raise InputError("this result reads the state, which has no layers: pass site='resid_post' to loop_lens.")
+            raise InputError("this result reads the state, which has no layers: pass site='resid_post' to logit_lens.")
         row, index = self._row(batch), resolve_index("position", position, len(self.positions))
         tops = [[layer[index] for layer in loop] for loop in self.top_tokens(batch)]
         read = show_token(self.text(int(self.tokens[row, self.positions[index]])))
         title = f"position {self.positions[index]}, reads {read}"
         return lens_heatmap(self.top_probs[:, :, row, index], tops, self.loops, self.layers, self.site, title)
+
+    def view_top_tokens(self, batch: int = 0) -> LoopTokens:
+        """A circuitsvis table of one prompt's top tokens, a column for each position; the reader picks loop and layer.
+
+        Args:
+            batch: the prompt.
+        """
+        tops, probs = self.top_tokens(batch), self.top_probs.select(self.axes.index("batch"), self._row(batch))
+        if self.layers is None:
+            tops, probs = [[loop] for loop in tops], probs[:, None]
+        places = ["state"] if self.layers is None else [f"{PLACES[self.site]} {layer}" for layer in self.layers]
+        return top_tokens_table(probs, tops, self.loops, places, self.positions)

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import first_met
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
+from tl_looped.engine.schedule import HookSite
 from tl_looped.generation import LoopEnd
-from tl_looped.lens.exits import (
-    AccelerationRule,
-    EntropyRule,
-    GateRule,
-    KLRule,
-    LatentRule,
-    Meter,
-    StableTopRule,
-    ThresholdRule,
-)
+from tl_looped.lens.exits import RULES, GateRule, Meter, StableTopRule, ThresholdRule
 from tl_looped.lens.measures import kl_divergence, log_probs_of
-from tl_looped.lens.reads import Positions, choose_reads
+from tl_looped.lens.reads import Positions, choose_positions, table_of
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.viz.exits import exit_curves
+from tl_looped.observe.batch import chunks
+from tl_looped.observe.measure import READOUT
+from tl_looped.observe.watching import watch
+from tl_looped.viz.readout import exit_curves
 
-RULES: dict[str, type[ThresholdRule]] = {
-    rule.name: rule for rule in (GateRule, KLRule, LatentRule, AccelerationRule, EntropyRule, StableTopRule)
-}
+_WATCHED = ("hook_state_pre", "hook_state_post", READOUT)
 _THRESHOLDS = 24  # how many a curve has
 _LEAST = 1e-30  # as a threshold: one is above 0, a statistic may be 0
 
@@ -119,12 +112,11 @@ class ExitTrace(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each token and loop: batch, pos, loop, kl_to_final, same_top, and each rule's statistic."""
-        loops, rows = torch.cartesian_prod(torch.arange(self.n_loops), torch.arange(len(self.pos))).unbind(-1)
-        frame = {"batch": self.batch[rows], "pos": self.pos[rows], "loop": loops}
-        frame |= {"kl_to_final": self.kl_to_final.flatten(), "same_top": self.same_top.flatten()}
-        frame |= {name: self.statistics[i].flatten() for i, name in enumerate(self.rules)}
-        return pd.DataFrame({name: column.numpy() for name, column in frame.items()})
+        """One row for each loop and token: loop, batch, pos, kl_to_final, same_top, and each rule's statistic."""
+        labels = {"loop": range(self.n_loops), "row": range(len(self.pos))}
+        columns = {"batch": self.batch, "pos": self.pos, "kl_to_final": self.kl_to_final, "same_top": self.same_top}
+        columns |= dict(zip(self.rules, self.statistics, strict=True))
+        return table_of(labels, torch.ones_like(self.same_top), columns).drop(columns="row")
 
     def plot(self) -> go.Figure:
         """What each rule saves and costs; see `ExitCurves.plot`."""
@@ -195,63 +187,72 @@ class ExitCurves(Result):
         return exit_curves(self.to_dataframe(), self.n_loops)
 
 
-@torch.no_grad()
+@with_run_options
 def trace_exits(
     model: LoopedModel,
-    input: str | list[str] | Tensor,
-    rules: Sequence[type[ThresholdRule]] | None = None,
+    prompts: Prompts,
     n_loops: int | None = None,
     *,
+    rules: Sequence[type[ThresholdRule]] | None = None,
     positions: Positions = None,
     batch_size: int | None = None,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> ExitTrace:
     """Run twice, first for what the whole run says, and note what every exit rule sees after every loop.
 
     Args:
         model: the model.
-        input: text, texts, or token ids; padding is left out.
+        prompts: in any form; padding is left out.
+        n_loops: loops of the full run; None for the count the model was trained with.
         rules: classes of rules; None for all that the model can have.
-        n_loops: loops of the full run.
-        positions: which to judge, as in `loop_lens`; all by default.
-        batch_size: most prompts to run at once. Log probabilities of two loops and of the whole run are held for all
-            positions judged of so many prompts. None for all prompts.
-        options: as in `LoopedModel.forward`.
+        positions: which to judge, as in `logit_lens`; all by default.
+        batch_size: most prompts to run at once, of the same length. Log probabilities of two loops and of the whole
+            run are held for all positions judged of so many prompts. None for all prompts, padded.
+        options: see `RunOptions`.
 
     Raises:
         InputError: fewer than two loops, no rule, a rule that the model can't have, or a position that there is not.
     """
     check_eval(check_looped(model))
-    run = model.batch(input, n_loops, **options)
-    if run.n_loops < 2 or run.start or not run.reads_out:
-        raise InputError(f"exits need a whole run of at least two loops, got n_loops={run.n_loops}.")
-    reads = choose_reads(model, run, "state", None, None, positions)
-    chosen = _checked(model, rules)
-    n_prompts = len(run.tokens)
-    size = n_prompts if batch_size is None else check_count("batch_size", batch_size)
-    judged = torch.zeros_like(run.attention_mask)
-    judged[:, list(reads.positions)] = True
-    judged &= run.attention_mask
-    parts = [slice(begin, begin + size) for begin in range(0, n_prompts, size)]
-    tracers = [_Tracer(model, _rows(run, part), judged[part], [rule.meter() for rule in chosen]) for part in parts]
-    for tracer in tracers:
-        tracer.trace()
-    batch, pos = judged.nonzero().cpu().unbind(-1)
+    runs = model.prepare(prompts, n_loops, **options)
+    if runs.n_loops < 2 or not runs.whole:
+        raise InputError(
+            "exits need whole runs of at least two loops: leave out start_at_loop and stop_at_loop, and pass n_loops "
+            f"of at least 2, got n_loops={runs.n_loops}."
+        )
+    chosen = torch.tensor(choose_positions(positions, runs.rows.longest))
+    rules = _checked(model, rules)
+    parts: Sequence[list[int] | None] = [None]
+    if batch_size is not None:
+        parts = runs.equal_lengths(check_count("batch_size", batch_size))
+    found: list[dict[str, Tensor]] = []
+    for part in parts:
+        run = model.batch_of(runs, part)
+        batch, pos = run.attention_mask.cpu().nonzero().unbind(-1)
+        places = {"batch": batch, "pos": pos}
+        if part is not None:  # without padding: where the tokens stand beside those of all prompts
+            at = torch.stack([runs.rows.places(row) for row in part])
+            places = {"batch": torch.tensor(part)[batch], "pos": at[batch, pos]}
+        judged = torch.isin(places["pos"], chosen)
+        if not bool(judged.any()):
+            continue
+        kept = {name: values[judged] for name, values in places.items()}
+        found.append({**kept, **_trace(model, run, (batch[judged], pos[judged]), rules)})
+    if not found:
+        raise InputError("the positions hold only padding: leave out positions to judge all tokens.")
+    columns = {name: torch.cat([part[name] for part in found], dim=-1) for name in found[0]}
+    order = (columns["batch"] * runs.rows.longest + columns["pos"]).argsort()
     return ExitTrace(
-        made_by={"model": model.cfg.model_name, **run.describe()},
-        rules=tuple(rule.name for rule in chosen),
-        n_loops=run.n_loops,
-        batch=batch,
-        pos=pos,
-        statistics=torch.cat([torch.stack(tracer.statistics, dim=1) for tracer in tracers], dim=-1),
-        kl_to_final=torch.cat([torch.stack(tracer.kl) for tracer in tracers], dim=-1),
-        same_top=torch.cat([torch.stack(tracer.same) for tracer in tracers], dim=-1),
+        made_by={"model": model.cfg.model_name, **model.batch_of(runs, parts[0]).describe()},
+        rules=tuple(rule.name for rule in rules),
+        n_loops=runs.n_loops,
+        **{name: values[..., order] for name, values in columns.items()},
     )
 
 
 def _checked(model: LoopedModel, rules: Sequence[type[ThresholdRule]] | None) -> list[type[ThresholdRule]]:
     if rules is None:
-        rules = [rule for rule in RULES.values() if rule is not GateRule or model.cfg.exit_gate]
+        rules = [rule for rule in RULES.values() if rule is not GateRule or model.transformer.exit_logit]
     if not isinstance(rules, Sequence):
         raise InputError(f"rules must be a list of classes of rules, such as [KLRule], got {rules!r}.")
     if not rules:
@@ -265,51 +266,39 @@ def _checked(model: LoopedModel, rules: Sequence[type[ThresholdRule]] | None) ->
     return list(rules)
 
 
-def _rows(run: Run, rows: slice) -> Run:
-    """The run of some of the prompts."""
-    return replace(
-        run,
-        tokens=run.tokens[rows],
-        attention_mask=run.attention_mask[rows],
-        visible=None if run.visible is None else run.visible[rows],
-        position_ids=run.position_ids if len(run.position_ids) == 1 else run.position_ids[rows],
-        state=None if run.state is None else run.state[rows],
-    )
+@torch.no_grad()
+def _trace(
+    model: LoopedModel, run: Run, judged: tuple[Tensor, Tensor], rules: Sequence[type[ThresholdRule]]
+) -> dict[str, Tensor]:
+    """What the rules' meters say of the tokens judged, [rule, loop, rows], and what stopping would cost."""
+    transformer = model.transformer
+    judged = judged[0].to(model.device), judged[1].to(model.device)
+    final = cast(Tensor, model.execute(run))[judged]
+    pieces = [(piece, log_probs_of(final[piece]), [rule.meter() for rule in rules]) for piece in chunks(*final.shape)]
+    latest: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {"statistics": [], "kl_to_final": [], "same_top": []}
 
+    def see(site: HookSite, x: Tensor) -> None:
+        latest[site.component] = x[judged]
+        if site.component == READOUT:
+            ends = [judge(site.loop or 0, *piece) for piece in pieces]
+            for name, values in found.items():
+                values.append(torch.cat([end[name] for end in ends], dim=-1).cpu())
 
-class _Tracer:
-    """Asks the meters after every loop of a run, for the tokens that are judged."""
-
-    def __init__(self, model: LoopedModel, run: Run, judged: Bool[Tensor, "batch pos"], meters: list[Meter]):
-        self.model, self.run, self.judged, self.meters = model, run, judged, meters
-        self.frame = model.frame(run)
-        self.final: Tensor
-        self.entered: Tensor
-        self.statistics: list[Tensor] = []  # [rule, rows] after each loop
-        self.kl: list[Tensor] = []
-        self.same: list[Tensor] = []
-
-    def trace(self) -> None:
-        """Run to the end, then again with a look at every loop."""
-        self.final = log_probs_of(cast(Tensor, self.model.execute(self.run))[self.judged])
-        with self.model.hooks(fwd_hooks=[("hook_state_pre", self.enter), ("hook_state_post", self.leave)]):
-            self.model.execute(self.run, return_type=None)
-        del self.final, self.entered
-
-    def enter(self, state: Float[Tensor, "batch pos d_model"], hook: LoopHookPoint) -> None:
-        """A hook on the state that enters a loop."""
-        self.entered = state[self.judged]
-
-    def leave(self, state: Float[Tensor, "batch pos d_model"], hook: LoopHookPoint) -> None:
-        """A hook on the state that leaves a loop."""
-        transformer, rows = self.model.transformer, state[self.judged]
+    def judge(loop: int, piece: slice, last: Tensor, meters: Sequence[Meter]) -> dict[str, Tensor]:
+        before, state, out = (latest[name][piece] for name in _WATCHED)
         end = LoopEnd(
-            loop=hook.loop or 0,
-            state=rows,
-            state_before=self.entered,
-            read=lambda: transformer.unembed(transformer.finish(state, self.frame)[self.judged]),
-            gate=(lambda: transformer.exit_gate(rows).squeeze(-1)) if self.model.cfg.exit_gate else None,
+            loop=loop,
+            state=state,
+            state_before=before,
+            read=lambda: transformer.unembed(out),
+            gate=transformer.exit_logit,
         )
-        self.statistics.append(torch.stack([meter(end).to(self.final.dtype).cpu() for meter in self.meters]))
-        self.kl.append(kl_divergence(self.final, end.log_probs).cpu())
-        self.same.append((end.log_probs.argmax(-1) == self.final.argmax(-1)).cpu())
+        return {
+            "statistics": torch.stack([meter(end).to(last.dtype) for meter in meters]),
+            "kl_to_final": kl_divergence(last, end.log_probs),
+            "same_top": end.log_probs.argmax(-1) == last.argmax(-1),
+        }
+
+    watch(model, run, _WATCHED, see, only_loops=True)
+    return {name: torch.stack(values, dim=-2) for name, values in found.items()}

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import cast
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import fingerprint
 from tl_looped.engine.numbers import wide_dtype
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Prompts, RunOptions, Runs, with_run_options
 from tl_looped.lens.measures import kl_divergence, log_probs_of
-from tl_looped.lens.reads import LensSite, Reads, choose_reads, chunks, direct_input, read_states
+from tl_looped.lens.reads import LensSite, Reads, choose_reads, direct_input, read_states, table_of
 from tl_looped.model import LoopedModel, check_looped
-from tl_looped.viz.tuned import lens_losses
+from tl_looped.observe.batch import chunks
+from tl_looped.viz.readout import lens_losses
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,9 +40,9 @@ class TunedLens(Result):
         layers: the core layers it has translators for; (0,) stands for the state.
         per_loop: whether each loop has its own translators.
         weight, bias: W and b of each; the loop axis has length one where all loops share them.
-        kept: whether a translator was kept; one that was worse than the direct lens on its training texts is zero.
-        direct_loss, tuned_loss: mean KL(run ‖ lens) on the training texts, in nats, for each loop and layer.
-        held_out_direct_loss, held_out_tuned_loss: the same on the held-out texts.
+        kept: whether a translator was kept; one that was worse than the direct lens on its training prompts is zero.
+        direct_loss, tuned_loss: mean KL(run ‖ lens) on the training prompts, in nats, for each loop and layer.
+        held_out_direct_loss, held_out_tuned_loss: the same on the held-out prompts.
     """
 
     site: LensSite
@@ -52,17 +57,17 @@ class TunedLens(Result):
     held_out_direct_loss: Float[Tensor, "loop layer"]
     held_out_tuned_loss: Float[Tensor, "loop layer"]
 
-    def check(self, model: LoopedModel, run: Run, reads: Reads) -> None:
+    def check(self, model: LoopedModel, n_loops: int, reads: Reads) -> None:
         """An error unless the translators were fitted for this model, loop count and site, and on these layers."""
         if self.made_by["fingerprint"] != fingerprint(model):
             raise InputError(
                 f"the translator was fitted on {self.made_by['model']} with other weights than this "
-                f"{model.cfg.model_name}: fit one with fit_tuned_lens(model, texts)."
+                f"{model.cfg.model_name}: fit one with fit_tuned_lens(model, prompts)."
             )
-        if self.n_loops != run.n_loops:
+        if self.n_loops != n_loops:
             raise InputError(
-                f"the translator was fitted on runs of {self.n_loops} loops, this one has {run.n_loops}: pass "
-                f"n_loops={self.n_loops}, or fit one with fit_tuned_lens(model, texts, n_loops={run.n_loops})."
+                f"the translator was fitted on runs of {self.n_loops} loops, this one has {n_loops}: pass "
+                f"n_loops={self.n_loops}, or fit one with fit_tuned_lens(model, prompts, n_loops={n_loops})."
             )
         if self.site != reads.site:
             raise InputError(f"the translator reads {self.site!r}, not {reads.site!r}: pass site={self.site!r}.")
@@ -79,77 +84,71 @@ class TunedLens(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each loop and layer: the four losses in nats, and whether the translator was kept."""
-        names = ("direct_loss", "tuned_loss", "held_out_direct_loss", "held_out_tuned_loss")
-        rows = [
-            {
-                "loop": t,
-                "layer": layer,
-                **{name: float(getattr(self, name)[t, i]) for name in names},
-                "kept": bool(self.kept[t if self.per_loop else 0, i]),
-            }
-            for t in range(self.n_loops)
-            for i, layer in enumerate(self.layers)
-        ]
-        return pd.DataFrame(rows)
+        labels = {"loop": range(self.n_loops), "layer": self.layers}
+        names = ("direct_loss", "tuned_loss", "held_out_direct_loss", "held_out_tuned_loss", "kept")
+        everywhere = torch.ones_like(self.direct_loss, dtype=torch.bool)
+        return table_of(labels, everywhere, {name: getattr(self, name) for name in names})
 
     def plot(self) -> go.Figure:
-        """Direct and tuned loss on the held-out texts, over loops, for each layer."""
+        """Direct and tuned loss on the held-out prompts, over loops, for each layer."""
         return lens_losses(self.held_out_direct_loss, self.held_out_tuned_loss, self.layers, self.site)
 
 
+@with_run_options
 def fit_tuned_lens(
     model: LoopedModel,
-    texts: list[str] | Tensor,
+    prompts: Prompts,
     n_loops: int | None = None,
     *,
-    held_out: list[str] | Tensor | None = None,
+    held_out: Prompts | None = None,
     site: LensSite = "resid_post",
     layers: Iterable[int] | None = None,
     per_loop: bool = False,
     steps: int = 300,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
-    seed: int = 0,
+    order_seed: int = 0,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> TunedLens:
     """Fit translators so that the direct lens says what the run says at last: KL(run ‖ lens), by Adam, from zero.
 
-    A translator starts as the direct lens. One that ends worse than that on the training texts is set back to zero, so
-    none is worse there (a translator that all loops share: on average over loops); on the held-out texts it may be, and
-    the losses say so.
+    A translator starts as the direct lens. One that ends worse than that on the training prompts is set back to zero,
+    so none is worse there (a translator that all loops share: on average over loops); on the held-out prompts it may
+    be, and the losses say so.
 
     Args:
         model: the model; its weights stay as they are.
-        texts: to fit on: texts, or token ids [batch, pos].
-        n_loops: loops of every run.
-        held_out: texts that are not fitted on; None: every fifth of `texts` is held out.
+        prompts: to fit on, in any form.
+        n_loops: loops of every run; None for the count the model was trained with.
+        held_out: prompts that are not fitted on, in any form; None: every fifth of `prompts` is held out.
         site: the residual stream to read, or "state".
         layers: core layers; None for all.
         per_loop: a translator for each (loop, layer), not one for each layer.
         steps: of Adam; the learning rate falls to zero over them.
-        batch_size: texts in a step.
+        batch_size: prompts in a step. Those of the same length run together, without padding.
         learning_rate: at the beginning.
-        seed: of the order of the texts.
+        order_seed: of the order of the prompts.
         progress: whether to show a bar.
-        options: `prepend_bos`, `padding_side`, as in `LoopedModel.to_tokens`.
+        options: see `RunOptions`. `held_out` is read with the same, but for `attention_mask`, `position_ids` and
+            `limit`; `model.prepare` gives it its own.
 
     Raises:
-        InputError: too few texts, or what `loop_lens` refuses.
+        InputError: too few prompts, or what `logit_lens` refuses.
 
     Source:
         Belrose et al. 2023, arXiv 2303.08112.
     """
     check_eval(check_looped(model))
-    train, rest = _split(texts, held_out)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         check_count(name, value)
-    check_count("seed", seed, minimum=0)
+    check_count("order_seed", order_seed, minimum=0)
     check_number("learning_rate", learning_rate)
-    fitter = _Fitter(model, n_loops, site, layers, per_loop, options)
-    for part in (train, rest):
-        fitter.prepare(part, slice(None))  # all input is checked before the first step
-    fitter.fit(train, steps, batch_size, learning_rate, seed, progress)
+    runs = model.prepare(prompts, n_loops, **options)
+    reads = choose_reads(model, runs, site, None, layers)
+    train, rest = _split(model, runs, held_out, options)
+    fitter = _Fitter(model, runs.n_loops, reads, per_loop)
+    fitter.fit(train, steps, batch_size, learning_rate, order_seed, progress)
     direct, tuned = fitter.losses(train, batch_size)
     kept = fitter.set_back(direct, tuned)
     direct, tuned = fitter.losses(train, batch_size)
@@ -158,17 +157,17 @@ def fit_tuned_lens(
         made_by={
             "model": model.cfg.model_name,
             "fingerprint": fingerprint(model),
-            "n_loops": fitter.n_loops,
-            "texts": len(train),
-            "held_out_texts": len(rest),
+            **model.batch_of(runs, [0]).describe(),
+            "prompts": len(train.rows),
+            "held_out_prompts": len(rest.rows),
             "steps": steps,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
-            "seed": seed,
+            "order_seed": order_seed,
         },
         site=site,
-        n_loops=fitter.n_loops,
-        layers=fitter.layers,
+        n_loops=runs.n_loops,
+        layers=reads.layers or (0,),
         per_loop=per_loop,
         weight=fitter.weight.detach().cpu(),
         bias=fitter.bias.detach().cpu(),
@@ -180,67 +179,55 @@ def fit_tuned_lens(
     )
 
 
-def _split(texts: list[str] | Tensor, held_out: list[str] | Tensor | None) -> tuple[Any, Any]:
-    if isinstance(texts, str) or len(texts) < (1 if held_out is not None else 5):
-        raise InputError(
-            "texts must be a list of at least 5 texts (every fifth is held out), or one or more with held_out=..., "
-            f"got {texts!r}."
-        )
-    for part in (texts, held_out):
-        if isinstance(part, Tensor) and part.ndim != 2:
+class _Part:
+    """Some of the prompts: to fit on, or held out."""
+
+    def __init__(self, runs: Runs, rows: Sequence[int]):
+        self.runs, self.rows = runs, rows
+        self._group = {row: i for i, group in enumerate(runs.equal_lengths(len(runs))) for row in group}
+
+    def batches(self, rows: Sequence[int], most: int) -> list[list[int]]:
+        """Rows in batches of one length each."""
+        groups = [list(group) for _, group in groupby(sorted(rows, key=self._group.__getitem__), self._group.get)]
+        return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
+
+
+def _split(model: LoopedModel, runs: Runs, held_out: Prompts | None, options: RunOptions) -> tuple[_Part, _Part]:
+    """What to fit on, and what is held out."""
+    rows = range(len(runs))
+    if held_out is None:
+        if len(runs) < 5:
             raise InputError(
-                f"texts as token ids must be [batch, pos], one row for each, got shape {tuple(part.shape)}."
+                f"pass at least 5 prompts (every fifth is held out), or one or more with held_out=..., got {len(runs)}."
             )
-    if held_out is not None:
-        if isinstance(held_out, str) or not len(held_out):
-            raise InputError(f"held_out must be a list of at least one text, got {held_out!r}.")
-        return texts, held_out
-    apart = torch.arange(len(texts)) % 5 == 4
-    if isinstance(texts, Tensor):
-        return texts[~apart], texts[apart]
-    return [text for text, out in zip(texts, apart, strict=True) if not out], texts[4::5]
+        return _Part(runs, [row for row in rows if row % 5 != 4]), _Part(runs, rows[4::5])
+    if not isinstance(held_out, Runs):
+        own = ("attention_mask", "position_ids", "limit")
+        shared = cast(RunOptions, {name: value for name, value in options.items() if name not in own})
+        held_out = model.prepare(held_out, runs.n_loops, **shared)
+    if not held_out.whole or held_out.n_loops != runs.n_loops:
+        raise InputError(f"held_out must be whole runs of {runs.n_loops} loops, as the prompts are, got {held_out}.")
+    return _Part(runs, rows), _Part(held_out, range(len(held_out)))
 
 
 class _Fitter:
     """Translators while they are fitted."""
 
-    def __init__(
-        self,
-        model: LoopedModel,
-        n_loops: int | None,
-        site: LensSite,
-        layers: Iterable[int] | None,
-        per_loop: bool,
-        options: dict[str, Any],
-    ):
-        self.model, self.per_loop, self.options = model, per_loop, options
-        self.site: LensSite = site
-        self.n_loops = model.cfg.schedule(n_loops).n_loops()
-        self.asked = tuple(layers) if isinstance(layers, Iterable) else layers  # it is read for every batch
-        d, device = model.cfg.d_model, model.device
-        probe = model.batch(torch.zeros(1, 1, dtype=torch.long), self.n_loops, attention_mask=torch.ones(1, 1))
-        self.layers = choose_reads(model, probe, site, None, self.asked, None).layers or (0,)
-        shape = (self.n_loops if per_loop else 1, len(self.layers))
+    def __init__(self, model: LoopedModel, n_loops: int, reads: Reads, per_loop: bool):
+        self.model, self.reads, self.per_loop = model, reads, per_loop
+        self.shape = (n_loops, len(reads.streams))
+        d, shape = model.cfg.d_model, (n_loops if per_loop else 1, len(reads.streams))
         dtype = wide_dtype(model.dtype)
-        self.weight = torch.zeros(*shape, d, d, dtype=dtype, device=device, requires_grad=True)
-        self.bias = torch.zeros(*shape, d, dtype=dtype, device=device, requires_grad=True)
+        self.weight = torch.zeros(*shape, d, d, dtype=dtype, device=model.device, requires_grad=True)
+        self.bias = torch.zeros(*shape, d, dtype=dtype, device=model.device, requires_grad=True)
 
-    def prepare(self, texts: Any, rows: Any) -> tuple[Run, Reads]:
-        """A checked run of some of the texts."""
-        chosen = texts[rows] if isinstance(texts, Tensor) or isinstance(rows, slice) else [texts[i] for i in rows]
-        run = self.model.batch(chosen, self.n_loops, **self.options)
-        return run, choose_reads(self.model, run, self.site, None, self.asked, None)
-
-    def states(self, texts: Any, rows: Any) -> tuple[Float[Tensor, "loop layer tokens d_model"], Tensor]:
-        """The states at all real tokens, and the run's own log probabilities there."""
-        run, reads = self.prepare(texts, rows)
-        kept, logits = read_states(self.model, run, reads, lambda x, place: x)
-        real = run.attention_mask
-        stacked = [
-            torch.stack([kept[t, i][real] for i in range(len(self.layers))]).to(self.weight.dtype)
-            for t in range(self.n_loops)
-        ]
-        return torch.stack(stacked), log_probs_of(logits[real])
+    def states(self, part: _Part, rows: Sequence[int]) -> tuple[Float[Tensor, "loop layer tokens d_model"], Tensor]:
+        """The states at all tokens of prompts of one length, and the run's own log probabilities there."""
+        run = self.model.batch_of(part.runs, rows)
+        reads = replace(self.reads, positions=tuple(range(run.tokens.shape[1])))
+        kept, logits = read_states(self.model, run, reads, lambda x, place: x.flatten(0, 1), reads.loops)
+        states = torch.stack([kept[t, layer] for t in reads.loops for layer in reads.streams])
+        return states.to(self.weight.dtype).unflatten(0, self.shape), log_probs_of(logits)
 
     def translated(self, states: Float[Tensor, "loop layer tokens d_model"]) -> Tensor:
         """All states as their translators see them."""
@@ -248,24 +235,25 @@ class _Fitter:
 
     def kl(self, states: Float[Tensor, "tokens d_model"], final: Tensor) -> Float[Tensor, " tokens"]:
         """KL(run ‖ direct lens) of each token."""
-        vectors = direct_input(self.model, self.site, states.to(self.model.dtype))
+        vectors = direct_input(self.model, self.reads.site, states.to(self.model.dtype))
         return kl_divergence(final, log_probs_of(self.model.transformer.unembed(vectors)))
 
-    def fit(self, texts: Any, steps: int, batch_size: int, learning_rate: float, seed: int, progress: bool) -> None:
-        """Adam on batches of texts in a seeded order."""
-        parameters = [self.weight, self.bias]
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    @torch.enable_grad()
+    def fit(self, part: _Part, steps: int, batch_size: int, learning_rate: float, seed: int, progress: bool) -> None:
+        """Adam on batches of prompts in a seeded order."""
+        optimizer = torch.optim.Adam([self.weight, self.bias], lr=learning_rate)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         for _ in (bar := tqdm(range(steps), desc="Fitting the tuned lens", disable=not progress)):
-            while len(order) < min(batch_size, len(texts)):
-                order += torch.randperm(len(texts), generator=generator).tolist()
+            while len(order) < min(batch_size, len(part.rows)):
+                order += [part.rows[i] for i in torch.randperm(len(part.rows), generator=generator).tolist()]
             rows, order = order[:batch_size], order[batch_size:]
-            states, final = self.states(texts, rows)
+            groups = [self.states(part, group) for group in part.batches(rows, batch_size)]
+            states, final = torch.cat([of for of, _ in groups], dim=2), torch.cat([said for _, said in groups])
             total = 0.0
             optimizer.zero_grad()
-            for piece in chunks(states.shape[2], self.model.cfg.d_vocab):
+            for piece in chunks(*final.shape):
                 total += self._step(states[:, :, piece], final[piece], states.shape[2])
             optimizer.step()
             decay.step()
@@ -276,29 +264,26 @@ class _Fitter:
         translated = self.translated(states)
         slope = torch.zeros_like(translated)
         total = 0.0
-        for t in range(states.shape[0]):
-            for i in range(states.shape[1]):
-                leaf = translated[t, i].detach().requires_grad_()
-                loss = self.kl(leaf, final).sum() / (n_tokens * states.shape[0] * states.shape[1])
-                (slope[t, i],) = torch.autograd.grad(loss, leaf)
-                total += float(loss.detach())
+        for t, i in np.ndindex(self.shape):
+            leaf = translated[t, i].detach().requires_grad_()
+            loss = self.kl(leaf, final).sum() / (n_tokens * math.prod(self.shape))
+            (slope[t, i],) = torch.autograd.grad(loss, leaf)
+            total += float(loss.detach())
         translated.backward(slope)
         return total
 
     @torch.no_grad()
-    def losses(self, texts: Any, batch_size: int) -> tuple[Float[Tensor, "loop layer"], Float[Tensor, "loop layer"]]:
+    def losses(self, part: _Part, batch_size: int) -> tuple[Float[Tensor, "loop layer"], Float[Tensor, "loop layer"]]:
         """Mean KL(run ‖ lens) of the direct and of the tuned lens over all real tokens, in nats."""
-        shape = (self.n_loops, len(self.layers))
-        sums = torch.zeros(2, *shape, dtype=torch.float64)
+        sums = torch.zeros(2, *self.shape, dtype=torch.float64)
         n_tokens = 0
-        for begin in range(0, len(texts), batch_size):
-            states, final = self.states(texts, slice(begin, begin + batch_size))
+        for rows in part.batches(part.rows, batch_size):
+            states, final = self.states(part, rows)
             n_tokens += len(final)
-            for piece in chunks(len(final), self.model.cfg.d_vocab):
+            for piece in chunks(*final.shape):
                 for which, read in enumerate((states[:, :, piece], self.translated(states[:, :, piece]))):
-                    for t in range(shape[0]):
-                        for i in range(shape[1]):
-                            sums[which, t, i] += self.kl(read[t, i], final[piece]).double().sum().cpu()
+                    for t, i in np.ndindex(self.shape):
+                        sums[which, t, i] += self.kl(read[t, i], final[piece]).double().sum().cpu()
         direct, tuned = sums / n_tokens
         return direct, tuned
 

@@ -1,4 +1,3 @@
 """The native looped transformer and its parts."""
 
-from tl_looped.nn.attention import Frame as Frame
 from tl_looped.nn.transformer import LoopedTransformer as LoopedTransformer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -11,48 +9,43 @@ from torch import Tensor, einsum, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup, settle
-from tl_looped.engine.kv import KVCache
+from tl_looped.engine.network import Frame, is_plain, matrix
 from tl_looped.engine.numbers import wide
+from tl_looped.engine.parts import RotaryStyle
 from tl_looped.engine.schedule import HookSite
-from tl_looped.nn.norm import RMSNorm
+from tl_looped.nn.norm import NORMS
 from tl_looped.nn.rotary import rotate
-from tl_looped.nn.weights import is_plain, matrix
-
-
-class Frame(NamedTuple):
-    """What all layers of one run share: rotary angles, in the model's dtype, and who may attend to whom.
-
-    With a cache the keys are those in it and then those of this run; a `visible` of None then needs an empty cache or
-    one query.
-    """
-
-    cos: Float[Tensor, "rows pos 1 d_head"]
-    sin: Float[Tensor, "rows pos 1 d_head"]
-    visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
-    kv: KVCache | None = None  # keys and values of earlier positions
 
 
 class Attention(nn.Module):
-    r"""o(softmax(q kᵀ / sqrt(d_head)) v), with rotary on q and k and as many key-value heads as the config says.
+    r"""o(softmax(scale · cap(q kᵀ)) v), with norms and rotary on q and k as the config says.
 
     The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where
     they are hooked, scores in float32 at least, and take its place only where a hook changed them; so watching changes
-    nothing, to the bit.
+    nothing, to the bit. (With a soft cap, which the fused one does not know, they are formed always.)
     """
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
         self.cfg = cfg
         self.layer = (site.stack, site.layer)
-        self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped)
+        self.window = cfg.window(*self.layer)
+        self.turns_apart = self.window is not None and cfg.rotary_windowed is not None
+        rotary = cfg.rotary_windowed if self.turns_apart else cfg.rotary
+        self.style: RotaryStyle = "halves" if rotary is None else rotary.style
+        self.norm_first = cfg.qk_norm is not None and not cfg.qk_norm.after_rotary
+        self.norm_last = cfg.qk_norm is not None and cfg.qk_norm.after_rotary
+        without = ("hook_rot_q", "hook_rot_k") if rotary is None else ()
+        self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, without)
         n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
         self.k = nn.Linear(cfg.d_model, n_key, bias=cfg.qk_bias)
-        self.v = nn.Linear(cfg.d_model, n_key, bias=False)
-        self.o = nn.Linear(n_query, cfg.d_model, bias=False)
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(n_query, cfg.eps)
-            self.k_norm = RMSNorm(n_key, cfg.eps)
+        self.v = nn.Linear(cfg.d_model, n_key, bias=cfg.v_bias)
+        self.o = nn.Linear(n_query, cfg.d_model, bias=cfg.o_bias)
+        if cfg.qk_norm is not None:
+            kind, eps = NORMS[cfg.qk_norm.kind], cfg.qk_norm.eps or cfg.eps
+            sizes = (cfg.d_head, cfg.d_head) if cfg.qk_norm.per == "head" else (n_query, n_key)
+            self.q_norm, self.k_norm = (kind(size, eps) for size in sizes)
 
     def _by_head(self, name: str) -> Float[Tensor, "heads d_model d_head"]:
         return matrix(getattr(self, name), f"attn.{name}").unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
@@ -85,16 +78,39 @@ class Attention(nn.Module):
         q = hooks.hook_q(self.q(x).view(heads), loop)
         k = hooks.hook_k(self.k(x).view(heads), loop)
         v = hooks.hook_v(self.v(x).view(heads), loop)
-        if self.cfg.qk_norm:
-            q = self.q_norm(q.flatten(-2)).view(heads)
-            k = self.k_norm(k.flatten(-2)).view(heads)
-        q = hooks.hook_rot_q(rotate(q, frame.cos, frame.sin, self.cfg.rotary_style), loop)
-        k = hooks.hook_rot_k(rotate(k, frame.cos, frame.sin, self.cfg.rotary_style), loop)
+        angles = frame.angles_windowed if self.turns_apart else frame.angles
+        if self.norm_first:
+            q, k = self._normed(q, k)
+        if angles is not None:
+            q, k = rotate(q, angles, self.style), rotate(k, angles, self.style)
+        if self.norm_last:
+            q, k = self._normed(q, k)
+        if angles is not None:
+            q, k = hooks.hook_rot_q(q, loop), hooks.hook_rot_k(k, loop)
         if frame.kv is not None:
             k, v = frame.kv.extend(self.layer, loop, k, v)
         z = hooks.hook_z(self._mix(q, k, v, frame, loop), loop)
         out = self.o(z.flatten(-2))
         return self._through_result(out, z, loop) if hooks.hook_result.wants(loop) else out
+
+    def _normed(
+        self, q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
+        if self.cfg.qk_norm is not None and self.cfg.qk_norm.per == "head":
+            return self.q_norm(q), self.k_norm(k)
+        return self.q_norm(q.flatten(-2)).view(q.shape), self.k_norm(k.flatten(-2)).view(k.shape)
+
+    def visible(self, frame: Frame, queries: int, keys: int) -> Bool[Tensor, "#batch pos key"] | None:
+        """Which key each query of this layer sees; None where it is all up to itself."""
+        if self.window is None or keys <= self.window:
+            return frame.visible
+        last = torch.arange(keys - queries, keys, device=frame.positions.device)[:, None]
+        first = torch.arange(keys, device=last.device)
+        near = first > last - self.window
+        if frame.visible is None:
+            return (near & (first <= last))[None]
+        seen = near & frame.visible
+        return seen | (~seen.any(-1, keepdim=True) & (first == last))  # padding, which would see nothing
 
     def _mix(
         self,
@@ -106,35 +122,48 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The weighted values of each head, z."""
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        mask = None if frame.visible is None else frame.visible[:, None]
-        triangle = mask is None and q.shape[2] == k.shape[2]  # torch would put a lone query at the first key
-        grouped = k.shape[1] != q.shape[1]
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
-        if self.hooks.hook_attn_scores.wants(loop) or self.hooks.hook_pattern.wants(loop):
-            z = self._through_pattern(z, q, k, v, frame, loop)
+        visible = self.visible(frame, q.shape[2], k.shape[2])
+        hooked = self.hooks.hook_attn_scores.wants(loop) or self.hooks.hook_pattern.wants(loop)
+        if self.cfg.score_cap is not None:
+            z = self._explicit(q, k, v, visible, loop, None)
+        else:
+            mask = None if visible is None else visible[:, None]
+            # Torch would put a lone query at the first key. (The comparison would stay a symbol in torch.compile.)
+            triangle = True if mask is None and q.shape[2] == k.shape[2] else False  # noqa: SIM210
+            z = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=triangle, scale=self.cfg.attn_scale, enable_gqa=k.shape[1] != q.shape[1]
+            )
+            if hooked:
+                z = self._explicit(q, k, v, visible, loop, z)
         return z.transpose(1, 2)
 
-    def _through_pattern(
+    def _explicit(
         self,
-        z: Float[Tensor, "batch head pos d_head"],
         q: Float[Tensor, "batch head pos d_head"],
         k: Float[Tensor, "batch kv_head key d_head"],
         v: Float[Tensor, "batch kv_head key d_head"],
-        frame: Frame,
+        visible: Bool[Tensor, "#batch pos key"] | None,
         loop: int | None,
+        fast: Float[Tensor, "batch head pos d_head"] | None,
     ) -> Float[Tensor, "batch head pos d_head"]:
-        """Show the scores and the pattern to their hooks; the given z, unless a hook changed them."""
-        group = q.shape[1] // k.shape[1]
+        """Z by scores and pattern, shown to their hooks; the fast one, where there is one and no hook changed them."""
+        group, cfg = q.shape[1] // k.shape[1], self.cfg
         k, v = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (k, v))
-        if frame.visible is None:
+        if visible is None:
             queries, keys = q.shape[2], k.shape[2]
             hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
         else:
-            hidden = ~frame.visible[:, None]
-        scores = (wide(q) @ wide(k).transpose(-1, -2) * self.cfg.d_head**-0.5).masked_fill(hidden, float("-inf"))
+            hidden = ~visible[:, None]
+        scores = wide(q) @ wide(k).transpose(-1, -2) * (cfg.attn_scale or cfg.d_head**-0.5)
+        if cfg.score_cap is not None:
+            scores = (scores / cfg.score_cap).tanh() * cfg.score_cap
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if fast is None:
+            pattern = self.hooks.hook_attn_scores(scores, loop).softmax(-1).to(v.dtype)
+            return self.hooks.hook_pattern(pattern, loop) @ v
         scores, scores_changed = self.hooks.hook_attn_scores.fire(scores, loop)
         pattern, pattern_changed = self.hooks.hook_pattern.fire(scores.softmax(-1).to(v.dtype), loop)
-        return settle(z, lambda: pattern @ v, scores_changed, pattern_changed)
+        return settle(fast, lambda: pattern @ v, scores_changed, pattern_changed)
 
     def _through_result(
         self, out: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"], loop: int | None

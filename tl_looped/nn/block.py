@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.network import Frame, matrix
+from tl_looped.engine.parts import ActFn
 from tl_looped.engine.schedule import HookSite
-from tl_looped.nn.attention import Attention, Frame
-from tl_looped.nn.norm import RMSNorm
-from tl_looped.nn.weights import matrix
+from tl_looped.nn.attention import Attention
+from tl_looped.nn.norm import NORMS, Norm
+
+ACTS: dict[ActFn, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). TransformerLens's pre and pre_linear are gate and up, post the product."""
+    """down(act(gate(x)) · up(x)), or without a gate down(act(up(x))).
+
+    TransformerLens's pre is what the activation function reads, pre_linear what it is multiplied by, post what down
+    reads.
+    """
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
-        self.hooks = HookGroup(registry, HookSite("mlp.", site.stack, site.layer), looped)
-        self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
-        self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
-        self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
+        without = () if cfg.gated_mlp else ("hook_pre_linear",)
+        self.hooks = HookGroup(registry, HookSite("mlp.", site.stack, site.layer), looped, without)
+        self.act = ACTS[cfg.act_fn]
+        self.gated = cfg.gated_mlp
+        if self.gated:
+            self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
+        self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
+        self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -41,9 +60,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], loop: int | None) -> Float[Tensor, "batch pos d_model"]:
         """Apply to every position."""
-        pre = self.hooks.hook_pre(self.gate(x), loop)
-        pre_linear = self.hooks.hook_pre_linear(self.up(x), loop)
-        return self.down(self.hooks.hook_post(F.silu(pre) * pre_linear, loop))
+        if self.gated:
+            pre = self.hooks.hook_pre(self.gate(x), loop)
+            pre_linear = self.hooks.hook_pre_linear(self.up(x), loop)
+            return self.down(self.hooks.hook_post(self.act(pre) * pre_linear, loop))
+        return self.down(self.hooks.hook_post(self.act(self.hooks.hook_pre(self.up(x), loop)), loop))
 
 
 class Block(nn.Module):
@@ -54,37 +75,50 @@ class Block(nn.Module):
     and only there, resid_mid is not resid_pre + attn_out.
     """
 
+    ln1: Norm
+    ln2: Norm
+    ln1_post: Norm
+    ln2_post: Norm
+
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
-
-        def norm(name: str) -> RMSNorm:
-            hooks = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped)
-            return RMSNorm(cfg.d_model, cfg.eps, hooks)
-
-        self.placement = cfg.norm_placement
+        self.before = cfg.norm_placement != "output"
+        self.after = cfg.norm_placement in ("output", "output_sandwich")  # a norm on what a sub-layer gives
+        self.on_stream = cfg.norm_placement == "residual_sandwich"  # a norm on the stream with it
         self.hooks = HookGroup(registry, site, looped)
         self.attn = Attention(cfg, registry, site, looped)
         self.mlp = MLP(cfg, registry, site, looped)
-        if self.placement != "output":
-            self.ln1, self.ln2 = norm("ln1"), norm("ln2")
-        if self.placement != "pre":
-            self.ln1_post, self.ln2_post = norm("ln1_post"), norm("ln2_post")
+        self.norm_hooks: dict[str, HookGroup] = {}
+        names = ["ln1", "ln2"] if self.before else []
+        for name in [*names, *(["ln1_post", "ln2_post"] if self.after or self.on_stream else [])]:
+            self.add_module(name, NORMS[cfg.norm](cfg.d_model, cfg.eps))
+            self.norm_hooks[name] = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped)
+
+    @property
+    def query_input(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """What W_Q, W_K and W_V read: a site of the layer, and a function of the activation there."""
+        return ("ln1.hook_normalized", self.ln1.affine) if self.before else ("hook_resid_pre", lambda x: x)
+
+    @property
+    def neuron_gain(self) -> Float[Tensor, " d_model"] | None:
+        """What multiplies every component that an MLP neuron writes, before it is added; None where nothing does."""
+        return self.ln2_post.gain() if self.after or self.on_stream else None
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """From resid_pre to resid_post; `loop` is None in a stack that runs once."""
-        hooks, before, after = self.hooks, self.placement != "output", self.placement in ("output", "output_sandwich")
+        hooks, norm_hooks = self.hooks, self.norm_hooks
         x = hooks.hook_resid_pre(x, loop)
-        out = self.attn(self.ln1(x, loop) if before else x, frame, loop)
-        out = hooks.hook_attn_out(self.ln1_post(out, loop) if after else out, loop)
+        out = self.attn(self.ln1(x, loop, norm_hooks["ln1"]) if self.before else x, frame, loop)
+        out = hooks.hook_attn_out(self.ln1_post(out, loop, norm_hooks["ln1_post"]) if self.after else out, loop)
         x = x + out
-        if self.placement == "residual_sandwich":
-            x = self.ln1_post(x, loop)
+        if self.on_stream:
+            x = self.ln1_post(x, loop, norm_hooks["ln1_post"])
         x = hooks.hook_resid_mid(x, loop)
-        out = self.mlp(self.ln2(x, loop) if before else x, loop)
-        out = hooks.hook_mlp_out(self.ln2_post(out, loop) if after else out, loop)
+        out = self.mlp(self.ln2(x, loop, norm_hooks["ln2"]) if self.before else x, loop)
+        out = hooks.hook_mlp_out(self.ln2_post(out, loop, norm_hooks["ln2_post"]) if self.after else out, loop)
         x = x + out
-        if self.placement == "residual_sandwich":
-            x = self.ln2_post(x, loop)
+        if self.on_stream:
+            x = self.ln2_post(x, loop, norm_hooks["ln2_post"])
         return hooks.hook_resid_post(x, loop)

@@ -1,4 +1,4 @@
-"""Root-mean-square norm with TransformerLens's hook points."""
+"""Norms, with TransformerLens's hook points."""
 
 from __future__ import annotations
 
@@ -9,43 +9,127 @@ from torch import Tensor, nn
 
 from tl_looped.engine.hooks import HookGroup, settle
 from tl_looped.engine.numbers import wide
+from tl_looped.engine.parts import NormKind
 
 
-class RMSNorm(nn.Module):
-    r"""y = w · x / s, with s = sqrt(mean(x²) + eps), computed in float32 at least and cast back.
+class Norm(nn.Module):
+    r"""y = affine((x − m) / s), computed in float32 at least and cast back; m, s and the affine map are the kind's.
 
-    `hook_scale` is s, [batch, pos, 1]; `hook_normalized` is x / s before the weight, as in TransformerLens. As in
-    attention, the fused norm of torch computes the output, and the two are formed beside it only where they are hooked.
+    `hook_scale` is s, [batch, pos, 1]; `hook_normalized` is (x − m) / s before the weights, as in TransformerLens. As
+    in attention, the fused norm of torch computes the output, and the two are formed beside it only where they are
+    hooked. A norm has no hook points of its own, as one may serve several sites: a call brings those of the site, and
+    a call without any is not seen by hooks.
 
     Args:
         size: length of the vectors.
-        eps: added to the mean square.
-        hooks: its hook points, or None for a norm without any. A norm whose weights serve several sites is called with
-            the hook points of the site.
+        eps: added to the mean square or the variance, the same in every number format.
     """
 
-    def __init__(self, size: int, eps: float, hooks: HookGroup | None = None):
+    def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.size = size
         self.eps = eps
-        self.hooks = hooks
 
     def forward(
         self, x: Float[Tensor, "*dims d"], loop: int | None = None, hooks: HookGroup | None = None
     ) -> Float[Tensor, "*dims d"]:
         """Normalise the last axis."""
-        hooks = hooks or self.hooks
-        out = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        out = self.fused(x)
         if hooks is not None and (hooks.hook_scale.wants(loop) or hooks.hook_normalized.wants(loop)):
             return self._through_scale(out, x, loop, hooks)
         return out
+
+    def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """The whole norm at once."""
+        raise NotImplementedError
+
+    def centred(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """What is divided: x itself, or x less its mean."""
+        return x
+
+    def gain(self) -> Float[Tensor, " d"] | None:
+        """What every component is multiplied by; None where there are no weights."""
+        return None
+
+    def affine(self, normalized: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """What the weights make of the normalised vectors."""
+        gain = self.gain()
+        return normalized if gain is None else normalized * gain
 
     def _through_scale(
         self, out: Float[Tensor, "*dims d"], x: Float[Tensor, "*dims d"], loop: int | None, hooks: HookGroup
     ) -> Float[Tensor, "*dims d"]:
         """Show the scale and the normalised vectors to their hooks; the given output, unless a hook changed them."""
-        x_wide = wide(x)
+        x_wide = self.centred(wide(x))
         scale = (x_wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
         scale, scale_changed = hooks.hook_scale.fire(scale, loop)
         normalized, normalized_changed = hooks.hook_normalized.fire(x_wide / scale, loop)
-        return settle(out, lambda: normalized.to(x.dtype) * self.weight, scale_changed, normalized_changed)
+        return settle(out, lambda: self.affine(normalized.to(x.dtype)).to(x.dtype), scale_changed, normalized_changed)
+
+
+class Weightless(Norm):
+    """x / sqrt(mean(x²) + eps)."""
+
+    def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """See the class."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps)
+
+
+class RMSNorm(Norm):
+    """w · x / sqrt(mean(x²) + eps)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """See the class."""
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+    def gain(self) -> Float[Tensor, " d"]:
+        """The weight."""
+        return self.weight
+
+
+class PlusOneRMSNorm(RMSNorm):
+    """(1 + w) · x / sqrt(mean(x²) + eps); the sum is formed in float32 at least."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """See the class."""
+        return F.rms_norm(wide(x), x.shape[-1:], self.gain(), self.eps).to(x.dtype)
+
+    def gain(self) -> Float[Tensor, " d"]:
+        """One more than the weight."""
+        return 1 + wide(self.weight)
+
+
+class LayerNorm(RMSNorm):
+    """w · (x − mean(x)) / sqrt(var(x) + eps) + b."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """See the class."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def centred(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """X less its mean."""
+        return x - x.mean(-1, keepdim=True)
+
+    def affine(self, normalized: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """Times the weight, plus the bias."""
+        return normalized * self.weight + self.bias
+
+
+NORMS: dict[NormKind, type[Norm]] = {
+    "rms": RMSNorm,
+    "rms_plus_one": PlusOneRMSNorm,
+    "weightless": Weightless,
+    "layer": LayerNorm,
+}

@@ -1,4 +1,4 @@
-"""Rotary position embedding: both pairings, and Llama 3's frequency scaling."""
+"""Rotary position embedding: both pairings, both directions, and scalings of the frequencies."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.engine.config import Llama3Rope, LoopedConfig, RotaryStyle
+from tl_looped.engine.network import Angles
+from tl_looped.engine.parts import LinearRope, Llama3Rope, Rotary, RotaryStyle
 
 
-def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, " half"]:
-    """Radians per position of each pair: base^(-2i / d_head), with the config's scaling; float32, on the CPU."""
-    exponents = torch.arange(0, cfg.d_head, 2, dtype=torch.float32, device="cpu") / cfg.d_head
-    frequencies = 1.0 / cfg.rotary_base**exponents
-    return frequencies if cfg.rotary_scaling is None else _llama3(frequencies, cfg.rotary_scaling)
+def inverse_frequencies(rotary: Rotary, d_head: int) -> Float[Tensor, " half"]:
+    """Radians per position of each pair: base^(-2i / size), scaled; float32, on the CPU."""
+    size = rotary.size or d_head
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    frequencies = 1.0 / rotary.base**exponents
+    if isinstance(rotary.scaling, Llama3Rope):
+        return _llama3(frequencies, rotary.scaling)
+    return frequencies / rotary.scaling.factor if isinstance(rotary.scaling, LinearRope) else frequencies
 
 
 def _llama3(frequencies: Float[Tensor, " half"], scaling: Llama3Rope) -> Float[Tensor, " half"]:
@@ -26,31 +30,35 @@ def _llama3(frequencies: Float[Tensor, " half"], scaling: Llama3Rope) -> Float[T
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def component_frequencies(cfg: LoopedConfig) -> Float[Tensor, " d_head"]:
-    """Radians per position of each component of a head, as `rotate` wants them: the first of a pair turns backward."""
-    pairs = inverse_frequencies(cfg)[:, None] * torch.tensor([-1.0, 1.0], device="cpu")
-    return pairs.T.flatten() if cfg.rotary_style == "halves" else pairs.flatten()
+def component_frequencies(rotary: Rotary, d_head: int) -> Float[Tensor, " size"]:
+    """Radians per position of each component, as `rotate` wants them: the first of a pair turns backward."""
+    signs = torch.tensor([1.0, -1.0] if rotary.reversed else [-1.0, 1.0], device="cpu")
+    pairs = inverse_frequencies(rotary, d_head)[:, None] * signs
+    return pairs.T.flatten() if rotary.style == "halves" else pairs.flatten()
 
 
 def rotary_angles(
-    frequencies: Float[Tensor, " d_head"], positions: Int[Tensor, "rows pos"]
-) -> tuple[Float[Tensor, "rows pos 1 d_head"], Float[Tensor, "rows pos 1 d_head"]]:
-    """Cosine and sine for every position and component, broadcast over heads, float32."""
+    frequencies: Float[Tensor, " size"],
+    positions: Int[Tensor, "rows pos"],
+    dtype: torch.dtype,
+    rounded_to: torch.dtype = torch.float32,
+) -> Angles:
+    """Cosine and sine for every position and component, broadcast over heads; computed in float32."""
     angles = positions[:, :, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    return Angles(angles.cos().to(rounded_to).to(dtype), angles.sin().to(rounded_to).to(dtype))
 
 
 def rotate(
-    x: Float[Tensor, "batch pos heads d_head"],
-    cos: Float[Tensor, "rows pos 1 d_head"],
-    sin: Float[Tensor, "rows pos 1 d_head"],
-    style: RotaryStyle,
+    x: Float[Tensor, "batch pos heads d_head"], angles: Angles, style: RotaryStyle
 ) -> Float[Tensor, "batch pos heads d_head"]:
-    """Rotate each pair of components by its angle; the pairs lie side by side ("adjacent") or half a head apart.
+    """Rotate each pair of components by its angle; the pairs lie side by side ("adjacent") or half a size apart.
 
     (a, b) -> (a cos - b sin, b cos + a sin): every component times cos, plus its partner times a sine that is negative
-    for the first of a pair.
+    for the first of a pair. Components beyond those that have an angle stay as they are.
     """
+    size = angles.cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], angles, style), x[..., size:]), dim=-1)
     halves = style == "halves"
-    partner = x.roll(x.shape[-1] // 2, dims=-1) if halves else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cos + partner * sin
+    partner = x.roll(size // 2, dims=-1) if halves else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * angles.cos + partner * angles.sin

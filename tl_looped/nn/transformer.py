@@ -2,14 +2,14 @@
 
 e = prelude(embed(tokens))
 x = initial state
-T times:  x = loop_norm(core(inject(x, e)))          loop_norm only where it closes each loop
-logits = unembed(final_norm(coda(loop_norm(x))))     loop_norm here only where it closes the last loop
+T times:  x = close(update(x, core(enter(x, e))))     a norm closes each loop, or none
+logits = unembed(final_norm(coda(loop_norm(x))))      loop_norm here only where it closes the last loop
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -18,51 +18,72 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.network import Angles, CappedLinear, Frame, Network
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
-from tl_looped.nn.attention import Frame
 from tl_looped.nn.block import Block
-from tl_looped.nn.norm import RMSNorm
+from tl_looped.nn.norm import NORMS, Norm, PlusOneRMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
 
 
-class LoopedTransformer(nn.Module):
+class LoopedTransformer(Network):
     """A looped decoder-only transformer. Users hold it through `tl_looped.LoopedModel`, which checks their input.
 
     Args:
         cfg: what to build.
-
-    Attributes:
-        hook_dict: its hook points by name; see `tl_looped.engine.schedule` for the names.
     """
 
     def __init__(self, cfg: LoopedConfig):
         super().__init__()
         self.cfg = cfg
         self.hook_dict = HookDict()
-        self.hooks = self._group("", looped=False)
+        self.norm_hooks: dict[str, HookGroup] = {}
+        without = [] if cfg.learned_positions else ["hook_pos_embed"]
+        self.hooks = HookGroup(self.hook_dict, HookSite(""), looped=False, without=without)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        if cfg.learned_positions:
+            self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        if cfg.embed_norm:
+            self.ln_embed = self._norm("ln_embed")
         self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
-        absent = {"hook_injection_in": cfg.injection == "none", "hook_exit_gate": not cfg.exit_gate}
-        self.loop_hooks = self._group("", looped=True, without=[name for name, is_so in absent.items() if is_so])
-        if cfg.injection == "concat_linear":
+        if cfg.prelude_norm:
+            self.ln_prelude = self._norm("ln_prelude")
+        absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
+        absent |= {"hook_core_out": cfg.loop_update == "replace"}
+        without = [name for name, is_so in absent.items() if is_so]
+        self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
+        if cfg.injection in ("concat_linear", "concat_linear_prelude_first"):
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
-        self.loop_norm_hooks = self._group("ln_loop.", looped=True) if cfg.loop_norm == "each" else None
+        if cfg.norms_each_loop:
+            self._hook_norm("ln_loop", looped=True)
+        if cfg.loop_norm == "own":
+            self.ln_loop = self._norm("")
         if cfg.exit_gate:
             self.exit_gate = nn.Linear(cfg.d_model, 1)
-        self.coda_norm_hooks = self._group("ln_coda.", looped=False) if cfg.loop_norm == "last" else None
+        if cfg.norms_last_loop:
+            self._hook_norm("ln_coda")
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
-        if cfg.loop_norm != "none" or cfg.final_norm:
-            hooks = self._group("ln_final.", looped=False) if cfg.final_norm else None
-            self.ln_final = RMSNorm(cfg.d_model, cfg.eps, hooks)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        if cfg.has_final_weights:
+            self.ln_final = NORMS[cfg.final_norm_kind or cfg.norm](cfg.d_model, cfg.eps)
+        if cfg.final_norm:
+            self._hook_norm("ln_final")
+        if cfg.logit_cap is None:
+            self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        else:
+            self.unembed = CappedLinear(cfg.d_model, cfg.d_vocab, cfg.logit_cap)
         if cfg.tie_embeddings:
             self.unembed.weight = self.embed.weight
-        self._frequencies = component_frequencies(cfg)
+        kinds = {"rotary": cfg.rotary, "rotary_windowed": cfg.rotary_windowed}
+        self._frequencies = {name: component_frequencies(one, cfg.d_head) for name, one in kinds.items() if one}
 
-    def _group(self, prefix: str, looped: bool, without: Container[str] = ()) -> HookGroup:
-        # ln_loop and ln_coda are the final norm's weights at other sites, with hook points of their own.
-        return HookGroup(self.hook_dict, HookSite(prefix), looped, without)
+    def _norm(self, name: str) -> Norm:
+        if name:
+            self._hook_norm(name)
+        return NORMS[self.cfg.norm](self.cfg.d_model, self.cfg.eps)
+
+    def _hook_norm(self, name: str, looped: bool = False) -> None:
+        # ln_loop and ln_coda may be the final norm's weights at other sites, with hook points of their own.
+        self.norm_hooks[name] = HookGroup(self.hook_dict, HookSite(f"{name}."), looped)
 
     def _stack(self, name: str, n_layers: int, looped: bool) -> nn.ModuleList:
         sites = (HookSite("", name, layer) for layer in range(n_layers))
@@ -76,20 +97,27 @@ class LoopedTransformer(nn.Module):
         and head stay one tensor where they are tied.
         """
         generator = torch.Generator().manual_seed(seed)
+        offsets = [m.weight for m in self.modules() if isinstance(m, PlusOneRMSNorm)]
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+                at_zero = name.endswith("bias") or any(weight is one for one in offsets)
+                weight.fill_(0.0 if at_zero else 1.0)
             else:
-                std = 1.0 if name == "embed.weight" else 1 / math.sqrt(weight.shape[1])
+                std = 1.0 if name in ("embed.weight", "pos_embed.weight") else 1 / math.sqrt(weight.shape[1])
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
     def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
-        dtype = self.embed.weight.dtype
-        if self._frequencies.device != positions.device:
-            self._frequencies = self._frequencies.to(positions.device)
-        cos, sin = rotary_angles(self._frequencies, positions)
-        return Frame(cos.to(dtype), sin.to(dtype), visible)
+        return Frame(positions, self._angles("rotary", positions), self._angles("rotary_windowed", positions), visible)
+
+    def _angles(self, name: str, positions: Int[Tensor, "rows pos"]) -> Angles | None:
+        rotary, frequencies = getattr(self.cfg, name), self._frequencies.get(name)
+        if frequencies is None:
+            return None
+        if frequencies.device != positions.device:
+            frequencies = self._frequencies[name] = frequencies.to(positions.device)
+        rounded_to = torch.bfloat16 if rotary.bfloat16 else torch.float32
+        return rotary_angles(frequencies, positions, self.embed.weight.dtype, rounded_to)
 
     def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""
@@ -97,19 +125,35 @@ class LoopedTransformer(nn.Module):
         if self.cfg.embed_scale != 1.0:
             x = x * self.cfg.embed_scale
         x = self.hooks.hook_embed(x)
+        if self.cfg.learned_positions:
+            x = x + self.hooks.hook_pos_embed(self.pos_embed(frame.positions.expand(len(x), -1)))
+        if self.cfg.embed_norm:
+            x = self.ln_embed(x, None, self.norm_hooks["ln_embed"])
         for block in self.prelude:
             x = block(x, frame)
-        return x
+        return self.ln_prelude(x, None, self.norm_hooks["ln_prelude"]) if self.cfg.prelude_norm else x
 
     def enter(
         self, state: Float[Tensor, "batch pos d_model"], e: Float[Tensor, "batch pos d_model"] | None, t: int
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the first core layer reads in loop t: the state, mixed with the prelude's output as the config says."""
         x = self.loop_hooks.hook_state_pre(state, t)
-        if self.cfg.injection != "none" and e is not None:
+        if self.cfg.reads_input_in_loops and e is not None:
             e = self.loop_hooks.hook_injection_in(e, t)
-            x = x + e if self.cfg.injection == "add" else self.injection(torch.cat((x, e), dim=-1))
+            if self.cfg.injection == "add":
+                x = x + e
+            elif self.cfg.injection == "concat_linear":
+                x = self.injection(torch.cat((x, e), dim=-1))
+            else:
+                x = self.injection(torch.cat((e, x), dim=-1))
         return self.loop_hooks.hook_injection(x, t)
+
+    def update(
+        self, before: Float[Tensor, "batch pos d_model"], x: Float[Tensor, "batch pos d_model"], t: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The state that `before` becomes when the core has made x of it; before any norm."""
+        x = self.loop_hooks.hook_core_out(x, t)
+        return before + self.cfg.loop_step * (x - before)
 
     def loop(
         self,
@@ -123,32 +167,63 @@ class LoopedTransformer(nn.Module):
 
         With `first_layer` above 0 it goes on from the middle: `state` is what that layer reads.
         """
+        if first_layer and not self.cfg.resumes_in_loop:
+            raise ValueError(f"a {self.cfg.loop_update} update needs the state that entered the loop")
         x = self.enter(state, e, t) if first_layer == 0 else state
         for block in islice(self.blocks, first_layer, None):  # a slice would be a new ModuleList
             x = block(x, frame, t)
-        if self.loop_norm_hooks is not None:
-            x = self.ln_final(x, t, self.loop_norm_hooks)
+        if self.cfg.loop_update != "replace":
+            x = self.update(state, x, t)
+        if self.cfg.norms_each_loop:
+            x = self.close(x, t, self.norm_hooks["ln_loop"])
         x = self.loop_hooks.hook_state_post(x, t)
         if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
             self.loop_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
         return x
 
+    def close(
+        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
+    ) -> Float[Tensor, "*dims d_model"]:
+        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks` none sees it."""
+        if not self.cfg.norms_each_loop:
+            return x
+        return (self.ln_loop if self.cfg.loop_norm == "own" else self.ln_final)(x, t, hooks)
+
     def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """What the unembedding reads if the model stops with this state: after the coda and the final norm."""
         x = state
-        if self.coda_norm_hooks is not None:
-            x = self.ln_final(x, None, self.coda_norm_hooks)
+        if self.cfg.norms_last_loop:
+            x = self.ln_final(x, None, self.norm_hooks["ln_coda"])
         for block in self.coda:
             x = block(x, frame)
-        return self.ln_final(x) if self.cfg.final_norm else x
+        return self.ln_final(x, None, self.norm_hooks["ln_final"]) if self.cfg.final_norm else x
 
-    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the model if it stops with this state."""
-        return self.unembed(self.finish(state, frame))
+    def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_model"]:
+        """What the unembedding reads of a residual stream x if nothing but norms came after it; no hook sees it.
+
+        Args:
+            x: vectors of the residual stream.
+            closed: whether x is a state, which the norm that closes loops has been applied to.
+        """
+        if self.cfg.final_norm or self.cfg.norms_last_loop or (self.cfg.norms_each_loop and not closed):
+            return self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
+        return x
+
+    @property
+    def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:
+        """See `Network`."""
+        return (lambda state: self.exit_gate(state).squeeze(-1)) if self.cfg.exit_gate else None
+
+    @property
+    def head_gain(self) -> Float[Tensor, " d_model"] | None:
+        """What multiplies every component of the residual stream just before the head; None where nothing does."""
+        if self.cfg.final_norm or self.cfg.loop_norm == "each":
+            return self.ln_final.gain()
+        return self.ln_loop.gain() if self.cfg.loop_norm == "own" else None
 
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or for the injection."""
-        return self.cfg.injection != "none" or not state_given
+        return self.cfg.reads_input_in_loops or not state_given
 
     def begin(
         self,
@@ -163,17 +238,3 @@ class LoopedTransformer(nn.Module):
         if x is None:
             raise ValueError("unreachable: a run without a state reads the tokens")
         return (self.hooks.hook_state_init(x) if start == 0 else x), e
-
-    def forward(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
-        start: int,
-        stop: int,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The state after loops start, ..., stop - 1, from `state`, or from e where it is None."""
-        x, e = self.begin(tokens, frame, state, start)
-        for t in range(start, stop):
-            x = self.loop(x, e, frame, t)
-        return x

@@ -25,6 +25,12 @@ _AT_ONCE = 2**18  # numbers of a component that are measured at once: calls on l
 _BEFORE = {"previous": 1, "previous_two": 2}
 
 
+def chunks(n: int, numbers: int) -> list[slice]:
+    """So many rows (or positions) in pieces of at most `CHUNK` log probabilities, where each has so many."""
+    size = max(1, CHUNK // numbers)
+    return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+
+
 @dataclass
 class _Call:
     """An activation whose measures are still to be taken, and those that it is compared with."""
@@ -165,9 +171,8 @@ class Batch:
     def _of_readouts(self, measure: Measure, inputs: list[Tensor], site: HookSite) -> Tensor:
         """A measure of log probabilities, which exist for some positions at a time."""
         batch, n_pos = inputs[0].shape[:2]
-        size = max(1, CHUNK // (batch * self.runner.vocabulary))
         results = []
-        for piece in (slice(begin, begin + size) for begin in range(0, n_pos, size)):
+        for piece in chunks(n_pos, batch * self.runner.vocabulary):
             said = [self.runner.log_probs(x[:, piece]) for x in inputs]
             highest = (
                 said[0].flatten(1).amax(1)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from torch import Tensor
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, nearest
 from tl_looped.engine.files import check_output
+from tl_looped.engine.identity import differences
 from tl_looped.engine.numbers import quantile
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, LoopSchedule
@@ -97,6 +97,14 @@ class Observed(Result):
             InputError: no such measure, one that fires once, or a model without loops.
         """
         return self._loops(self.mean(name), name, 0)
+
+    def prompts_by_loop(self, name: str) -> Float[Tensor, "prompt loop *axes"]:
+        """Each prompt's numbers by loop: [prompt, loop, *axes], or for what layers have [prompt, loop, layer, *axes].
+
+        Raises:
+            InputError: what `by_loop` refuses.
+        """
+        return self._loops(self[name], name, 1)
 
     def tokens_by_loop(self, name: str) -> tuple[Float[Tensor, "loop *axes token"], dict[str, Int[Tensor, " token"]]]:
         """A measure for every token of every prompt, and each token's "prompt" and "pos".
@@ -232,11 +240,10 @@ class Store:
 
     def _go_on(self, saved: Observed) -> None:
         """Take over what a file has, if the same call made it."""
-        there, here = saved.made_by, self._empty.made_by
-        differing = [_difference(key, there.get(key), here[key]) for key in here if there.get(key) != here[key]]
+        differing = differences(saved.made_by, self._empty.made_by)
         if differing:
             raise InputError(
-                f"{str(self.path)!r} was made by another call: {'; '.join(differing)}. Give save_to another name, or "
+                f"{str(self.path)!r} was made by another call: {differing}. Give save_to another name, or "
                 "the same arguments."
             )
         self.done, self.values = saved.done, saved.values
@@ -280,11 +287,3 @@ class Store:
         per_token = {name: tuple(values) for name, values in self.per_token.items()}
         values = {name: self.values[name] for name in self._empty.labels if name in self.values}  # in the order given
         return replace(self._empty, done=self.done.clone(), values=values, per_token=per_token)
-
-
-def _difference(key: str, there: Any, here: Any) -> str:
-    """What differs between two calls, in words."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        return f"the {key} {', '.join(map(repr, names))} differ"
-    return f"{key} is {there!r} there, {here!r} here"

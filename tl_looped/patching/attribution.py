@@ -5,39 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
-from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.numbers import wide
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
+from tl_looped.observe.watching import watch
 from tl_looped.patching.cells import Axis, Group, Plan
-from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source
-from tl_looped.patching.sources import Source, as_source
-from tl_looped.patching.sweep import LoopPatchingResult, str_tokens_of
+from tl_looped.patching.checks import check_sites, prepare_patch
+from tl_looped.patching.results import LoopPatchingResult, Metric, Metrics, Reduce
+from tl_looped.patching.sources import Given, Source
 
 
+@with_run_options
 def attribution_sweep(
     model: LoopedModel,
-    corrupted: str | list[str] | Tensor,
-    clean_cache: LoopedCache | Source,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    source: Given,
     metric: Metric,
     site: str = "resid_pre",
     axes: Sequence[Axis] = ("loop", "layer", "pos"),
-    *,
     n_steps: int | None = None,
     reduce: Reduce = "scalar",
-    n_loops: int | None = None,
-    initial_state: Tensor | None = None,
-    seed: int | None = None,
     progress: bool = True,
+    **options: Unpack[RunOptions],
 ) -> LoopPatchingResult:
     r"""Estimate what `patch_sweep` (with when="at", or "every" without a loop axis) measures.
 
@@ -50,12 +52,13 @@ def attribution_sweep(
 
     Args:
         model: in evaluation mode, without hooks of its own.
-        corrupted: the prompt or prompts.
-        clean_cache: of the clean run, with the site in all loops; with `n_steps` also "hook_embed".
+        prompts, n_loops, options: as in `patch_sweep`.
+        source: the cache of the clean run, with the site in all loops, and with `n_steps` also "hook_embed"; or as in
+            `patch_sweep`.
         metric: a differentiable function of logits, to a scalar or [batch], see `reduce`.
         site, axes: as in `patch_sweep`, without "source_loop".
         n_steps: steps of the integral; None for one gradient at the corrupted run.
-        reduce, n_loops, initial_state, seed: as in `patch_sweep`.
+        reduce: as in `patch_sweep`.
         progress: show a bar over steps.
 
     Returns:
@@ -68,19 +71,15 @@ def attribution_sweep(
         Attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348); along the input: EAP-IG (Hanna et al.
         2024, arXiv 2403.17806).
     """
-    check_model(model)
     if torch.is_inference_mode_enabled():
         raise InputError(
             "attribution needs gradients: call it outside torch.inference_mode(); torch.no_grad() is fine."
         )
-    source = as_source(clean_cache)
-    metrics = Metrics(metric, reduce)
-    metrics.single("attribution_sweep")
-    run = model.batch(corrupted, n_loops, initial_state=initial_state, seed=seed)
-    check_source(source, run)
+    metrics = Metrics(metric, reduce, only_one="attribution_sweep")
+    run, given = prepare_patch(model, prompts, n_loops, source, options)
     if "source_loop" in axes:
         raise InputError("attribution pairs each loop with itself: leave 'source_loop' out, or use patch_sweep.")
-    if n_steps is not None and source.cache is None:
+    if n_steps is not None and given.cache is None:
         raise InputError("n_steps integrates from the corrupted prompt to another: pass that prompt's cache.")
     steps = 1 if n_steps is None else check_count("n_steps", n_steps)
     plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, "at" if "loop" in axes else "every", None)
@@ -88,51 +87,27 @@ def attribution_sweep(
     sites = [written for group in groups for written, _ in group.sites]
     names = [one.name for one in sites] + (["hook_embed"] if n_steps is not None else [])
     check_sites(model, run, names)
-    source.require(names, run)
+    given.require(names, run)
     fractions = [0.0] if n_steps is None else [(i + 0.5) / steps for i in range(steps)]
-    acts, baseline = _activations(model, run, sites, metrics)
+    acts: dict[str, Tensor] = {}
+    logits = watch(model, run, [one.name for one in sites], lambda at, x: acts.update({at.name: x}), read_out=True)
+    baseline = metrics(cast(Tensor, logits))
     grads: dict[str, Tensor] = {}
     for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
-        for name, grad in _gradients(model, run, sites, metrics, source, fraction).items():
+        for name, grad in _gradients(model, run, sites, metrics, given, fraction).items():
             grads[name] = grads.get(name, 0) + wide(grad) / len(fractions)  # a sum of many steps
-    products = {
-        one.name: _product(source.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites
-    }
+    products = {one.name: _product(given.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites}
     effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
-    values = metrics.reduced(effects + baseline[0])
-    return LoopPatchingResult(
-        values=values,
-        axis_names=list(plan.axes),
-        index_df=plan.index(),
-        metric_names=["metric"],
-        reduced=reduce != "none",
-        baseline=metrics.reduced(baseline)[0],
-        site=site,
-        made_by={
-            "model": model.cfg.model_name,
-            **run.describe(),
-            "source": source.name,
-            "method": "attribution" if n_steps is None else f"integrated gradients, {steps} steps",
-        },
-        str_tokens=str_tokens_of(model, run),
+    method = "attribution" if n_steps is None else f"integrated gradients, {steps} steps"
+    ran = (model, run, given)
+    return LoopPatchingResult.of(
+        metrics, (effects + baseline[0])[None], baseline, plan.index(), site, ran, method=method
     )
 
 
 def _product(clean: Tensor, corrupted: Tensor, grad: Tensor) -> Tensor:
     """(clean - corrupted) · gradient; 0 where the gradient is, also for the infinite scores of what can't be seen."""
     return torch.where(grad == 0, 0, (clean - corrupted) * grad)
-
-
-def _activations(
-    model: LoopedModel, run: Run, sites: Sequence[HookSite], metrics: Metrics
-) -> tuple[dict[str, Tensor], Float[Tensor, "metric *batch"]]:
-    acts: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: LoopHookPoint) -> None:
-        acts[hook.name] = x
-
-    with torch.no_grad(), model.hooks(fwd_hooks=[(site.name, keep) for site in sites]):
-        return acts, metrics(model.execute(run))
 
 
 def _gradients(

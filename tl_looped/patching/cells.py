@@ -127,7 +127,7 @@ class Plan:
             site = HookSite(self.component)
             begins = (0, 0) if self.component == "hook_state_init" else None
             after = self.component.startswith(("ln_coda", "ln_final"))
-            return Group(((site, site),), (self.n_loops - 1, self.cfg.n_core - 1) if after else begins, outer)
+            return Group(((site, site),), (self.n_loops - 1, self._last_layer) if after else begins, outer)
         t = at.get("loop", 0)
         loops = {"at": range(t, t + 1), "every": range(self.n_loops)}.get(self.when, range(t, self.n_loops))
         layers = [at["layer"]] if "layer" in at else range(self.cfg.n_core) if self.layered else [None]
@@ -144,9 +144,14 @@ class Plan:
         """The layer from which a run must be repeated for a patch at this layer, or at the loop's own site."""
         if layer is not None:
             # layer 0 may be entered only through the state; what a later layer reads can be handed over
-            return layer
+            return min(layer, self._last_layer)
         closes = self.component in ("hook_state_post", "hook_exit_gate") or self.component.startswith("ln_loop")
-        return self.cfg.n_core - 1 if closes else 0
+        return self._last_layer if closes else 0
+
+    @property
+    def _last_layer(self) -> int:
+        """The last layer from which a run can be repeated."""
+        return self.cfg.n_core - 1 if self.cfg.resumes_in_loop else 0
 
     def places(self) -> list[tuple[int, ...]]:
         """The cells of a group: their coordinates on the inner axes."""

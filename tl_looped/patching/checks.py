@@ -1,35 +1,42 @@
-"""Checks that every patching call makes before it runs anything."""
+"""How every patching call begins: the run to patch, checked with its source before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.runs import Run
-from tl_looped.model import LoopedModel
-from tl_looped.patching.sources import Source
-
-Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor]
-Reduce = Literal["scalar", "mean", "none"]
+from tl_looped.engine.runs import Prompts, Run, RunOptions
+from tl_looped.model import LoopedModel, check_looped
+from tl_looped.patching.sources import Given, Source, as_source
 
 _ASSUMED = 4 * 2**30  # bytes that are free where the system does not say
 _SHARE = 0.5  # of the free memory that one batch may take
 
 
-def check_model(model: LoopedModel) -> None:
-    """Raise for a model in training mode, or with hooks of its own."""
-    check_eval(model)
+def prepare_patch(
+    model: LoopedModel, prompts: Prompts, n_loops: int | None, source: Given, options: RunOptions
+) -> tuple[Run, Source]:
+    """All prompts as one run, and the source of what is patched into it.
+
+    Raises:
+        InputError: a model in training mode or with hooks of its own, a run without all loops, or a source of another.
+    """
+    check_eval(check_looped(model))
     hooked = [point.name for point in model.hook_dict.points() if point.handles()]
     if hooked:
         raise InputError(f"the model has hooks already, at {hooked[0]!r}: call model.reset_hooks() before patching.")
+    given = as_source(source)
+    runs = model.prepare(prompts, n_loops, **options)
+    if not runs.whole:
+        raise InputError("patching runs all loops: prepare the prompts without start_at_loop and stop_at_loop.")
+    run = model.batch_of(runs)
+    check_source(given, run)
+    return run, given
 
 
 def check_sites(model: LoopedModel, run: Run, names: Sequence[str]) -> None:
@@ -77,57 +84,6 @@ def _same_course(theirs: Run, run: Run) -> bool:
     return theirs.start == run.start and all(
         one is other if one is None or other is None else torch.equal(one.cpu(), other.cpu()) for one, other in pairs
     )
-
-
-class Metrics:
-    """One metric or several, evaluated as TransformerLens does.
-
-    Args:
-        metric: from logits [batch, pos, d_vocab] to a scalar, or to [batch]; or a mapping of names to such functions.
-        reduce: "scalar": the metric returns a scalar. "mean": it returns [batch], averaged. "none": it returns [batch],
-            kept.
-    """
-
-    def __init__(self, metric: Metric | Mapping[str, Metric], reduce: Reduce):
-        if reduce not in ("scalar", "mean", "none"):
-            raise InputError(f"reduce must be 'scalar', 'mean' or 'none', got {reduce!r}.")
-        self.several = isinstance(metric, Mapping)
-        self.functions: dict[str, Metric] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
-        self.reduce = reduce
-        if not self.functions or not all(callable(function) for function in self.functions.values()):
-            raise InputError(f"metric must be a function of logits, or a mapping of names to such, got {metric!r}.")
-
-    def single(self, what: str) -> None:
-        """Raise for several metrics where one is needed."""
-        if self.several:
-            raise InputError(f"{what} takes one metric, not a mapping of {sorted(self.functions)}: call it for each.")
-
-    def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "metric *batch"]:
-        """All metrics of one batch: [metric], or [metric, batch] unless they are scalar.
-
-        Raises:
-            InputError: a metric of another shape, or one that is NaN.
-        """
-        rows = []
-        for name, function in self.functions.items():
-            value = torch.as_tensor(function(logits))
-            if not value.is_floating_point():
-                value = value.to(logits.dtype)  # counts and hits
-            wanted = () if self.reduce == "scalar" else (logits.shape[0],)
-            if tuple(value.shape) != wanted:
-                hint = "; or pass reduce='none' for a metric per prompt" if self.reduce == "scalar" else ""
-                raise InputError(
-                    f"metric {name!r} must return shape {wanted} with reduce={self.reduce!r}, "
-                    f"got {tuple(value.shape)}{hint}."
-                )
-            if bool(torch.isnan(value).any()):
-                raise InputError(f"metric {name!r} gives NaN: check what it divides by and takes logarithms of.")
-            rows.append(value)
-        return torch.stack(rows)
-
-    def reduced(self, values: Float[Tensor, "metric *cells"]) -> Float[Tensor, "metric *reduced"]:
-        """Average the last axis away where asked for."""
-        return values.mean(-1) if self.reduce == "mean" else values
 
 
 def row_bytes(cfg: LoopedConfig, pos: int, itemsize: int) -> int:

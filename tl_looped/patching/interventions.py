@@ -86,7 +86,7 @@ def replace_injection(model: LoopedModel, cache: LoopedCache, loops: Iterable[in
     Raises:
         InputError: the model mixes nothing in, or the cache lacks the activations.
     """
-    if model.cfg.injection == "none":
+    if not model.cfg.reads_input_in_loops:
         raise InputError(f"{model.cfg.model_name} has no input injection to replace.")
     total = cache.run.n_loops
     chosen = range(total) if loops is None else [resolve_index("loop", t, total) for t in loops]

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.cache import Keep, LoopedCache, run_with_cache
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.reach import NamesFilter
-from tl_looped.engine.runs import Run
+from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import HookSite
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 
 Values = Callable[[HookSite, Tensor], Tensor]
 """From a site (with its loop) and the activation there to what takes its place; broadcasts against the activation."""
 
 
+@dataclass(frozen=True, eq=False)
 class Source:
-    """What a patch writes. Make one with `zero`, `fixed` or `mean`; a LoopedCache serves as one directly.
+    """What a patch writes. Make one with `zero`, `fixed` or `mean_source`; a LoopedCache serves as one directly.
 
-    Args:
+    Attributes:
         name: for results.
         values: the function that gives the values.
         run: the run they come from, where they come from one; it must match the patched run.
@@ -33,21 +36,12 @@ class Source:
             for all cells of a batch.
     """
 
-    def __init__(
-        self,
-        name: str,
-        values: Values,
-        run: Run | None = None,
-        cache: LoopedCache | None = None,
-        spreads: bool = False,
-        constant: bool = False,
-    ):
-        self.name = name
-        self.values = values
-        self.run = run
-        self.cache = cache
-        self.spreads = spreads
-        self.constant = constant
+    name: str
+    values: Values
+    run: Run | None = None
+    cache: LoopedCache | None = None
+    spreads: bool = False
+    constant: bool = False
 
     def require(self, names: Sequence[str], run: Run | None = None) -> None:
         """Raise for a name that the cache does not have, or not for all prompts and positions of the patched run.
@@ -60,7 +54,7 @@ class Source:
         if missing and self.spreads and "query" in HookSite.parse(missing[0]).axes:
             raise InputError(
                 f"this mean has no {missing[0]!r}: over all queries it would show early ones what comes after them. "
-                "Pass mean(..., per_position=True), with a names_filter that keeps it."
+                "Pass mean_source(..., per_position=True), with a names_filter that keeps it."
             )
         if missing:
             raise InputError(
@@ -102,14 +96,17 @@ class Source:
                 )
 
 
-def as_source(source: Source | LoopedCache) -> Source:
+Given = Source | LoopedCache
+
+
+def as_source(source: Given) -> Source:
     """A cache as the source of its own activations."""
     if isinstance(source, Source):
         return source
     if not isinstance(source, LoopedCache):
         raise InputError(
             f"the source must be a LoopedCache of model.run_with_cache, or tl_looped.patching's zero(), fixed(...) or "
-            f"mean(...), got {type(source).__name__}."
+            f"mean_source(...), got {type(source).__name__}."
         )
     if not source.has_batch_dim:
         raise InputError("the source's cache has no batch axis: run it without remove_batch_dim.")
@@ -135,21 +132,24 @@ def fixed(values: Tensor) -> Source:
     return Source("fixed", give, constant=True)
 
 
-def mean(
+@with_run_options
+@torch.no_grad()
+def mean_source(
     model: LoopedModel,
-    reference: list[str] | Tensor,
-    names_filter: NamesFilter = None,
+    prompts: Prompts,
     n_loops: int | None = None,
-    seed: int | None = None,
+    *,
+    names_filter: NamesFilter = None,
     per_position: bool = True,
+    **options: Unpack[RunOptions],
 ) -> Source:
-    """The mean activation over a reference set of prompts, for mean ablation.
+    """The mean activation over reference prompts, for mean ablation.
 
     Args:
-        model: the model.
-        reference: prompts of one length, as text or tokens [batch, pos].
+        model: in evaluation mode.
+        prompts: reference prompts of one length.
+        n_loops, options: of the reference runs, see `RunOptions`; they must match the patched run's.
         names_filter: which activations to keep, as in `run_with_cache`.
-        n_loops, seed: of the reference runs; they must match the patched run's.
         per_position: one mean for each position, for prompts as long as the patched one; else one over all positions,
             which patterns and scores do not have: a mean over queries would show early ones what comes after them.
 
@@ -157,14 +157,11 @@ def mean(
         InputError: a model in training mode, prompts that differ in length, so positions do not correspond; where it is
             used, a site that it does not have.
     """
-    check_eval(model)
-    run = model.batch(reference, n_loops, seed=seed)
+    check_eval(check_looped(model))
+    run = model.batch_of(model.prepare(prompts, n_loops, **options))
     if not bool(run.attention_mask.all()):
         raise InputError("the reference prompts differ in length, so their positions do not correspond.")
-    with torch.no_grad():
-        _, cache = model.run_with_cache(
-            run.tokens, n_loops, seed=seed, names_filter=names_filter, attention_mask=run.attention_mask
-        )
+    _, cache = run_with_cache(model, run, Keep(names_filter), None)
     means = {}
     for name, tensor in cache.cache_dict.items():
         site = HookSite.parse(name)
@@ -177,6 +174,5 @@ def mean(
         source.require([site.name])
         return means[site.name].to(x).expand_as(x)
 
-    kept = LoopedCache(means, model, cache.run)
-    source = Source("mean", give, cache.run, kept, spreads=True, constant=True)
+    source = Source("mean", give, run, LoopedCache(means, model, run), spreads=True, constant=True)
     return source

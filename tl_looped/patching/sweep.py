@@ -3,94 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.patching import PatchingResult
+from typing_extensions import Unpack
 
-from tl_looped.engine.cache import LoopedCache
-from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookFn, LoopHookPoint
-from tl_looped.engine.results import AnyResult
-from tl_looped.engine.runs import Run
+from tl_looped.engine.network import Frame
+from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import HookSite
 from tl_looped.model import LoopedModel
-from tl_looped.nn import Frame
 from tl_looped.patching.cells import Axis, Group, Plan, When
-from tl_looped.patching.checks import Metric, Metrics, Reduce, check_model, check_sites, check_source, rows_that_fit
-from tl_looped.patching.sources import Source, as_source
-from tl_looped.viz.patching import patching_heatmap
+from tl_looped.patching.checks import check_sites, prepare_patch, rows_that_fit
+from tl_looped.patching.results import LoopPatchingResult, Metric, Metrics, Reduce
+from tl_looped.patching.sources import Given, Source
 
 
-@dataclass(repr=False)
-class LoopPatchingResult(PatchingResult, AnyResult):
-    """TransformerLens's PatchingResult, with what made it.
-
-    Attributes:
-        site: short name of the patched site.
-        made_by: model, loop count, initial state, source and options of the sweep.
-        str_tokens: the patched prompt's tokens, where there is a tokenizer and one prompt.
-    """
-
-    site: str = ""
-    made_by: dict[str, Any] = field(default_factory=dict)
-    str_tokens: list[str] | None = None
-
-    __repr__ = AnyResult.__repr__
-
-    def __getitem__(self, metric_name: str) -> LoopPatchingResult:
-        """One metric's result, with what made it."""
-        one = super().__getitem__(metric_name)
-        if isinstance(one, LoopPatchingResult):
-            return one
-        return LoopPatchingResult(**vars(one), site=self.site, made_by=self.made_by, str_tokens=self.str_tokens)
-
-    def plot(self, metric_name: str | None = None) -> go.Figure:
-        """The effect of every patch, averaged over prompts, as a heatmap.
-
-        Args:
-            metric_name: which metric, where there are several.
-        """
-        if self.has_metric_axis and metric_name is None:
-            raise InputError(f"this result has the metrics {self.metric_names}: pass metric_name.")
-        one: PatchingResult = self if metric_name is None else self[metric_name]
-        effect = one.effect() if one.reduced else one.effect().mean(-1)
-        title = f"{self.made_by.get('method', 'patching')} of {self.site}: {self.made_by.get('model', '')}"
-        return patching_heatmap(effect, self.axis_names, title, f"change of {one.metric_names[0]}", self.str_tokens)
-
-
+@with_run_options
 def patch_sweep(
     model: LoopedModel,
-    corrupted: str | list[str] | Tensor,
-    source: LoopedCache | Source,
+    prompts: Prompts,
+    n_loops: int | None = None,
+    *,
+    source: Given,
     metric: Metric | Mapping[str, Metric],
     site: str = "resid_pre",
     axes: Sequence[Axis] = ("loop", "layer", "pos"),
-    *,
     when: When = "at",
     source_loop: int | None = None,
     reduce: Reduce = "scalar",
-    n_loops: int | None = None,
-    initial_state: Tensor | None = None,
-    seed: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    **options: Unpack[RunOptions],
 ) -> LoopPatchingResult:
-    """Patch one site, cell by cell, into the corrupted run, and measure the output.
+    """Patch one site, cell by cell, into the run of the prompts, and measure the output.
 
-    Every cell is what one forward of the corrupted prompt with a patching hook would give. The unpatched run is made
-    once; a cell starts from its state just before the patched layer, and cells that differ in position, head, neuron or
-    key run as one batch, so results agree with single runs up to rounding.
+    Every cell is what one forward of the prompts (the corrupted ones) with a patching hook would give. The unpatched
+    run is made once; a cell starts from its state just before the patched layer, and cells that differ in position,
+    head, neuron or key run as one batch, so results agree with single runs up to rounding.
 
     Args:
         model: in evaluation mode, without hooks of its own.
-        corrupted: the prompt (or prompts) to patch into.
-        source: the cache of the clean run; or `zero()`, `mean(...)`, `fixed(...)` for ablation.
+        prompts: what to patch into; all run as one batch.
+        n_loops, options: of their run, see `RunOptions`; they must be those of the source.
+        source: the cache of the clean run; or `zero()`, `mean_source(...)`, `fixed(...)` for ablation.
         metric: from logits [batch, pos, d_vocab] to a scalar or [batch] (see `reduce`), or a mapping of several.
         site: "state" (entering a loop, before injection), "injection", "resid_pre", "resid_mid", "resid_post",
             "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post" (of the MLP), "initial_state", "embed", or any
@@ -101,7 +59,6 @@ def patch_sweep(
         source_loop: take the source's activations from this loop, whichever loop is written; as an axis, the full
             matrix.
         reduce: "scalar", "mean" or "none", as in TransformerLens.
-        n_loops, initial_state, seed: of the corrupted run; they must be those of the source.
         batch_size: most rows (cells x prompts) to run at once; None for what fits. Results do not depend on it.
         progress: show a bar.
 
@@ -114,11 +71,8 @@ def patch_sweep(
     Source:
         Activation patching as in TransformerLens's `transformer_lens.patching`; over loops it is this library's.
     """
-    check_model(model)
-    given = as_source(source)
     metrics = Metrics(metric, reduce)
-    run = model.batch(corrupted, n_loops, initial_state=initial_state, seed=seed)
-    check_source(given, run)
+    run, given = prepare_patch(model, prompts, n_loops, source, options)
     plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, when, source_loop)
     groups = plan.groups()
     sites = [origin.name for group in groups for _, origin in group.sites]
@@ -127,30 +81,8 @@ def patch_sweep(
     rows = rows_that_fit(model, run, batch_size)
     with torch.no_grad():
         values, baseline = _Sweep(model, run, plan, given, metrics, rows).values(groups, progress)
-    values, baseline = metrics.reduced(values), metrics.reduced(baseline)
-    return LoopPatchingResult(
-        values=values if metrics.several else values[0],
-        axis_names=list(plan.axes),
-        index_df=plan.index(),
-        metric_names=list(metrics.functions),
-        reduced=reduce != "none",
-        baseline=baseline if metrics.several else baseline[0],
-        has_metric_axis=metrics.several,
-        site=site,
-        made_by={
-            "model": model.cfg.model_name,
-            **run.describe(),
-            "source": given.name,
-            "when": when,
-            "source_loop": source_loop,
-        },
-        str_tokens=str_tokens_of(model, run),
-    )
-
-
-def str_tokens_of(model: LoopedModel, run: Run) -> list[str] | None:
-    """The tokens of a single prompt as text; None without a tokenizer or with several prompts."""
-    return model.to_str_tokens(run.tokens[0]) if model.tokenizer is not None and len(run.tokens) == 1 else None
+    made: dict[str, object] = {"when": when, "source_loop": source_loop}
+    return LoopPatchingResult.of(metrics, values, baseline, plan.index(), site, (model, run, given), **made)
 
 
 class _Sweep:
@@ -241,5 +173,4 @@ def _repeat(x: Tensor, cells: int) -> Tensor:
 
 def repeat_frame(frame: Frame, cells: int) -> Frame:
     """The frame of a batch that holds every prompt `cells` times; what is the same for all rows stays one row."""
-    cos, sin = (part if part.shape[0] == 1 else _repeat(part, cells) for part in (frame.cos, frame.sin))
-    return Frame(cos, sin, None if frame.visible is None else _repeat(frame.visible, cells))
+    return frame.repeat(cells)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,13 +13,14 @@ from tl_looped.dynamics import (
     Convergence,
     LimitBehaviour,
     convergence_of,
+    cycle,
     limits_of,
-    loop_cycle,
     trajectory,
 )
 from tl_looped.engine.numbers import median
 from tl_looped.model import LoopedModel
 from tl_looped.observe import Observed, observe
+from tl_looped.report.data import ReportData
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.stages import STAGE_MEASURES, neuron_shares
 from tl_looped.viz.curves import Group
@@ -31,29 +30,22 @@ LONG_RUN = 128
 
 
 def loop_analyses(
-    model: LoopedModel,
-    token_ids: Sequence[Sequence[int]],
-    n_loops: int | None = None,
-    long_run: int = LONG_RUN,
-    seed: int | None = None,
-    progress: bool = False,
+    model: LoopedModel, data: ReportData, long_run: int = LONG_RUN, progress: bool = False
 ) -> list[Section]:
     """Four sections, measured on the report's prompts.
 
     Args:
         model: the model.
-        token_ids: of each prompt.
-        n_loops: loops for the stages; None for the count it was trained with.
+        data: the prompts, and with how many loops and which seed they were read.
         long_run: loops after which a state counts as the end; at least 8.
-        seed: of a drawn initial state.
         progress: whether to show bars.
     """
-    prompts = [list(ids) for ids in token_ids]
+    prompts, seed = [list(reading.token_ids) for reading in data.readings], data.seed
     measures = [DISTANCE, COSINE_TO_END, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
     per_token = [DISTANCE.name, COSINE_TO_END.name]
     options = {"seed": seed, "progress": progress}
     ends = observe(model, prompts, long_run, measures=measures, per_token=per_token, **options)
-    stages = observe(model, prompts, n_loops, measures=STAGE_MEASURES, **options)
+    stages = observe(model, data.runs, measures=STAGE_MEASURES, progress=progress)
     first = torch.tensor([max(prompts, key=len)])
     return [
         _convergence(model, ends, prompts, first, long_run, seed),
@@ -67,16 +59,16 @@ def _convergence(
     model: LoopedModel, ends: Observed, prompts: list[list[int]], first: Tensor, long_run: int, seed: int | None
 ) -> Section:
     verdict = convergence_of(ends)
-    path = trajectory(model, first, n_loops=min(long_run, 32), seed=seed)
+    path = trajectory(model, first, min(long_run, 32), seed=seed)
     body = (
         f"<p>Every prompt is run for {long_run} loops. The state after the last stands for the fixed point, and the "
         f"distance to it is followed at every core layer and token.</p><ul>{_verdicts(verdict)}</ul>"
     )
     if model.cfg.n_core > 1:
-        cycle = loop_cycle(model, prompts, long_run, seed=seed, progress=False)
-        smallest = cycle.smallest[~cycle.smallest.isnan()]
+        ring = cycle(model, prompts, long_run, seed=seed, progress=False)
+        smallest = ring.smallest[~ring.smallest.isnan()]
         lowest = f": the cosine between them goes down to {float(smallest.min()):.3f}" if len(smallest) else ""
-        body += f"<p>The fixed points of the core layers are <b>{escape(cycle.verdict())}</b>{lowest}.</p>"
+        body += f"<p>The fixed points of the core layers are <b>{escape(ring.verdict())}</b>{lowest}.</p>"
     return Section(
         f"Does the state come to rest? {long_run} loops",
         body
@@ -115,7 +107,7 @@ def _attention(model: LoopedModel, ends: Observed, first: Tensor, long_run: int,
     title, loops = "Does attention come to rest?", min(long_run, 32)
     if first.shape[1] == 1:
         return Section(title, '<p class="note">A single token can only look at itself: nothing to come to rest.</p>')
-    heads = attention_stability(model, first, loops, position=-1, seed=seed)
+    heads = attention_stability(model, first, loops, position=-1, seed=seed, progress=False)
     settled = heads.heads()["settles_at"].dropna()
     n_heads = heads.settles_at.numel()
     said = f"{len(settled)} of {n_heads} heads settle within {loops} loops"

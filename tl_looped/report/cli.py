@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tl_looped.claims import study_architectures
 from tl_looped.claims.architectures import INITIALISATION_WORDS, LAYERS
-from tl_looped.dynamics import N_LOOPS
 from tl_looped.dynamics.limits import FEWEST_LOOPS
+from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.errors import InputError, LoopedError, check_count
 from tl_looped.engine.files import check_output, write_whole
 from tl_looped.model import LoopedModel
 from tl_looped.report.analyses import LONG_RUN, loop_analyses
-from tl_looped.report.check import check
+from tl_looped.report.checking import check
 from tl_looped.report.data import collect
 from tl_looped.report.patching import chain_patching
 from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built_in
@@ -168,8 +168,7 @@ def _report(options: argparse.Namespace) -> int:
     chains = not prompts and name in CHAIN_MODELS
     extra = readout_sections(model, data)
     if model.cfg.n_loops > 1:
-        ids = [reading.token_ids for reading in data.readings]
-        extra += loop_analyses(model, ids, data.n_loops, options.long_run, data.seed, progress=True)
+        extra += loop_analyses(model, data, options.long_run, progress=True)
     extra += [chain_patching(model, CHAIN_TO_PATCH, options.n_loops)] if chains else []
     write_whole(target, report_page(data, options.command, extra))
     print(f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")

@@ -1,25 +1,24 @@
-"""Everything that the report shows, measured on a model in two runs a prompt."""
+"""What the report shows of each prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_looped.dynamics.measures import cosine_to, step_norm
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.numbers import cosine, length, ratio
-from tl_looped.engine.runs import DEFAULT_SEED, Run
+from tl_looped.engine.runs import Runs
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
-from tl_looped.lens import entropy, kl_divergence
+from tl_looped.lens import LogitLens, logit_lens
 from tl_looped.model import LoopedModel
+from tl_looped.observe.watching import watch
 from tl_looped.report.prompts import Prompt
 from tl_looped.viz import LayerAttention
 
@@ -41,16 +40,15 @@ class Reading:
         prompt: the prompt as asked for.
         token_ids: what the model read.
         tokens: the text of each; for a model without tokenizer, its id.
-        answer: text of the token that is tracked.
+        answer: text of the token that is tracked: the prompt's answer, or else the model's own top token in the end.
         answer_id: its id.
-        answer_given: whether it was given; if not, it is the model's own top token after the last loop.
         initial_state: where the initial state came from: "model", or "seed 0".
         top_probs: the highest probabilities of the read-out after each loop.
         top_ids: the ids of those tokens.
         top_tokens: their texts, [loop][read][top].
         entropy: of each read-out, in nats.
         kl_to_final: KL(read-out of the last loop ‖ this read-out), in nats.
-        answer_prob, answer_rank: of the answer at the last position; rank 1 is the top token.
+        answer_prob, answer_rank: of the answer at the last position; rank 0 is the top token.
         step: ‖x_{t+1} − x_t‖ / ‖x_{t+1}‖, with x_t the state that enters loop t.
         cosine: of x_{t+1} and x_t; NaN where one is zero.
         attention: attention patterns, as many as `PATTERN_ENTRIES` allows.
@@ -62,7 +60,6 @@ class Reading:
     tokens: tuple[str, ...]
     answer: str
     answer_id: int
-    answer_given: bool
     initial_state: str
     top_probs: Float[Tensor, "loop read top"]
     top_ids: Int[Tensor, "loop read top"]
@@ -89,7 +86,7 @@ class ReportData:
     Attributes:
         model_name: the name it was loaded by.
         cfg: its config.
-        n_loops: how many loops were run.
+        runs: the prompts as they were run, filled up at the left.
         seed: seed of the initial state; None for a model that draws none.
         n_parameters: how many weights it has.
         dtype, device: of the weights, as torch writes them.
@@ -98,17 +95,28 @@ class ReportData:
 
     model_name: str
     cfg: LoopedConfig
-    n_loops: int
+    runs: Runs
     seed: int | None
     n_parameters: int
     dtype: str
     device: str
     readings: tuple[Reading, ...]
 
+    @property
+    def n_loops(self) -> int:
+        """How many loops were run."""
+        return self.runs.n_loops
+
+    @property
+    def judged(self) -> slice:
+        """Positions at which read-outs are judged: where all answers are known, the answers' alone."""
+        known = all(reading.prompt.answer is not None for reading in self.readings)
+        return slice(-1 if known else -READ_POSITIONS, None)
+
 
 def collect(
     model: LoopedModel,
-    prompts: Iterable[Prompt],
+    questions: Iterable[Prompt],
     n_loops: int | None = None,
     seed: int | None = None,
     name: str | None = None,
@@ -118,9 +126,9 @@ def collect(
 
     Args:
         model: the model.
-        prompts: what to read.
+        questions: what to read, each with its answer where that is known.
         n_loops: how many loops to run; None for the count the model was trained with.
-        seed: of the initial state, where the model draws one; None for `DEFAULT_SEED`.
+        seed: of the initial state, where the model draws one; None for 0.
         name: the model's name in the report; None for the one in its config.
         progress: whether to show a progress bar.
 
@@ -128,20 +136,23 @@ def collect(
         InputError: a prompt that the model can't read, an answer that is not one token, or a bad loop count or seed.
     """
     check_eval(model)
-    if model.cfg.random_state and seed is None:
-        seed = DEFAULT_SEED
-    asked = [(prompt, *_prepare(model, prompt, n_loops, seed)) for prompt in prompts]
+    asked = tuple(questions)
     if not asked:
         raise InputError("a report needs at least one prompt.")
-    loops = asked[0][1].n_loops
+    answers = [_answer_id(model, prompt) for prompt in asked]
+    inputs = [list(prompt.token_ids or ()) if prompt.text is None else prompt.text for prompt in asked]
+    runs = model.prepare(inputs, n_loops, seed=seed, padding_side="left")
+    tops = model.last_logits(runs).argmax(-1).tolist() if None in answers else answers
+    tracked = [top if answer is None else answer for answer, top in zip(answers, tops, strict=True)]
+    lens = logit_lens(model, runs, positions=slice(-READ_POSITIONS, None), targets=torch.tensor(tracked), top_k=TOP)
     entries = PATTERN_ENTRIES // len(asked)
-    with tqdm(total=len(asked) * (loops + 1), desc="Reading prompts", unit="loop", disable=not progress) as bar:
-        readings = tuple(_read(model, prompt, run, answer, entries, bar) for prompt, run, answer in asked)
+    bar = tqdm(asked, desc="Reading prompts", unit="prompt", disable=not progress)
+    readings = tuple(_read(model, runs, row, prompt, lens, entries) for row, prompt in enumerate(bar))
     return ReportData(
         model_name=name or model.cfg.model_name,
         cfg=model.cfg,
-        n_loops=loops,
-        seed=seed if model.cfg.random_state else None,
+        runs=runs,
+        seed=model.batch_of(runs).seed,
         n_parameters=sum(weight.numel() for weight in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
@@ -149,113 +160,67 @@ def collect(
     )
 
 
-def _prepare(model: LoopedModel, prompt: Prompt, n_loops: int | None, seed: int | None) -> tuple[Run, int | None]:
-    """A checked run of the prompt, and the id of its answer."""
+def _answer_id(model: LoopedModel, prompt: Prompt) -> int | None:
+    """The id of a prompt's answer, where it has one."""
     if prompt.token_ids is None and model.tokenizer is None:
         raise InputError("this model has no tokenizer, so it can't read text: give token ids (--tokens 1,15,2).")
-    input = torch.tensor([prompt.token_ids], dtype=torch.long) if prompt.text is None else prompt.text
-    run = model.batch(input, n_loops, seed=seed)
     if prompt.answer is None:
-        return run, None
+        return None
     if model.tokenizer is not None:
-        return run, model.to_single_token(prompt.answer)
+        return model.to_single_token(prompt.answer)
     if not prompt.answer.isdecimal() or int(prompt.answer) >= model.cfg.d_vocab:
         raise InputError(
             f"this model has no tokenizer, so an answer must be a token id below {model.cfg.d_vocab}, "
             f"got {prompt.answer!r}."
         )
-    return run, int(prompt.answer)
+    return int(prompt.answer)
 
 
-@torch.no_grad()
-def _read(model: LoopedModel, prompt: Prompt, run: Run, answer: int | None, entries: int, bar: tqdm[Any]) -> Reading:
-    """Two runs: one for the final read-out and the layers that run once, one that measures every loop as it passes."""
-    n_pos = run.tokens.shape[1]
-    sites, note = choose_attention(model.cfg, run.n_loops, n_pos, entries)
+def _read(model: LoopedModel, runs: Runs, row: int, prompt: Prompt, lens: LogitLens, entries: int) -> Reading:
+    """One more run of a prompt, for its attention and the steps of its state, beside what the lens says of it."""
+    run = model.batch_of(runs, [row])
+    sites, note = choose_attention(model.cfg, run.n_loops, run.tokens.shape[1], entries)
     patterns: dict[str, Tensor] = {}
+    steps: list[tuple[Tensor, Tensor]] = []
+    states: list[Tensor] = []  # the one that entered the loop that runs
 
-    def keep(pattern: Tensor, hook: LoopHookPoint) -> None:
-        patterns[hook.name] = pattern[0].float().cpu()
+    def see(site: HookSite, x: Tensor) -> None:
+        if site.in_layer:
+            patterns[site.name] = x[0].float().cpu()
+            return
+        if states:
+            steps.append((step_norm(x[0], states[0]).cpu(), cosine_to(x[0], states[0]).cpu()))
+        states[:] = [x[0]]
 
-    def hooked(*stacks: str) -> list[tuple[str, Any]]:
-        kept = [(site, loop) for site, loops in sites.items() if site[0] in stacks for loop in loops]
-        return [(_pattern_name(*site, loop), keep) for site, loop in kept]
-
-    # A read-out of a loop runs the coda too, so the coda's patterns are kept in a run that reads out once.
-    with model.hooks(hooked(PRELUDE, CODA)):
-        final = model.execute(run)[0, -READ_POSITIONS:].float().log_softmax(-1)
-    bar.update()
-    tracked = int(final[-1].argmax()) if answer is None else answer
-    meter = LoopMeter(model, run, final, tracked, bar)
-    with model.hooks([("hook_state_init", meter.start), ("hook_state_post", meter.measure), *hooked(CORE)]):
-        model.execute(run, return_type=None)
+    names = [_pattern_name(*site, loop) for site, loops in sites.items() for loop in loops]
+    watch(model, run, ["hook_state_init", "hook_state_post", *names], see)
+    read = lens.real[row]  # the last positions, without padding
     return Reading(
         prompt=prompt,
         token_ids=tuple(run.tokens[0].tolist()),
         tokens=model.token_texts(run.tokens[0]),
-        answer=model.token_texts(torch.tensor([tracked]))[0],
-        answer_id=tracked,
-        answer_given=answer is not None,
+        answer=lens.text(int(lens.target_ids[row, -1, 0])),
+        answer_id=int(lens.target_ids[row, -1, 0]),
         initial_state=str(run.describe()["initial_state"]),
+        top_probs=lens.top_probs[:, row, read],
+        top_ids=lens.top_ids[:, row, read],
+        top_tokens=tuple(tuple(map(tuple, loop[len(loop) - int(read.sum()) :])) for loop in lens.top_tokens(row)),
+        entropy=lens.entropy[:, row, read],
+        kl_to_final=lens.kl_to_final[:, row, read],
+        answer_prob=lens.target_probs[:, row, -1, 0],
+        answer_rank=lens.target_ranks[:, row, -1, 0],
+        step=torch.stack([step for step, _ in steps]),
+        cosine=torch.stack([cosine for _, cosine in steps]),
         attention=tuple(
             LayerAttention(*site, loops, torch.stack([patterns[_pattern_name(*site, loop)] for loop in loops]))
             for site, loops in sites.items()
         ),
         attention_note=note,
-        **meter.result(),
     )
 
 
 def _pattern_name(stack: str, layer: int, loop: int | None) -> str:
     return HookSite("attn.hook_pattern", stack, layer, loop).name
-
-
-class LoopMeter:
-    """Measures every loop while it runs; of the states it holds only the last one.
-
-    Args:
-        model: the model.
-        run: the run that is measured.
-        final: log probabilities after the last loop, [read, d_vocab].
-        answer: the token to track at the last position.
-        bar: is moved on by one a loop.
-    """
-
-    def __init__(self, model: LoopedModel, run: Run, final: Float[Tensor, "read d_vocab"], answer: int, bar: tqdm[Any]):
-        self.model, self.run, self.final, self.answer, self.bar = model, run, final, answer, bar
-        self.state: Tensor  # the one that entered the loop that runs
-        self.rows: dict[str, list[Tensor]] = {}
-        self.top_tokens: list[tuple[tuple[str, ...], ...]] = []
-
-    def start(self, state: Float[Tensor, "1 pos d_model"], hook: LoopHookPoint) -> None:
-        """A hook on the state that enters loop 0."""
-        self.state = state[0].float()
-
-    def measure(self, state: Float[Tensor, "1 pos d_model"], hook: LoopHookPoint) -> None:
-        """A hook on the state that leaves a loop."""
-        x, before = state[0].float(), self.state
-        self._keep("step", ratio(length(x - before), length(x)))
-        self._keep("cosine", cosine(x, before))
-        self.state = x
-        logits = self.model.readout(state, self.run.tokens)[0, -READ_POSITIONS:].float()
-        log_probs = logits.log_softmax(-1)
-        probs = log_probs.exp()
-        self._keep("entropy", entropy(log_probs))
-        self._keep("kl_to_final", kl_divergence(self.final, log_probs))
-        self._keep("answer_prob", probs[-1, self.answer])
-        self._keep("answer_rank", 1 + (logits[-1] > logits[-1, self.answer]).sum())
-        top = probs.topk(min(TOP, probs.shape[-1]))
-        self._keep("top_probs", top.values)
-        self._keep("top_ids", top.indices)
-        self.top_tokens.append(tuple(self.model.token_texts(ids) for ids in top.indices))
-        self.bar.update()
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        self.rows.setdefault(name, []).append(value.cpu())
-
-    def result(self) -> dict[str, Any]:
-        """The measures by name, stacked over loops."""
-        return {name: torch.stack(rows) for name, rows in self.rows.items()} | {"top_tokens": tuple(self.top_tokens)}
 
 
 def choose_attention(cfg: LoopedConfig, n_loops: int, n_pos: int, entries: int) -> tuple[Sites, str]:

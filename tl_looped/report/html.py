@@ -12,7 +12,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from tl_looped.viz import circuitsvis_script
+from tl_looped.viz.browser import circuitsvis_script
 from tl_looped.viz.style import data_block
 
 _FOLDER = Path(__file__).parent

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.model import LoopedModel
-from tl_looped.patching import LoopPatchingResult, attribution_sweep, patch_sweep
+from tl_looped.patching import attribution_sweep, patch_sweep
 from tl_looped.report.html import Section, escape, figure
 from tl_looped.training.variable_chains import solve
-from tl_looped.viz import show_token
+from tl_looped.viz.style import show_token
 
 _NAMED = 0.2  # share of the answer from which a position is named in words
 
@@ -34,13 +36,10 @@ def chain_patching(model: LoopedModel, text: str, n_loops: int | None = None) ->
 
     with torch.no_grad():
         logits, cache = model.run_with_cache(text, n_loops)
-        gap = float(metric(logits) - metric(model(corrupted, n_loops)))
-
-    def sweep(prompt: str, attribute: bool = False) -> LoopPatchingResult:
-        call = attribution_sweep if attribute else patch_sweep
-        return call(model, prompt, cache, metric, "state", ("loop", "pos"), n_loops=n_loops, progress=False)
-
-    measured, estimated, untouched = sweep(corrupted), sweep(corrupted, attribute=True), sweep(control)
+    what: dict[str, Any] = {"source": cache, "metric": metric, "site": "state", "axes": ("loop", "pos")}
+    measured, untouched = (patch_sweep(model, one, n_loops, progress=False, **what) for one in (corrupted, control))
+    estimated = attribution_sweep(model, corrupted, n_loops, progress=False, **what)
+    gap = float(metric(logits)) - float(cast(Tensor, measured.baseline))
     tokens = model.to_str_tokens(text)
     top = float(estimated.effect().abs().max() / abs(gap)) if gap else 0.0
     still = float(untouched.effect().abs().max())

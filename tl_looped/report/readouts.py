@@ -9,14 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.lens import ExitTrace, loop_agreement, loop_lens, trace_exits
+from tl_looped.lens import logit_lens, readout_agreement, trace_exits
 from tl_looped.model import LoopedModel
-from tl_looped.report.data import READ_POSITIONS, Reading, ReportData, spread
+from tl_looped.report.data import Reading, ReportData, spread
 from tl_looped.report.html import Section, escape, figure, table
 from tl_looped.report.words import percent
-from tl_looped.viz import show_token
-from tl_looped.viz.agreement import agreement_heatmaps
-from tl_looped.viz.style import shorten
+from tl_looped.viz.style import shorten, show_token
 
 _MOST_LOOPS = 32  # drawn in a heatmap of loops and layers
 _MOST_LAYERS = 16
@@ -42,27 +40,15 @@ def lens_section(model: LoopedModel, data: ReportData) -> Section:
         "most probable next one; darker means more probable; hover over a cell for the top five."
         f"{' Of so many loops and layers some are shown, evenly spaced.' if some else ''}</p>"
     ]
-    for i, reading in enumerate(data.readings, start=1):
-        result = loop_lens(
-            model,
-            _input(reading),
-            data.n_loops,
-            site="resid_post",
-            loops=loops,
-            layers=layers,
-            seed=data.seed,
-        )
+    result = logit_lens(model, data.runs, site="resid_post", loops=loops, layers=layers)
+    for i, reading in enumerate(data.readings):
         name = escape(shorten(show_token(reading.prompt.name), 60))
         words = escape(top_tokens_in_words(reading))
-        parts.append(f'<h3>Prompt {i}: {name}</h3><p class="finding">{words}</p>{figure(result.plot_layers())}')
+        cells = figure(result.plot_layers(i))
+        parts.append(f'<h3>Prompt {i + 1}: {name}</h3><p class="finding">{words}</p>{cells}')
     if data.n_loops > 1:
         parts.append(_agreement(model, data))
     return Section("What each layer would say, loop by loop", "".join(parts))
-
-
-def _input(reading: Reading) -> str | Tensor:
-    """A prompt as it was asked for: what of it is padding depends on that."""
-    return torch.tensor([reading.token_ids]) if reading.prompt.text is None else reading.prompt.text
 
 
 def top_tokens_in_words(reading: Reading) -> str:
@@ -86,28 +72,22 @@ def top_tokens_in_words(reading: Reading) -> str:
 
 def _agreement(model: LoopedModel, data: ReportData) -> str:
     loops = spread(data.n_loops, _MOST_COMPARED)
-    results = [
-        loop_agreement(
-            model,
-            _input(reading),
-            data.n_loops,
-            loops=loops,
-            positions=slice(-READ_POSITIONS, None),
-            seed=data.seed,
-        )
-        for reading in data.readings
-    ]
-    same = torch.cat([result.same_top[:, :, result.real] for result in results], dim=-1).double().mean(-1)
-    kl = torch.cat([result.kl[:, :, result.real] for result in results], dim=-1).double().mean(-1)
-    tops = torch.cat([reading.top_ids[..., 0] for reading in data.readings], dim=-1)  # of all loops, [loop, read]
-    n = tops.shape[1]
+    found = readout_agreement(model, data.runs, loops=loops, positions=data.judged)
+    n = int(found.real.sum())
+    tops = torch.cat([reading.top_ids[:, data.judged, 0] for reading in data.readings], dim=-1)  # [loop, read]
     words = agreement_in_words((tops == tops[-1]).double().mean(-1), n)
     which = "every loop" if len(loops) == data.n_loops else f"{len(loops)} loops of {data.n_loops}"
     return f'<h3>Which loops agree</h3><p class="finding">{escape(words)}</p>' + figure(
-        agreement_heatmaps(same, kl, loops),
-        f"The read-outs after {which}, each beside each, over {n} positions of all prompts. Left: how often both have "
+        found.plot(),
+        f"The read-outs after {which}, each beside each, over {judged_in_words(data, n)}. Left: how often both have "
         "the same top token. Right: how far the column’s read-out is from the row’s, on average.",
     )
+
+
+def judged_in_words(data: ReportData, n: int) -> str:
+    """At which positions read-outs are judged."""
+    answers = data.judged.start == -1
+    return f"the last position of {n} prompts, where the answer is due" if answers else f"{n} positions of all prompts"
 
 
 def agreement_in_words(shares: Float[Tensor, " loop"], n: int) -> str:
@@ -132,7 +112,7 @@ def agreement_in_words(shares: Float[Tensor, " loop"], n: int) -> str:
 
 def exits_section(model: LoopedModel, data: ReportData) -> Section:
     """What rules that stop tokens early would save and cost on the report's prompts."""
-    trace = _trace(model, data)
+    trace = trace_exits(model, data.runs, positions=data.judged, batch_size=1)
     curves = trace.curves()
     best = curves.most_saved(_AGREE).to_dict("records")
     rows = [
@@ -152,8 +132,8 @@ def exits_section(model: LoopedModel, data: ReportData) -> Section:
         "threshold: when the read-out (KL) or the state (latent difference) hardly changes any more, when the state’s "
         "steps hardly change any more (acceleration), when the read-out is sure (entropy), or when its top "
         "token has stayed the same for some loops. Where a model has an exit gate, that is a rule too. Every rule was "
-        f"tried with many thresholds on {curves.n_tokens} tokens of all prompts; on others a threshold that was chosen "
-        "here may cost more.</p>"
+        f"tried with many thresholds on {judged_in_words(data, curves.n_tokens)}; on others a threshold that was "
+        "chosen here may cost more.</p>"
         f'<p class="finding">{escape(exits_in_words(best, trace.rules, data.n_loops))}</p>'
         + (table(head, rows) if rows else "")
         + figure(
@@ -162,24 +142,6 @@ def exits_section(model: LoopedModel, data: ReportData) -> Section:
             "whose top token is the full run’s; higher is better. Right: how far the read-out is from the full run’s; "
             "lower is better.",
         ),
-    )
-
-
-def _trace(model: LoopedModel, data: ReportData) -> ExitTrace:
-    longest = max(len(reading.token_ids) for reading in data.readings)
-    tokens, mask = torch.zeros(2, len(data.readings), longest, dtype=torch.long)
-    for row, reading in enumerate(data.readings):
-        run = model.batch(_input(reading), data.n_loops)
-        tokens[row, -run.tokens.shape[1] :] = run.tokens[0]
-        mask[row, -run.tokens.shape[1] :] = run.attention_mask[0]
-    return trace_exits(
-        model,
-        tokens,
-        n_loops=data.n_loops,
-        positions=slice(-READ_POSITIONS, None),
-        batch_size=1,
-        seed=data.seed,
-        attention_mask=mask,
     )
 
 

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 
-from tl_looped import __version__, viz
+from tl_looped import __version__
 from tl_looped.engine.schedule import CORE
 from tl_looped.report.data import TOP, Reading, ReportData
 from tl_looped.report.html import Section, escape, figure, page, table
 from tl_looped.report.words import answer_in_words, convergence_in_words, model_in_words, state_in_words
-from tl_looped.viz.style import shorten
+from tl_looped.viz import LoopAttention, attention_from_position, schedule_svg
+from tl_looped.viz.readout import readout_curves, readout_heatmap
+from tl_looped.viz.state import state_convergence, step_by_position
+from tl_looped.viz.style import shorten, show_token
 
 _MOST_ROWS = 12
 _MOST_CHARACTERS = 20
@@ -55,7 +58,7 @@ def sections(data: ReportData) -> list[Section]:
     """All sections of the report, top to bottom."""
     n = len(data.readings)
     titles = [
-        f"Prompt {i} of {n}: {shorten(viz.show_token(r.prompt.name), 60)}" for i, r in enumerate(data.readings, start=1)
+        f"Prompt {i} of {n}: {shorten(show_token(r.prompt.name), 60)}" for i, r in enumerate(data.readings, start=1)
     ]
     prompts = [Section(title, _prompt(reading)) for title, reading in zip(titles, data.readings, strict=True)]
     return [how_to_read(), the_model(data), *prompts]
@@ -86,7 +89,7 @@ def the_model(data: ReportData) -> Section:
     rows = [(escape(name), escape(words)) for name, words in model_in_words(data)]
     return Section(
         "The model",
-        f"{viz.schedule_svg(data.cfg, data.n_loops)}"
+        f"{schedule_svg(data.cfg, data.n_loops)}"
         '<p class="note">From left to right. x is the state, e what enters the loops from the left; N, N′ and “norm” '
         "are root-mean-square norms, f an attention or an MLP. A read-out after loop t takes the state leaving that "
         "loop straight to whatever stands right of the frame.</p>" + table((), rows, "facts"),
@@ -116,7 +119,7 @@ def _tokens(reading: Reading) -> str:
         f'<span>{_token(token)}<span class="place">{i}</span></span>' for i, token in enumerate(reading.tokens)
     )
     answer = _token(reading.answer, is_answer=True)
-    if reading.answer_given:
+    if reading.prompt.answer is not None:
         source = f"The answer {answer} was given with the prompt."
     else:
         source = f"No answer was given, so the model’s own top token after the last loop is tracked: {answer}."
@@ -132,7 +135,7 @@ def _tokens(reading: Reading) -> str:
 def _readout_table(reading: Reading) -> str:
     """Top tokens and measures at the last position; of many loops some, and all of them behind a click."""
     n_loops = len(reading.answer_prob)
-    columns = ["after loop", f"probability of {_token(reading.answer, is_answer=True)}", "its rank"]
+    columns = ["after loop", f"probability of {_token(reading.answer, is_answer=True)}", "its rank (0: on top)"]
     columns += ["entropy (nats)", "KL to the last loop (nats)"]
     columns += [f"top {i}" for i in range(1, reading.top_probs.shape[-1] + 1)]
 
@@ -160,7 +163,7 @@ def _readout_table(reading: Reading) -> str:
 
 def _token(token: str, is_answer: bool = False) -> str:
     """A token in a box; a long one is cut, and shown in full when the mouse is over it."""
-    shown = viz.show_token(token)
+    shown = show_token(token)
     full = f' title="{escape(shown)}"' if len(shown) > _MOST_CHARACTERS else ""
     kind = "token answer" if is_answer else "token"
     return f'<span class="{kind}"{full}>{escape(shorten(shown, _MOST_CHARACTERS))}</span>'
@@ -187,11 +190,11 @@ def _some_loops(n_loops: int) -> list[int]:
 
 
 def _readout_plots(reading: Reading) -> str:
-    curves = viz.readout_curves(
+    curves = readout_curves(
         reading.answer_prob, reading.answer_rank, reading.entropy[:, -1], reading.kl_to_final[:, -1], reading.answer
     )
     first = reading.first_read
-    cells = viz.readout_heatmap(
+    cells = readout_heatmap(
         reading.top_probs, reading.top_tokens, reading.tokens[first:], range(first, len(reading.tokens))
     )
     left_out = f" The first {first} positions are left out." if first else ""
@@ -208,9 +211,9 @@ def _attention(reading: Reading) -> str:
         return note
     core = [layer for layer in reading.attention if layer.stack == CORE]
     start = reading.attention.index(core[0])
-    view = viz.LoopAttention(reading.tokens, reading.attention, start)
+    view = LoopAttention(reading.tokens, reading.attention, start)
     rows = figure(
-        viz.attention_from_position(core, reading.tokens),
+        attention_from_position(core, reading.tokens),
         "Where the last position looks, loop by loop: each row is a loop, and its cells sum to 100%.",
     )
     return (
@@ -221,8 +224,8 @@ def _attention(reading: Reading) -> str:
 
 
 def _convergence(reading: Reading) -> str:
-    curves = viz.state_convergence(reading.step, reading.cosine, reading.tokens)
-    places = viz.step_by_position(reading.step, reading.tokens)
+    curves = state_convergence(reading.step, reading.cosine, reading.tokens)
+    places = step_by_position(reading.step, reading.tokens)
     return figure(
         curves,
         "xₜ is the state that enters loop t, xₜ₊₁ the one that leaves it. Left: how far apart they are, as a share of "

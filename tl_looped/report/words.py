@@ -5,30 +5,7 @@ from __future__ import annotations
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.numbers import median
 from tl_looped.report.data import Reading, ReportData
-from tl_looped.viz import show_token
-
-_NORMS = {
-    "pre": "x + f(N(x)): every attention and MLP reads a normed copy of the stream; the stream itself is not normed",
-    "residual_sandwich": "N′(x + f(N(x))): a norm before every attention and MLP, and one on the stream after it",
-    "output_sandwich": "x + N′(f(N(x))): a norm before every attention and MLP, and one on its output",
-    "output": "x + N′(f(x)): a norm on the output of every attention and MLP, none before it",
-}
-_INJECTIONS = {
-    "none": "none: the core reads the state alone",
-    "add": "x + e: every loop starts by adding e, what comes out of {source}, to the state x",
-    "concat_linear": "W [x; e]: every loop starts with a linear map of the state x and e, what comes out of {source}",
-}
-_LOOP_NORMS = {
-    "none": "none",
-    "each": "after every loop, on the state that goes back in",
-    "last": "after the last loop only, before what follows",
-}
-_STATES = {
-    "prelude": "e, what comes out of {source}",
-    "zeros": "zero everywhere",
-    "normal": "drawn from a normal distribution, std {std:.4g}",
-    "truncated_normal": "drawn from a normal distribution, std {std:.4g}, cut at three of them",
-}
+from tl_looped.viz.style import show_token
 
 
 def percent(ratio: float) -> str:
@@ -49,7 +26,6 @@ def percent(ratio: float) -> str:
 def model_in_words(data: ReportData) -> list[tuple[str, str]]:
     """The choices that make up the model, as (name, what it is) in the order of the drawing."""
     cfg = data.cfg
-    source = _source(cfg)
     loops = f"{data.n_loops} loops" + (f" (trained with {cfg.n_loops})" if data.n_loops != cfg.n_loops else "")
     depth = cfg.schedule(data.n_loops).depth
     heads = f"{cfg.n_heads} heads of {cfg.d_head}"
@@ -60,27 +36,14 @@ def model_in_words(data: ReportData) -> list[tuple[str, str]]:
         ("layers", f"{_stacks(cfg)}; with {loops}, {depth} layer calls in one run"),
         ("width", f"d_model {cfg.d_model}, MLP {cfg.d_mlp}, {heads}; vocabulary {cfg.d_vocab:,}"),
         ("weights", f"{data.n_parameters:,} in {data.dtype}, run on {data.device}"),
-        ("norm placement", _NORMS[cfg.norm_placement]),
-        ("injection", _INJECTIONS[cfg.injection].format(source=source)),
-        ("initial state", state_in_words(data)),
-        ("norm of the loop", _LOOP_NORMS[cfg.loop_norm]),
-        ("norm before the head", "yes" if cfg.final_norm else "no"),
-        ("position", f"rotary, base {cfg.rotary_base:,.0f}"),
     ]
-    if cfg.exit_gate:
-        words.append(("exit gate", "a linear gate on the state after every loop; this report does not stop at it"))
-    return words
+    return words + [(name, state_in_words(data) if name == "initial state" else text) for name, text in cfg.describe()]
 
 
 def state_in_words(data: ReportData) -> str:
     """What enters loop 0, and the seed that drew it."""
-    cfg = data.cfg
-    words = _STATES[cfg.initial_state].format(source=_source(cfg), std=cfg.initial_state_std * cfg.initial_state_scale)
+    words = data.cfg.state_in_words()
     return words if data.seed is None else f"{words}, seed {data.seed}"
-
-
-def _source(cfg: LoopedConfig) -> str:
-    return "the prelude" if cfg.n_prelude else "the embedding"
 
 
 def _stacks(cfg: LoopedConfig) -> str:
@@ -94,13 +57,13 @@ def answer_in_words(reading: Reading) -> str:
     ranks = reading.answer_rank.tolist()
     last, prob = len(ranks) - 1, percent(float(reading.answer_prob[-1]))
     end = f"after the last loop its probability is {prob}"
-    if ranks[-1] != 1:
+    if ranks[-1] != 0:
         top = f"“{show_token(reading.top_tokens[-1][-1][0])}”"
-        seen = [t for t, rank in enumerate(ranks) if rank == 1]
+        seen = [t for t, rank in enumerate(ranks) if rank == 0]
         before = f" It was the top token after loop {seen[-1]}, and lost that place." if seen else ""
         return f"{answer} is not the top token at the end: {end}, rank {ranks[-1]:,}; the top token is {top}.{before}"
     settled = last
-    while settled > 0 and ranks[settled - 1] == 1:
+    while settled > 0 and ranks[settled - 1] == 0:
         settled -= 1
     if settled == 0:
         return f"{answer} is the top token after every loop, from loop 0 on; {end}."

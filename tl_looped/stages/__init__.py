@@ -3,14 +3,10 @@
 from tl_looped.stages.ablation import AblationEffect as AblationEffect
 from tl_looped.stages.ablation import MassiveActivations as MassiveActivations
 from tl_looped.stages.ablation import ablation_effect as ablation_effect
-from tl_looped.stages.ablation import activation_ratios as activation_ratios
 from tl_looped.stages.ablation import massive_activations as massive_activations
 from tl_looped.stages.ablation import silence_mlp as silence_mlp
 from tl_looped.stages.alignment import CurveAlignment as CurveAlignment
-from tl_looped.stages.alignment import LoopAlignment as LoopAlignment
 from tl_looped.stages.alignment import align_curves as align_curves
-from tl_looped.stages.alignment import align_loops as align_loops
-from tl_looped.stages.alignment import resample as resample
 from tl_looped.stages.measures import COLSUM as COLSUM
 from tl_looped.stages.measures import MAGNITUDE as MAGNITUDE
 from tl_looped.stages.measures import MIXING as MIXING
@@ -18,12 +14,6 @@ from tl_looped.stages.measures import RESIDUAL_ENTROPY as RESIDUAL_ENTROPY
 from tl_looped.stages.measures import SINK as SINK
 from tl_looped.stages.measures import SINK_RATE as SINK_RATE
 from tl_looped.stages.measures import STAGE_MEASURES as STAGE_MEASURES
-from tl_looped.stages.mixing import colsum_concentration as colsum_concentration
-from tl_looped.stages.mixing import mixing_score as mixing_score
-from tl_looped.stages.mixing import sink_rate as sink_rate
-from tl_looped.stages.mixing import sink_score as sink_score
 from tl_looped.stages.neurons import NeuronShares as NeuronShares
 from tl_looped.stages.neurons import logit_effects as logit_effects
 from tl_looped.stages.neurons import neuron_shares as neuron_shares
-from tl_looped.stages.residual import matrix_entropy as matrix_entropy
-from tl_looped.stages.residual import residual_magnitude as residual_magnitude

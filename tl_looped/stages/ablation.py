@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval, check_finite, check_number
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import median, wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import Prompts, check_one_prompt, check_whole_run
+from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, check_whole_run, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe import Measure, observe
+from tl_looped.observe.observation import BATCH_SIZE
+from tl_looped.observe.watching import watch
 from tl_looped.patching.interventions import Hooks
 from tl_looped.stages.measures import STAGE_MEASURES
 from tl_looped.viz.curves import Group, grouped_curves
@@ -74,12 +76,8 @@ class MassiveActivations(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each entry, the largest ratio first: its layer call, its place and token, size and ratio."""
-        calls = [self.schedule.at_depth(depth) for depth in self.depth.tolist()]
-        tokens = None if self.str_tokens is None else [self.str_tokens[pos] for pos in self.pos.tolist()]
-        table = pd.DataFrame({"depth": self.depth.numpy(), "stack": [call[0] for call in calls]})
-        table["layer"] = [call[1] for call in calls]
-        table["loop"] = pd.array([call[2] for call in calls], dtype="Int64")
-        table["token"] = tokens
+        table = _calls(self.schedule).iloc[self.depth.numpy()].reset_index(drop=True)
+        table["token"] = None if self.str_tokens is None else [self.str_tokens[pos] for pos in self.pos.tolist()]
         for name in ("pos", "dim", "size", "ratio", "massive_from"):
             table[name] = getattr(self, name).numpy()
         return table
@@ -98,16 +96,23 @@ class MassiveActivations(Result):
         )
 
 
-@torch.no_grad()
+def _calls(schedule: LoopSchedule) -> pd.DataFrame:
+    """Every layer call: depth, stack, layer, loop."""
+    stack, layer, loop = zip(*schedule.layer_calls(), strict=True)
+    table = pd.DataFrame({"depth": range(schedule.depth), "stack": stack, "layer": layer})
+    return table.assign(loop=pd.array(loop, dtype="Int64"))
+
+
+@with_run_options
 def massive_activations(
     model: LoopedModel,
-    prompt: str | Tensor,
+    prompts: Prompts,
     n_loops: int | None = None,
     *,
     top: int = 10,
     min_size: float = MIN_SIZE,
     min_ratio: float = MIN_RATIO,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> MassiveActivations:
     """The largest entries of the residual stream after any layer call, relative to the median of that call.
 
@@ -115,12 +120,11 @@ def massive_activations(
     calls carry it on. Where the residual stream is normalised (Huginn) none can grow massive.
 
     Args:
-        model: the model.
-        prompt: one prompt, text or token ids.
-        n_loops: loops to run; None for the count the model was trained with.
+        model: in evaluation mode.
+        prompts: a single one, in any form.
+        n_loops, options: of the run, see `RunOptions`.
         top: how many entries to list, and to look at in each layer call.
         min_size, min_ratio: from where on an entry is massive.
-        options: as in `attention_stability`.
 
     Raises:
         InputError: before the run, for several prompts or a threshold that is not one; in it, for a state that is not
@@ -130,21 +134,24 @@ def massive_activations(
         Sun et al. 2024, arXiv 2402.17762 (above 100, and about 1000 times the median); arXiv 2604.11791.
     """
     check_eval(check_looped(model))
-    run = model.batch(prompt, n_loops, **options)
+    run = model.batch_of(model.prepare(prompts, n_loops, **options))
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     check_count("top", top)
     for name, value in (("min_size", min_size), ("min_ratio", min_ratio)):
         check_number(name, value, low_too=True)
     schedule = model.cfg.schedule(run.n_loops)
+    depths: dict[tuple[str | None, int | None, int | None], int] = {
+        call: depth for depth, call in enumerate(schedule.layer_calls())
+    }
     largest = torch.full((schedule.depth,), math.nan, dtype=torch.float64)
     best: dict[tuple[int, int], tuple[float, int, float]] = {}  # (pos, dim): ratio, depth, size
     first: dict[tuple[int, int], int] = {}
 
-    def look(x: Tensor, hook: LoopHookPoint) -> None:
-        check_finite(x[0], (f"{hook.name!r}, position",))
+    def look(site: HookSite, x: Tensor) -> None:
+        check_finite(x[0], (f"{site.name!r}, position",))
         ratios = activation_ratios(x)[0]
-        depth = schedule.realised_depth(hook.site.stack or CORE, hook.layer(), hook.loop)
+        depth = depths[site.stack, site.layer, site.loop]
         found = ratios.flatten().topk(min(top, ratios.numel()))
         largest[depth] = float(found.values[0])
         for ratio, index in zip(found.values.tolist(), found.indices.tolist(), strict=True):
@@ -155,9 +162,7 @@ def massive_activations(
             if abs(size) >= min_size and ratio >= min_ratio:
                 first.setdefault(place, depth)
 
-    calls = {HookSite("hook_resid_post", stack, layer).name for stack, layer, _ in schedule.layer_calls()}
-    with model.hooks(fwd_hooks=[(name, look) for name in sorted(calls)]):
-        model(run.tokens, run.n_loops, return_type=None, **options)
+    watch(model, run, {HookSite("hook_resid_post", stack, layer).name for stack, layer, _ in depths}, look)
     entries = sorted(best, key=lambda place: -best[place][0])[:top]
     return MassiveActivations(
         made_by={"model": model.cfg.model_name, **run.describe()},
@@ -257,15 +262,15 @@ class AblationEffect(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each measure and layer call: measure, depth, stack, layer, loop, clean, ablated."""
-        calls = list(self.schedule.layer_calls())
-        tables = []
-        for name in self.clean:
-            table = pd.DataFrame({"measure": name, "depth": range(len(calls)), "stack": [call[0] for call in calls]})
-            table["layer"] = [call[1] for call in calls]
-            table["loop"] = pd.array([call[2] for call in calls], dtype="Int64")
-            table["clean"], table["ablated"] = self.clean[name].numpy(), self.ablated[name].numpy()
-            tables.append(table)
-        return pd.concat(tables, ignore_index=True)
+        calls = _calls(self.schedule)
+        tables = [
+            calls.assign(clean=self.clean[name].numpy(), ablated=self.ablated[name].numpy()) for name in self.clean
+        ]
+        return (
+            pd.concat(tables, keys=list(self.clean), names=["measure", None])
+            .reset_index("measure")
+            .reset_index(drop=True)
+        )
 
     def plot(self, measure: str, group: Group = "depth", *, log: bool = False) -> go.Figure:
         """One measure: by "depth" both curves, by "loop" or "layer" the change.
@@ -291,25 +296,26 @@ class AblationEffect(Result):
         )
 
 
+@with_run_options
 def ablation_effect(
     model: LoopedModel,
     prompts: Prompts,
+    n_loops: int | None = None,
+    *,
     layer: int,
     loops: int | Iterable[int] | None = None,
-    *,
     stack: str = CORE,
-    n_loops: int | None = None,
     measures: Sequence[Measure] = STAGE_MEASURES,
-    **options: Any,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    **options: Unpack[RunOptions],
 ) -> AblationEffect:
     """What becomes of the stages when one MLP adds nothing, in all loops or some.
 
     Args:
-        model: the model, in evaluation mode.
-        prompts, measures: as in `observe`.
+        model: in evaluation mode.
+        prompts, n_loops, measures, batch_size, progress, options: as in `observe`.
         layer, loops, stack: which MLP, and when, as in `silence_mlp`.
-        n_loops: loops to run; None for the count the model was trained with.
-        options: `field`, `limit`, `batch_size`, `seed`, `initial_state`, `progress`, as in `observe`.
 
     Raises:
         InputError: what `silence_mlp` and `observe` refuse, before anything runs.
@@ -317,13 +323,13 @@ def ablation_effect(
     Source:
         arXiv 2604.11791, ablation of massive activations.
     """
-    if "save_to" in options or "per_token" in options:
-        raise InputError("two runs can't share a file, and only means are kept: leave out save_to and per_token.")
-    sites = _silenced(model, layer, loops, stack, n_loops)
+    check_eval(check_looped(model))
+    prepared = model.prepare(prompts, n_loops, **options)
+    sites = _silenced(model, layer, loops, stack, prepared.n_loops)
     runs = []
     for hooked in ([], sites):
         with model.hooks(fwd_hooks=[(site.name, _silence) for site in hooked]):
-            runs.append(observe(model, prompts, n_loops, measures=measures, **options))
+            runs.append(observe(model, prepared, measures=measures, batch_size=batch_size, progress=progress))
     means = [{name: run.mean(name).reshape(run.schedule.depth, -1).nanmean(1) for name in run.values} for run in runs]
     silent = f"MLP of {stack}.{sites[0].layer} silent"
     if loops is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.results import Result
-from tl_looped.engine.schedule import CORE, LoopSchedule
 from tl_looped.viz.curves import aligned_curves, loop_line
 
 N_POINTS = 101
@@ -67,17 +65,12 @@ def _checked(curve: Tensor, name: str) -> np.ndarray:
     return curve.detach().double().cpu().numpy()
 
 
-class _Judged(NamedTuple):
-    correlation: float
-    shifts: np.ndarray
-    permutations: np.ndarray
-    p_shift: float
-    p_permutation: float
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class CurveAlignment(Result):
-    """How much a curve over a loop's layers resembles a curve over a feedforward model's layers.
+    """How much curves over a loop's layers resemble a curve over a feedforward model's layers.
+
+    Of several curves every number has a first axis, [loop], and is NaN for a loop with a layer without value. p-values
+    are not corrected for the number of loops.
 
     Attributes:
         curve, reference: what was compared, as given.
@@ -88,29 +81,34 @@ class CurveAlignment(Result):
         p_permutation: the same of permutations; of drawn ones (1 + those) / (1 + drawn).
     """
 
-    curve: Float[Tensor, " layer"]
+    curve: Float[Tensor, "*loop layer"]
     reference: Float[Tensor, " reference_layer"]
-    correlation: float
-    shifts: Float[Tensor, " shift"]
-    permutations: Float[Tensor, " permutation"]
-    p_shift: float
-    p_permutation: float
+    correlation: Float64[Tensor, "*loop"]
+    shifts: Float64[Tensor, "*loop shift"]
+    permutations: Float64[Tensor, "*loop permutation"]
+    p_shift: Float64[Tensor, "*loop"]
+    p_permutation: Float64[Tensor, "*loop"]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row: correlation, p_shift, p_permutation, n_permutations."""
-        row = {name: [getattr(self, name)] for name in ("correlation", "p_shift", "p_permutation")}
-        return pd.DataFrame({**row, "n_permutations": [len(self.permutations)]})
+        """One row for each curve: loop, correlation, p_shift, p_permutation, n_permutations."""
+        columns = {name: getattr(self, name).reshape(-1) for name in ("correlation", "p_shift", "p_permutation")}
+        table = pd.DataFrame({"loop": range(len(columns["p_shift"])), **columns})
+        return table.assign(n_permutations=self.permutations.shape[-1])
 
     def plot(self) -> go.Figure:
-        """Both curves over relative depth, each in standard deviations from its mean."""
-        title = (
-            f"Pearson {self.correlation:.2f}; p {self.p_shift:.2g} by shifts, {self.p_permutation:.2g} by permutations"
-        )
-        return aligned_curves({"loop": self.curve, "feedforward model": self.reference}, title)
+        """Of one curve, both over relative depth, each in standard deviations from its mean; else correlations."""
+        texts = [
+            f"p {a:.2g} by shifts, {b:.2g} by permutations"
+            for a, b in zip(self.p_shift.reshape(-1), self.p_permutation.reshape(-1), strict=True)
+        ]
+        if self.curve.ndim > 1:
+            return loop_line(self.correlation, texts, "correlation with the feedforward model's curve")
+        curves = {"loop": self.curve, "feedforward model": self.reference}
+        return aligned_curves(curves, f"Pearson {self.correlation:.2f}; {texts[0]}")
 
 
 def align_curves(
-    curve: Float[Tensor, " layer"],
+    curve: Float[Tensor, "*loop layer"],
     reference: Float[Tensor, " reference_layer"],
     *,
     n_points: int = N_POINTS,
@@ -122,35 +120,44 @@ def align_curves(
     The p-values are one-sided: how often is an order of the layers at least as much like the reference.
 
     Args:
-        curve: one value for each layer of the loop, such as `observed.by_loop("mixing").mean(-1)[t]`.
+        curve: one value for each layer of the loop, or those of all loops, [loop, layer], such as
+            `observed.by_loop("residual_entropy")`. Of several, loops with a layer that has no value are left out.
         reference: one value for each layer of the feedforward model, `observe` on it, `.mean("mixing").mean(-1)`.
         n_points: at how many relative depths.
         n_permutations: draws; where the layers have fewer orders than that, all of them are taken.
-        seed: of the draws.
+        seed: of the draws, the same for every loop.
 
     Raises:
-        InputError: fewer than three layers, values that are not finite, or counts that are not.
+        InputError: fewer than three layers, values that are not finite in a single curve or in all, or counts that are
+            not.
 
     Source:
         arXiv 2604.11791 compares such curves by eye; correlation and nulls are this library's.
     """
-    values, against = _checked(curve, "curve"), _checked(reference, "reference")
+    against = _checked(reference, "reference")
     for name, count, least in (("n_points", n_points, 2), ("n_permutations", n_permutations, 1), ("seed", seed, 0)):
         check_count(name, count, least)
-    judged = _judge(values, against, n_points, n_permutations, seed)
+    rows = curve[None] if curve.ndim == 1 else curve
+    whole = rows.isfinite().all(-1) if curve.ndim == 2 else torch.ones(len(rows), dtype=torch.bool)
+    if not bool(whole.any()):
+        raise InputError("no loop has a finite value in all of its layers, so there is nothing to align.")
+    judged = {
+        t: _judge(_checked(rows[t], "curve"), against, n_points, n_permutations, seed)
+        for t in whole.nonzero().flatten().tolist()
+    }
+    gap = {name: torch.full_like(value, math.nan) for name, value in next(iter(judged.values())).items()}
+    found = [judged.get(t, gap) for t in range(len(rows))]
+    columns = {name: torch.stack([one[name] for one in found]) for name in gap}
     return CurveAlignment(
         made_by={"n_points": n_points, "n_permutations": n_permutations, "seed": seed},
         curve=curve.detach().cpu(),
         reference=reference.detach().cpu(),
-        correlation=judged.correlation,
-        shifts=torch.from_numpy(judged.shifts),
-        permutations=torch.from_numpy(judged.permutations),
-        p_shift=judged.p_shift,
-        p_permutation=judged.p_permutation,
+        **{name: column if curve.ndim > 1 else column[0] for name, column in columns.items()},
     )
 
 
-def _judge(values: np.ndarray, against: np.ndarray, n_points: int, n_permutations: int, seed: int) -> _Judged:
+def _judge(values: np.ndarray, against: np.ndarray, n_points: int, n_permutations: int, seed: int) -> dict[str, Tensor]:
+    """The numbers of a `CurveAlignment` for one curve."""
     k = len(values)
     stretch = _stretch(k, n_points)
     target = _stretch(len(against), n_points) @ against
@@ -163,11 +170,13 @@ def _judge(values: np.ndarray, against: np.ndarray, n_points: int, n_permutation
         orders = draw.permuted(np.tile(np.arange(k), (n_permutations, 1)), axis=1)
     shifts = _correlations(stretch @ shifted, target)
     permutations = _correlations(stretch @ values[orders].T, target)
-    if math.isnan(shifts[0]):
-        return _Judged(math.nan, shifts, permutations, math.nan, math.nan)
-    as_much = [null >= shifts[0] - 1e-12 for null in (shifts, permutations)]  # the curve's own order ties with itself
-    p = as_much[1].mean() if exact else (1 + as_much[1].sum()) / (1 + n_permutations)
-    return _Judged(float(shifts[0]), shifts, permutations, float(as_much[0].mean()), float(p))
+    p_shift = p_permutation = math.nan
+    if not math.isnan(shifts[0]):  # the curve's own order ties with itself
+        p_shift, least = (shifts >= shifts[0] - 1e-12).mean(), permutations >= shifts[0] - 1e-12
+        p_permutation = least.mean() if exact else (1 + least.sum()) / (1 + n_permutations)
+    found = {"correlation": shifts[0], "shifts": shifts, "permutations": permutations}
+    found |= {"p_shift": p_shift, "p_permutation": p_permutation}
+    return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
 def _correlations(curves: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -181,84 +190,3 @@ def _correlations(curves: np.ndarray, target: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         found = (centered[0] * centered[1]).sum(0) / (lengths[0] * lengths[1])
     return np.where(constant[0] | constant[1], np.nan, found.clip(-1, 1))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LoopAlignment(Result):
-    """How much each loop's curve resembles a feedforward model's; NaN for a loop with a layer without value.
-
-    Attributes:
-        stack: the layers that were compared.
-        correlation: Pearson's, over relative depth; NaN where a curve is constant.
-        p_shift, p_permutation: of each loop, see `CurveAlignment`. They are not corrected for the number of loops.
-    """
-
-    stack: str
-    correlation: Float[Tensor, " loop"]
-    p_shift: Float[Tensor, " loop"]
-    p_permutation: Float[Tensor, " loop"]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row for each loop: loop, correlation, p_shift, p_permutation."""
-        columns = {name: getattr(self, name).numpy() for name in ("correlation", "p_shift", "p_permutation")}
-        return pd.DataFrame({"loop": range(len(self.correlation)), **columns})
-
-    def plot(self) -> go.Figure:
-        """The correlation over loops; p-values in the text of each point."""
-        texts = [
-            f"p {a:.2g} by shifts, {b:.2g} by permutations"
-            for a, b in zip(self.p_shift, self.p_permutation, strict=True)
-        ]
-        return loop_line(self.correlation, texts, "correlation with the feedforward model's curve")
-
-
-def align_loops(
-    values: Float[Tensor, " depth"],
-    schedule: LoopSchedule,
-    reference: Float[Tensor, " reference_layer"],
-    *,
-    stack: str = CORE,
-    n_points: int = N_POINTS,
-    n_permutations: int = 10_000,
-    seed: int = 0,
-) -> LoopAlignment:
-    """`align_curves` for every loop of a curve over layer calls.
-
-    Args:
-        values: one for each layer call, such as `observed.mean("residual_entropy")`.
-        schedule: of the run, `observed.schedule`.
-        reference, n_points, n_permutations, seed: as in `align_curves`.
-        stack: whose loops.
-
-    Raises:
-        InputError: a stack that does not loop, another number of values than layer calls, no loop with all values,
-            or what `align_curves` refuses.
-    """
-    n_loops, n_layers = schedule.n_loops(stack), schedule.n_layers(stack)
-    if not n_loops:
-        raise InputError(f"{stack!r} does not loop: {schedule.describe()}.")
-    if tuple(values.shape) != (schedule.depth,):
-        raise InputError(
-            f"values must hold one number for each of the {schedule.depth} layer calls of {schedule.describe()}, got "
-            f"shape {tuple(values.shape)}."
-        )
-    curves = torch.stack(
-        [torch.stack([values[schedule.realised_depth(stack, i, t)] for i in range(n_layers)]) for t in range(n_loops)]
-    )
-    whole = curves.isfinite().all(1)
-    if not bool(whole.any()):
-        raise InputError("no loop has a finite value in all of its layers, so there is nothing to align.")
-    options = {"n_points": n_points, "n_permutations": n_permutations, "seed": seed}
-    found = [align_curves(curve, reference, **options) if ok else None for curve, ok in zip(curves, whole, strict=True)]
-
-    def column(name: str) -> Tensor:
-        numbers = [math.nan if one is None else getattr(one, name) for one in found]
-        return torch.tensor(numbers, dtype=torch.float64)
-
-    return LoopAlignment(
-        made_by={**options, "schedule": schedule.describe()},
-        stack=stack,
-        correlation=column("correlation"),
-        p_shift=column("p_shift"),
-        p_permutation=column("p_permutation"),
-    )

@@ -213,8 +213,8 @@ def neuron_shares(
     for stack, modules in ((PRELUDE, transformer.prelude), (CORE, transformer.blocks), (CODA, transformer.coda)):
         blocks += [(stack, layer, block) for layer, block in enumerate(modules)]
     W_U = model.W_U
-    if fold and (model.cfg.final_norm or model.cfg.loop_norm == "each"):
-        W_U = _scaled(W_U, transformer.ln_final.weight[:, None])
+    if fold and transformer.head_gain is not None:
+        W_U = _scaled(W_U, transformer.head_gain[:, None])
     found = [
         logit_effects(_directions(block, fold), W_U, unit)
         for _, _, block in tqdm(blocks, desc="Neurons", disable=not progress)
@@ -233,7 +233,7 @@ def neuron_shares(
 
 def _directions(block: Block, fold: bool) -> Float[Tensor, "d_mlp d_model"]:
     w = block.mlp.W_out
-    return _scaled(w, block.ln2_post.weight) if fold and block.placement != "pre" else w
+    return _scaled(w, block.neuron_gain) if fold and block.neuron_gain is not None else w
 
 
 def _scaled(weight: Tensor, by: Tensor) -> Tensor:

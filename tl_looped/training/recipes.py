@@ -73,7 +73,7 @@ class Recipe(Rates):
             injection="concat_linear",
             loop_norm="each",
             final_norm=False,
-            initial_state="zeros",
+            state_init="zeros",
             model_name=self.name,
             family="variable-chains",
         )

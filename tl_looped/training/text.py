@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from tl_looped.adapters.loading import whole_folder
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.state import random_state
+from tl_looped.engine.state import own_state
 from tl_looped.model import LoopedModel
 from tl_looped.nn import LoopedTransformer
 from tl_looped.training.corpus import Corpus, documentation, train_tokenizer
 from tl_looped.training.recipes import Rates
-from tl_looped.training.trainer import initialised, optimizers_for, write_trained
+from tl_looped.training.trainer import initialised, stepper, write_trained
 
 LOG_HEADER = ("step", "loss_nats", "held_out_loss_nats", "lr_factor")
 
@@ -60,8 +60,8 @@ class TextRecipe(Rates):
         """The paper's models trained from scratch (its section 5.1), by default a quarter as wide."""
         injected = {
             "injection": "concat_linear",
-            "initial_state": "truncated_normal",
-            "initial_state_std": (2 / (5 * self.d_model)) ** 0.5,
+            "state_init": "truncated_normal",
+            "state_init_std": (2 / (5 * self.d_model)) ** 0.5,
         }
         return LoopedConfig(
             d_model=self.d_model,
@@ -100,9 +100,7 @@ def train_on_text(recipe: TextRecipe, seed: int, folder: Path | str, log_every: 
     Args:
         recipe: what to train.
         seed: of weights, windows and initial states.
-        folder: gets config.json, model.safetensors, the tokenizer, training.json and training.csv; must not exist, or
-            be empty.
-        log_every: steps between two lines of the log.
+        folder, log_every: as in `train`.
     """
     with whole_folder(Path(folder)) as partial:
         corpus = documentation()
@@ -121,7 +119,7 @@ def text_loss(
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     frame = model.frame(None, positions[:1])
-    state = random_state(model.cfg, positions, seed, torch.float32) if model.cfg.random_state else None
+    state = own_state(model.cfg, positions, seed, torch.float32)
     logits = model.readout(model(tokens, frame, state, 0, n_loops), frame)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -165,18 +163,13 @@ def _run(
     torch.manual_seed(seed)  # the initial states of training are drawn afresh in every step
     stream, held_out = (_stream(tokenizer, texts) for texts in (corpus.train, corpus.held_out))
     tests = _windows(held_out, recipe.context)
-    optimizers = optimizers_for(model, recipe)
+    take_step = stepper(model, recipe)
     rows: list[Sequence[object]] = []
     with tqdm(range(recipe.steps), desc=f"Training {recipe.name}, seed {seed}") as bar:
         for step in bar:
             starts = torch.randint(len(stream) - recipe.context, (recipe.batch, 1), generator=generator)
             loss = text_loss(model, stream[starts + torch.arange(recipe.context)], recipe.n_loops, None)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, rate in optimizers:
-                optimizer.param_groups[0]["lr"] = rate * recipe.factor(step)
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(loss, step)
             if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
                 with torch.no_grad():
                     test = text_loss(model, tests, recipe.n_loops, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def query_logits(model: LoopedTransformer, contexts: Contexts, n_loops: int) -> 
 
 def _run(model: LoopedTransformer, recipe: Recipe, seed: int, log_every: int) -> list[Sequence[object]]:
     rng = np.random.default_rng(seed)
-    optimizers = optimizers_for(model, recipe)
+    take_step = stepper(model, recipe)
     longest_so_far, accuracy = 1, 0.0
     rows: list[Sequence[object]] = []
     with tqdm(range(recipe.steps), desc=f"Training {recipe.name}, seed {seed}") as bar:
@@ -113,12 +113,7 @@ def _run(model: LoopedTransformer, recipe: Recipe, seed: int, log_every: int) ->
             loops = int(rng.integers(longest_so_far, longest_so_far + recipe.extra_loops + 1))
             contexts = draw_contexts(rng, recipe.batch, n, longest, recipe.shuffled)
             loss, right = _loss(model, contexts, loops)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, rate in optimizers:
-                optimizer.param_groups[0]["lr"] = rate * recipe.factor(step)
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(loss, step)
             if longest == longest_so_far:
                 hardest = torch.from_numpy(contexts.hops == longest_so_far)
                 accuracy = 0.95 * accuracy + 0.05 * right[hardest].float().mean().item()
@@ -139,12 +134,24 @@ def _loss(model: LoopedTransformer, contexts: Contexts, loops: int) -> tuple[Flo
     return F.cross_entropy(logits[due], answer.expand(loops, -1, -1)[due]), logits[-1].argmax(-1) == answer
 
 
-def optimizers_for(model: LoopedTransformer, rates: Rates) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon on the matrices inside the layers and the injection, AdamW on the rest, each with its learning rate."""
+def stepper(model: LoopedTransformer, rates: Rates) -> Callable[[Tensor, int], None]:
+    """A function that takes one step, of this number, down a loss.
+
+    Muon on the matrices inside the layers and the injection, AdamW on the rest, each with its learning rate.
+    """
     plain = ("embed.weight", "unembed.weight")
     named = dict(model.named_parameters())
     matrices = [weight for name, weight in named.items() if weight.ndim == 2 and name not in plain]
     others = [weight for name, weight in named.items() if weight.ndim < 2 or name in plain]
     muon = torch.optim.Muon(matrices, lr=rates.muon_lr, momentum=0.95, weight_decay=rates.muon_decay)
     adam = torch.optim.AdamW(others, lr=rates.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(muon, rates.muon_lr), (adam, rates.adam_lr)]
+
+    def step(loss: Tensor, number: int) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, rate in ((muon, rates.muon_lr), (adam, rates.adam_lr)):
+            optimizer.param_groups[0]["lr"] = rate * rates.factor(number)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step

@@ -6,7 +6,8 @@ TransformerLens's bridge components take the places of the modules here, and so 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,11 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.network import matrix
 from tl_looped.engine.runs import resolve_positions, resolve_state, visibility
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE
 from tl_looped.nn import LoopedTransformer
 from tl_looped.nn.block import Block
-from tl_looped.nn.weights import matrix
 from tl_looped.unrolled.architecture import Architecture
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -52,12 +53,24 @@ def _sharing(module: Module, name: str) -> Module:
         _parameter(module, name)
     twin = copy.copy(module)
     twin.__dict__.update({key: value.copy() for key, value in vars(module).items() if isinstance(value, dict)})
-    twin.hooks = None  # pyright: ignore[reportArgumentType]
     return twin
 
 
-class _Part(nn.Module):
+class _Modules(nn.Module):
+    """A module whose parts are called by their names."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class _Part(_Modules):
     """The modules of a part of the looped model, each under the name that TransformerLens has for it."""
+
+    head_dim: int
+    layer_idx: int
+    num_key_value_groups: int
+    act: Callable[[Tensor], Tensor]
 
     def __init__(self, source: nn.Module, place: str, **names: str):
         super().__init__()
@@ -112,7 +125,7 @@ class _MLP(_Part):
         return self.out(self.act(self.gate(x)) * self.get_submodule("in")(x))
 
 
-class Realised(nn.Module):
+class Realised(_Modules):
     """The looped model at one loop count: p + k·T + c layers in a row.
 
     Args:
@@ -164,11 +177,12 @@ class Realised(nn.Module):
 
         e = run(PRELUDE, x)
         x = self.state_init(self._first_state(e, positions))
+        loops: Any = self.loop  # LoopBridges by then
         for t in range(self.arch.n_loops):
-            x = run(CORE, self.loop[t].enter(x, e))
+            x = run(CORE, loops[t].enter(x, e))
             if self.arch.closing and t == self.arch.n_loops - 1:
                 x = self.ln_final(x)
-            x = self.loop[t].leave(x)
+            x = loops[t].leave(x)
         x = run(CODA, self.ln_coda(x) if self.arch.norms_before_coda else x)
         if self.arch.head_norm and not self.arch.closing:
             x = self.get_submodule(self.arch.head_norm)(x)
@@ -244,12 +258,12 @@ class RealisedAdapter(ArchitectureAdapter):
 
     def __init__(self, config: TransformerBridgeConfig, arch: Architecture, model: Realised):
         super().__init__(config)
-        layer = model.blocks[0]
+        layer: Any = model.blocks[0]
         self.supports_fold_ln = arch.folding_broken_by() is None
         biased = layer.attn.q.bias is not None
         self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=biased)}
         attn = {part: LinearBridge(part) for part in "qkvo"} | self._norms(layer.attn, "q_norm", "k_norm")
-        mlp = {part: LinearBridge(part) for part in ("gate", "in", "out")}
+        mlp: dict[str, GeneralizedComponent] = {part: LinearBridge(part) for part in ("gate", "in", "out")}
         names = {"hook_resid_mid": "mid.hook_out"}
         if arch.norms_stream:  # which the norms come after
             names |= {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"}
@@ -259,7 +273,9 @@ class RealisedAdapter(ArchitectureAdapter):
             "mid": GeneralizedComponent("mid"),
             "mlp": GatedMLPBridge("mlp", config, mlp),
         }
-        loops = {str(t): LoopBridge(t, arch, part, config) for t, part in enumerate(model.loop)}
+        loops: dict[str, GeneralizedComponent] = {
+            str(t): LoopBridge(t, arch, part, config) for t, part in enumerate(model.loop)
+        }
         self.component_mapping = {
             "embed": EmbeddingBridge("embed"),
             "state_init": GeneralizedComponent("state_init"),

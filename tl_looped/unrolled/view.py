@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
+from tl_looped.nn import LoopedTransformer
 from tl_looped.unrolled.architecture import Architecture
 from tl_looped.unrolled.names import DepthNames
 from tl_looped.unrolled.realised import Realised, RealisedAdapter
@@ -81,7 +82,10 @@ class UnrolledModel(TransformerBridge):
         names: from the looped model's names of sites to the view's, and back.
     """
 
-    hook_aliases: ClassVar = {**TransformerBridge.hook_aliases, "hook_state_init": "state_init.hook_out"}
+    hook_aliases: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride] - as TransformerBridge has it
+        **TransformerBridge.hook_aliases,
+        "hook_state_init": "state_init.hook_out",
+    }
     looped: Engine
     arch: Architecture
     names: DepthNames
@@ -93,7 +97,8 @@ class UnrolledModel(TransformerBridge):
         options: dict[str, Any] = {"initial_state": initial_state, "seed": seed, "attention_mask": torch.ones(shape)}
         looped.prepare(torch.zeros(shape, dtype=torch.long), n_loops, **options)  # for its errors
         arch = Architecture(looped.cfg, n_loops)
-        model = Realised(looped.transformer, arch, initial_state, seed).eval()
+        arch.check_parts()
+        model = Realised(cast(LoopedTransformer, looped.transformer), arch, initial_state, seed).eval()
         config, tokenizer = arch.bridge_config(looped.device, looped.dtype), copy.deepcopy(looped.tokenizer)
         if tokenizer is not None:  # text is read as the looped model reads it
             config.tokenizer_prepends_bos, config.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
@@ -122,7 +127,7 @@ class UnrolledModel(TransformerBridge):
                 instead = instead or "the states themselves (cache.accumulated_resid, looped.run_with_cache)"
                 self.refuse(f"{what} adds up what the parts of a model write", reason, instead)
 
-    def enable_compatibility_mode(
+    def enable_compatibility_mode(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on
         self, disable_warnings: bool = False, no_processing: bool = False, fold_ln: bool = True, **options: Any
     ) -> None:
         """As TransformerLens's, on weights of the view's own; norms are folded where that leaves all sites right."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
-from tl_looped.viz.style import INK, base_layout, heatmap_axes, loop_axis, numbers, plotly_text
+from tl_looped.viz.style import INK, base_layout, heading, heatmap_axes, loop_axis, numbers
 
 _MOST_LINES = 32  # loops up to which lines are drawn between them
 
@@ -61,7 +61,7 @@ def call_matrix(
     text = "loop" if width == 1 else f"loop (in each: layers {layers[0]} to {layers[-1]})"
     axis = {"tickmode": "array", "tickvals": [i * width + (width - 1) / 2 for i in kept], "title": {"text": text}}
     axis["ticktext"] = [str(loops[i]) for i in kept]
-    base_layout(fig, 580, title={"text": plotly_text(title), "font": {"size": 15}})
+    base_layout(fig, 580, title=heading(title))
     heatmap_axes(fig)
     fig.update_xaxes(**axis, constrain="domain")
     fig.update_yaxes(**axis, autorange="reversed", scaleanchor="x", constrain="domain")

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from tl_looped.viz.style import (
     PINK,
     base_layout,
     curve_axes,
+    heading,
     layer_colors,
     loop_axis,
     loop_colors,
@@ -41,32 +42,43 @@ _MOST_IN_LEGEND = 10
 _BELOW = {"orientation": "h", "x": 0, "y": -0.2, "xanchor": "left", "yanchor": "top"}
 
 
-def _title(text: str) -> dict[str, Any]:
-    return {"text": plotly_text(text), "font": {"size": 15}}
-
-
-def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """A logarithmic axis over these values, with a tick for every so many decades."""
-    decades = math.log10(max(values) / min(values))
-    return {"type": "log", "exponentformat": "power", "dtick": max(1, round(decades / 8)) if decades > 1 else "D2"}
-
-
-def _positive(*curves: Tensor, what: str) -> list[float]:
-    """The values that a logarithmic axis can show; an error where there are none."""
-    found = [
-        float(end)
-        for curve in curves
-        if (shown := curve[(curve > 0) & curve.isfinite()]).numel()
-        for end in shown.aminmax()
-    ]
-    if not found:
-        raise InputError(f"{what} has no value above zero, so there is nothing to draw.")
-    return found
-
-
 def _gaps(values: Tensor) -> list[Any]:
     """Numbers for a logarithmic axis: what is not above zero is a gap."""
     return numbers(torch.where(values > 0, values, float("nan")))
+
+
+def _curve(y: list[Any], name: str, line: dict[str, Any], **look: Any) -> go.Scatter:
+    """A line over loops from 0."""
+    hover = f"loop %{{x}}: %{{y:.4g}}<extra>{name}</extra>"
+    look = {"mode": "lines", "hovertemplate": hover, **look}
+    return go.Scatter(x=list(range(len(y))), y=y, name=name, line=line, **look)
+
+
+def _over_loops(fig: go.Figure, n_loops: int, level: float, height: int, title: str) -> go.Figure:
+    """The layout of curves over loops, with a dashed line at a level that they are judged by."""
+    fig.add_hline(y=level, line={"color": INK, "width": 1.5, "dash": "dash"})
+    curve_axes(fig)
+    fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
+    return base_layout(fig, height, title=heading(title), legend=_BELOW, showlegend=True, margin={"l": 95, "b": 100})
+
+
+def _within(fig: go.Figure, curves: Sequence[Tensor], tolerance: float, what: str, label: str, title: str) -> go.Figure:
+    """The layout of distances over loops on a logarithmic axis, with a line at the tolerance.
+
+    Raises:
+        InputError: no distance above zero.
+    """
+    shown = [curve[(curve > 0) & curve.isfinite()] for curve in curves]
+    ends = [tolerance, *(float(end) for some in shown if some.numel() for end in some.aminmax())]
+    if len(ends) == 1:
+        raise InputError(f"{what} has no value above zero, so there is nothing to draw.")
+    decades = math.log10(max(ends) / min(ends))
+    note = {"text": f"tolerance {tolerance:g}", "x": 1, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
+    fig.add_annotation(y=math.log10(tolerance), showarrow=False, **note)
+    _over_loops(fig, len(curves[0]), tolerance, 420, title)
+    tick = max(1, round(decades / 8)) if decades > 1 else "D2"
+    fig.update_yaxes(title={"text": label}, type="log", exponentformat="power", dtick=tick)
+    return fig
 
 
 def convergence_curves(
@@ -83,15 +95,13 @@ def convergence_curves(
         converged: 1.0, 0.0 or NaN, for the legend.
         tolerance: drawn as a line.
         layered: whether the middle axis is layers, or of size one without a meaning.
-        title: of the figure.
 
     Raises:
         InputError: no distance above zero.
     """
     n_loops, n_layers, n_tokens = distances.shape
     low, middle, high = (quantile(distances, q) for q in (0.1, 0.5, 0.9))
-    shown = _positive(low, high, what="distances")
-    colors, loops, fig = layer_colors(n_layers) if layered else [BLUE], list(range(n_loops)), go.Figure()
+    colors, fig = layer_colors(n_layers) if layered else [BLUE], go.Figure()
     for layer in range(n_layers):
         judged = converged[layer][~converged[layer].isnan()]
         name = f"layer {layer}" if layered else "distance"
@@ -101,26 +111,12 @@ def convergence_curves(
             edge = numbers(low[kept, layer]) + numbers(high[kept, layer].flip(0))
             band = {"fill": "toself", "fillcolor": colors[layer], "opacity": 0.15, "mode": "none", "hoverinfo": "skip"}
             fig.add_trace(go.Scatter(x=kept.tolist() + kept.flip(0).tolist(), y=edge, showlegend=False, **band))
-        fig.add_trace(
-            go.Scatter(
-                x=loops,
-                y=_gaps(middle[:, layer]),
-                name=f"{name}: {verdict}",
-                mode="lines+markers",
-                line={"color": colors[layer], "width": 2},
-                marker={"size": 6 if n_loops <= 32 else 3},
-                hovertemplate=f"{name}, loop %{{x}}: %{{y:.3g}}<extra></extra>",
-                showlegend=n_layers <= 2 * _MOST_IN_LEGEND,
-            )
-        )
-    fig.add_hline(y=tolerance, line={"color": INK, "width": 1.5, "dash": "dash"})
-    note = {"text": f"tolerance {tolerance:g}", "x": 1, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
-    fig.add_annotation(y=math.log10(tolerance), showarrow=False, **note)
-    curve_axes(fig)
-    fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
+        look = {"mode": "lines+markers", "marker": {"size": 6 if n_loops <= 32 else 3}}
+        look["showlegend"] = n_layers <= 2 * _MOST_IN_LEGEND
+        line = {"color": colors[layer], "width": 2}
+        fig.add_trace(_curve(_gaps(middle[:, layer]), f"{name}: {verdict}", line, **look))
     label = "distance to the last loop" + (" (median,<br>band: middle 80 % of tokens)" if n_tokens > 1 else "")
-    fig.update_yaxes(title={"text": label}, **_log_axis([*shown, tolerance]))
-    return base_layout(fig, 420, title=_title(title), legend=_BELOW, showlegend=True, margin={"l": 95, "b": 100})
+    return _within(fig, (low, high), tolerance, "distances", label, title)
 
 
 def similarity_heatmap(
@@ -131,7 +127,6 @@ def similarity_heatmap(
     Args:
         matrix: call = loop · layers + layer. Where a cosine is negative, white is 0 and the scale goes from -1 to 1.
         loops, layers: which they are.
-        title: of the figure.
 
     Raises:
         InputError: no finite value.
@@ -142,13 +137,12 @@ def similarity_heatmap(
     return call_matrix(matrix, loops, layers, title, "the similarities", "cosine", scale, (bottom, 1.0))
 
 
-def distinctness_histogram(smallest: Float[Tensor, " token"], threshold: float, title: str = "") -> go.Figure:
+def cycle_histogram(smallest: Float[Tensor, " token"], threshold: float, title: str = "") -> go.Figure:
     """Smallest cosines between the layers' fixed points: how many tokens have which.
 
     Args:
         smallest: NaN for a token without fixed points; they are counted in a note.
         threshold: from which on the points count as one, drawn as a line.
-        title: of the figure.
 
     Raises:
         InputError: no token has fixed points.
@@ -180,7 +174,7 @@ def distinctness_histogram(smallest: Float[Tensor, " token"], threshold: float, 
     fig.update_xaxes(title={"text": f"smallest cosine of layer 0's fixed point and another layer's{without}"})
     fig.update_xaxes(range=[bins["start"] - size / 2, 1 + size / 2])
     fig.update_yaxes(title={"text": "tokens"})
-    return base_layout(fig, 340, title=_title(title), margin={"t": 70})
+    return base_layout(fig, 340, title=heading(title), margin={"t": 70})
 
 
 def trajectory_figure(
@@ -199,7 +193,6 @@ def trajectory_figure(
         scores: coordinates; all panels have the same components.
         explained: share of the variance along each.
         positions, tokens: what the panels show.
-        title: of the figure.
     """
     n_loops, _, n_tokens, _ = scores.shape
     names = [f"position {p}: {plotly_text(shorten(token))}" for p, token in zip(positions, tokens, strict=True)]
@@ -219,7 +212,7 @@ def trajectory_figure(
     fig.update_xaxes(title={"text": f"component 1{shares[0]}"}, row=rows)
     fig.update_yaxes(title={"text": f"component 2{shares[1]}"}, col=1)
     legend = {"orientation": "h", "x": 0, "y": -0.28 / rows, "xanchor": "left", "yanchor": "top"}
-    return base_layout(fig, 130 + 350 * rows, title=_title(title), legend=legend, margin={"t": 90, "b": 100})
+    return base_layout(fig, 130 + 350 * rows, title=heading(title), legend=legend, margin={"t": 90, "b": 100})
 
 
 def _paths(points: Float[Tensor, "loop layer 2"], in_legend: bool) -> Iterator[go.Scatter]:
@@ -281,7 +274,6 @@ def limit_curves(
         behaviours: their names.
         threshold: how far below 1 a cosine may be to count as at rest, drawn as a line.
         names: what each token is called.
-        title: of the figure.
 
     Raises:
         InputError: no token has a label.
@@ -297,25 +289,17 @@ def limit_curves(
             fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line={"color": color}, name=legend))
         step = -(-len(tokens) // _MOST_LINES) or 1
         for number, token in enumerate(tokens[::step]):
-            fig.add_trace(
-                go.Scatter(
-                    x=list(range(n_loops)),
-                    y=numbers(cosines[:, token]),
-                    name=legend,
-                    legendgroup=behaviour,
-                    showlegend=number == 0,
-                    mode="lines",
-                    opacity=0.5 if index == 0 else 0.9,
-                    line={"color": color, "width": 1 if index == 0 else 2},
-                    hovertemplate=f"{plotly_text(names[token])}, loop %{{x}}: %{{y:.4f}}<extra>{behaviour}</extra>",
-                )
-            )
-    fig.add_hline(y=1 - threshold, line={"color": INK, "width": 1.5, "dash": "dash"})
-    curve_axes(fig)
-    fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
+            look: dict[str, Any] = {
+                "legendgroup": behaviour,
+                "showlegend": number == 0,
+                "opacity": 0.9 if index else 0.5,
+            }
+            look["hovertemplate"] = f"{plotly_text(names[token])}, loop %{{x}}: %{{y:.4f}}<extra>{behaviour}</extra>"
+            line = {"color": color, "width": 2 if index else 1}
+            fig.add_trace(_curve(numbers(cosines[:, token]), legend, line, **look))
     label = f"cosine to the state of the last loop<br>(at rest above the dashed line, {1 - threshold:g})"
     fig.update_yaxes(title={"text": label}, automargin=True)
-    return base_layout(fig, 420, title=_title(title), legend=_BELOW, showlegend=True, margin={"b": 100})
+    return _over_loops(fig, n_loops, 1 - threshold, 420, title)
 
 
 def path_curves(
@@ -327,38 +311,58 @@ def path_curves(
         distances: the largest between any two runs, relative L2; zero is a gap.
         tolerance: drawn as a line.
         tokens: the token at each position.
-        title: of the figure.
 
     Raises:
         InputError: no distance above zero.
     """
-    n_loops, n_positions = distances.shape
-    shown = _positive(distances, what="the distance between runs")
-    fig, loops = go.Figure(), list(range(n_loops))
+    n_positions, fig = distances.shape[1], go.Figure()
     for pos in range(max(0, n_positions - 1 - _MOST_LINES), n_positions - 1):
-        name = f"position {pos}: {plotly_text(tokens[pos])}"
-        look = {"name": "each other position", "legendgroup": "other", "showlegend": pos == n_positions - 2}
+        look: dict[str, Any] = {"legendgroup": "other", "showlegend": pos == n_positions - 2}
+        look["hovertemplate"] = f"loop %{{x}}: %{{y:.3g}}<extra>position {pos}: {plotly_text(tokens[pos])}</extra>"
         line = {"color": GREY, "width": 1}
-        hover = f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>"
-        fig.add_trace(
-            go.Scatter(x=loops, y=_gaps(distances[:, pos]), mode="lines", line=line, hovertemplate=hover, **look)
-        )
-    main = [("last position", distances[:, -1], {"color": BLUE, "width": 2.5})]
+        fig.add_trace(_curve(_gaps(distances[:, pos]), "each other position", line, **look))
+    fig.add_trace(_curve(_gaps(distances[:, -1]), "last position", {"color": BLUE, "width": 2.5}))
     if n_positions > 1:
         dashed = {"color": ORANGE, "width": 2.5, "dash": "dash"}
-        main.append(("median over positions", median(distances, 1), dashed))
-    for name, curve, line in main:
-        hover = f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>"
-        fig.add_trace(go.Scatter(x=loops, y=_gaps(curve), name=name, mode="lines", line=line, hovertemplate=hover))
-    fig.add_hline(y=tolerance, line={"color": INK, "width": 1.5, "dash": "dash"})
-    note = {"text": f"tolerance {tolerance:g}", "x": 1, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
-    fig.add_annotation(y=math.log10(tolerance), showarrow=False, **note)
+        fig.add_trace(_curve(_gaps(median(distances, 1)), "median over positions", dashed))
+    label = "largest distance between<br>two runs (relative L2)"
+    return _within(fig, [distances], tolerance, "the distance between runs", label, title)
+
+
+def motion_curves(
+    step: Float[Tensor, "loop token"],
+    angle: Float[Tensor, "loop token"],
+    last: Bool[Tensor, " token"],
+    title: str = "",
+) -> go.Figure:
+    """Two panels over loops: step length on a log axis, and the angle to the step before.
+
+    Args:
+        step: relative L2; zero is a gap.
+        angle: radians.
+        last: which tokens are the last of their prompts; of several the median is drawn.
+
+    Raises:
+        InputError: no step above zero.
+    """
+    if not bool((step > 0).any()):
+        raise InputError("no step is above zero, so there is nothing to draw.")
+    titles = ["Length of the step", "Angle to the step before"]
+    fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.18, subplot_titles=titles)
+    curves = {"last position": (last, {"color": BLUE, "width": 2})}
+    if len(last) > 1:
+        curves["median over tokens"] = (torch.ones_like(last), {"color": ORANGE, "width": 2, "dash": "dash"})
+    for name, (tokens, line) in curves.items():
+        for column, y in enumerate((_gaps(median(step[:, tokens])), numbers(median(angle[:, tokens]))), start=1):
+            fig.add_trace(_curve(y, name, line, legendgroup=name, showlegend=column == 1), row=1, col=column)
+    fig.add_hline(y=math.pi / 2, line={"color": "#8A94A0", "width": 1, "dash": "dot"}, row=1, col=2)  # pyright: ignore[reportArgumentType]
     curve_axes(fig)
-    fig.update_xaxes(**loop_axis(n_loops))
-    fig.update_yaxes(
-        title={"text": "largest distance between<br>two runs (relative L2)"}, **_log_axis([*shown, tolerance])
-    )
-    return base_layout(fig, 400, title=_title(title), legend=_BELOW, showlegend=True, margin={"l": 95, "b": 100})
+    fig.update_xaxes(**loop_axis(len(step)))
+    fig.update_yaxes(title={"text": "relative L2"}, type="log", exponentformat="power", row=1, col=1)
+    quarters = [i * math.pi / 4 for i in range(5)]
+    names = ["0: straight on", "π/4", "π/2: orthogonal", "3π/4", "π: back"]
+    fig.update_yaxes(tickmode="array", tickvals=quarters, ticktext=names, range=[-0.1, 3.25], row=1, col=2)
+    return base_layout(fig, 400, title=heading(title), legend=_BELOW, margin={"t": 80, "b": 90})
 
 
 def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: str = "") -> go.Figure:
@@ -366,7 +370,6 @@ def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: 
 
     Args:
         real, imag: their parts.
-        title: of the figure.
     """
     turn = torch.linspace(0, 2 * math.pi, 181, dtype=torch.float64)
     circle = {"x": numbers(turn.cos()), "y": numbers(turn.sin()), "mode": "lines", "hoverinfo": "skip"}
@@ -391,4 +394,4 @@ def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: 
     fig.update_yaxes(
         title={"text": "imaginary part"}, range=[-reach, reach], scaleanchor="x", zeroline=True, zerolinecolor=GREY
     )
-    return base_layout(fig, 480, title=_title(title), legend={**_BELOW, "y": -0.15}, margin={"b": 90})
+    return base_layout(fig, 480, title=heading(title), legend={**_BELOW, "y": -0.15}, margin={"b": 90})

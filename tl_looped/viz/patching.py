@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -21,7 +22,7 @@ def patching_heatmap(
     axes: Sequence[str],
     title: str = "",
     unit: str = "change of the metric",
-    str_tokens: Sequence[str] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> go.Figure:
     """One cell for each cell of a sweep, coloured around zero.
 
@@ -33,15 +34,15 @@ def patching_heatmap(
         axes: names of the axes.
         title: of the figure.
         unit: what the colours mean.
-        str_tokens: the tokens at the positions, for their labels.
+        names: of an axis's cells, for their labels: the tokens of "pos".
     """
     down, right = _sides(axes)
     order = [axes.index(axis) for axis in (*down, *right)]
     sizes = [values.shape[i] for i in order]
-    n_down, n_right = _product(sizes[: len(down)]), _product(sizes[len(down) :])
+    n_down, n_right = math.prod(sizes[: len(down)]), math.prod(sizes[len(down) :])
     flat = values.permute(order).reshape(n_down, n_right)
-    rows = _labels(down, sizes[: len(down)], str_tokens)
-    columns = _labels(right, sizes[len(down) :], str_tokens)
+    rows = _labels(down, sizes[: len(down)], names or {})
+    columns = _labels(right, sizes[len(down) :], names or {})
     limit = float(flat.abs().max()) or 1.0
     heat = go.Heatmap(
         z=numbers(flat),
@@ -74,23 +75,18 @@ def _sides(axes: Sequence[str]) -> tuple[list[str], list[str]]:
     return (time, rest) if rest else ([], time)
 
 
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _labels(axes: Sequence[str], sizes: Sequence[int], str_tokens: Sequence[str] | None) -> list[str]:
+def _labels(axes: Sequence[str], sizes: Sequence[int], names: Mapping[str, Sequence[str]]) -> list[str]:
     """A label for every combination, such as "loop 2 layer 1"; sizes of one are left out where others say enough."""
     shown = [i for i, size in enumerate(sizes) if size > 1] or list(range(len(sizes)))
     labels = []
     for at in itertools.product(*map(range, sizes)):
         parts = []
         for i in shown:
-            name = axes[i].replace("_", " ")
-            token = plotly_text(shorten(str_tokens[at[i]])) if axes[i] == "pos" and str_tokens else None
-            parts.append(f"{at[i]}: {token}" if token is not None else f"{name} {at[i]}")
+            known = names.get(axes[i])
+            if known is None:
+                parts.append(f"{axes[i].replace('_', ' ')} {at[i]}")
+            else:
+                parts.append(f"{at[i]}: {plotly_text(shorten(known[at[i]]) if axes[i] == 'pos' else known[at[i]])}")
         labels.append(", ".join(parts))
     return labels
 
@@ -101,7 +97,7 @@ def _axis(axes: Sequence[str], labels: Sequence[str], most: int = 40) -> dict[st
     step = -(-len(labels) // most)
     places = list(range(0, len(labels), step))
     title = {"pos": "position", "loop": "loop", "source_loop": "loop that the activation comes from"}
-    if len(axes) == 1 and axes[0] != "pos":
+    if len(axes) == 1 and axes[0] not in ("pos", "receiver"):
         labels = [label.rpartition(" ")[2] for label in labels]
     return {
         "title": {"text": ", ".join(title.get(axis, axis) for axis in axes)},

@@ -1,4 +1,4 @@
-"""Read-outs after every loop: which tokens, how probable, how sure."""
+"""Read-outs after every loop: which tokens, how probable, how sure, how far they agree, and what exits cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
@@ -13,13 +14,18 @@ from torch import Tensor
 
 from tl_looped.viz.style import (
     BLUE,
+    DARK_BLUE,
     GREEN,
+    GREY,
+    INK,
     ORANGE,
+    PINK,
     PLOT_WIDTH,
     PROBABILITY_SCALE,
     base_layout,
     curve_axes,
     heatmap_axes,
+    layer_colors,
     loop_axis,
     numbers,
     plotly_text,
@@ -29,6 +35,18 @@ from tl_looped.viz.style import (
 )
 
 _MOST_ROWS_WITH_TEXT = 40
+_MOST_LOOPS_WITH_TEXT = 8
+_NATS_SCALE = [[0.0, "#FFFFFF"], [0.5, "#F3B98A"], [1.0, "#8C2D04"]]
+# A rule looks the same in every figure, whichever others are there.
+_LOOKS = {
+    "gate": (DARK_BLUE, "x"),
+    "KL": (BLUE, "circle"),
+    "latent difference": (ORANGE, "diamond"),
+    "acceleration": (GREEN, "square"),
+    "entropy": (PINK, "triangle-up"),
+    "stable top token": (INK, "cross"),
+}
+_OTHER = (GREY, "cross")
 PLACES = {
     "resid_pre": "entering core layer",
     "resid_mid": "between attention and MLP of core layer",
@@ -72,7 +90,7 @@ def readout_heatmap(
     ]
     fig = _top_token_cells(top_probs, top_tokens, headings)
     fig.update_xaxes(**token_axis(tokens, title="position (label: the token read there)"))
-    fig.update_yaxes(**_row_axis("loop" if place else "after loop", passed), autorange="reversed")
+    fig.update_yaxes(**_counted("loop" if place else "after loop", passed), autorange="reversed")
     return _titled(fig, place)
 
 
@@ -99,7 +117,7 @@ def lens_heatmap(
     fig.update_xaxes(
         title={"text": PLACES[site]}, tickmode="array", tickvals=columns, ticktext=[str(n) for n in layers]
     )
-    fig.update_yaxes(**_row_axis("loop", loops), autorange="reversed")
+    fig.update_yaxes(**_counted("loop", loops), autorange="reversed")
     return _titled(fig, title)
 
 
@@ -107,8 +125,8 @@ def _titled(fig: go.Figure, title: str) -> go.Figure:
     return fig.update_layout(title={"text": plotly_text(title), "font": {"size": 14}}) if title else fig
 
 
-def _row_axis(title: str, loops: Sequence[int]) -> dict[str, Any]:
-    """Rows are counted; their labels are the loops."""
+def _counted(title: str, loops: Sequence[int]) -> dict[str, Any]:
+    """An axis of a heatmap: cells are counted, their labels are the loops."""
     ticks = loop_axis(len(loops), title)
     shown = list(range(0, len(loops), ticks["dtick"]))
     return {"title": ticks["title"], "tickmode": "array", "tickvals": shown, "ticktext": [str(loops[i]) for i in shown]}
@@ -169,47 +187,37 @@ def readout_curves(
 
     Args:
         answer_prob: probability of the answer.
-        answer_rank: its rank; 1 is the top token.
+        answer_rank: its rank; 0 is the top token.
         entropy: of the read-out, in nats.
         kl_to_final: KL(read-out of the last loop ‖ read-out of the loop), in nats.
         answer: the answer's text.
     """
     n_loops = len(answer_prob)
     shown = plotly_text(shorten(answer))
-    fig = make_subplots(
-        rows=1,
-        cols=3,
-        horizontal_spacing=0.09,
-        subplot_titles=[
-            f"Probability of {shown}",
-            f"Rank of {shown} (1 = top token)",
-            "Entropy, and distance to the last loop",
-        ],
-    )
-    loops = list(range(n_loops))
-
-    def draw(column: int, values: list[float], name: str, color: str, dash: str, symbol: str, unit: str) -> None:
-        line = {"color": color, "width": 2, "dash": dash}
-        marker = {"size": 7 if n_loops <= 32 else 4, "symbol": symbol}
-        style = {"line": line, "marker": marker, "mode": "lines+markers", "showlegend": column == 3}
-        hover = f"loop %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>"
-        fig.add_trace(go.Scatter(x=loops, y=values, name=name, hovertemplate=hover, **style), row=1, col=column)
-
-    draw(1, numbers(answer_prob), "probability", BLUE, "solid", "circle", "")
-    draw(2, numbers(answer_rank), "rank", BLUE, "solid", "circle", "")
-    draw(3, numbers(entropy), "entropy", GREEN, "solid", "circle", "nats")
-    draw(3, numbers(kl_to_final), "KL(last ‖ this loop)", ORANGE, "dash", "diamond", "nats")
+    titles = (f"Probability of {shown}", f"Rank of {shown} (0 = top token)", "Entropy, and distance to the last loop")
+    fig = _panels(0.09, *titles)
+    loops, size = list(range(n_loops)), 7 if n_loops <= 32 else 4
+    for column, values, name, color, dash, symbol, unit in (
+        (1, answer_prob, "probability", BLUE, "solid", "circle", ""),
+        (2, answer_rank, "rank", BLUE, "solid", "circle", ""),
+        (3, entropy, "entropy", GREEN, "solid", "circle", "nats"),
+        (3, kl_to_final, "KL(last ‖ this loop)", ORANGE, "dash", "diamond", "nats"),
+    ):
+        text = f"loop %{{x}}: %{{customdata:.4g}} {unit}"
+        y = 1 + values if name == "rank" else values  # a logarithmic axis has no place for 0
+        line = _line(loops, numbers(y), name, text, color, dash, symbol, size)
+        fig.add_trace(line.update(showlegend=column == 3, customdata=numbers(values)), row=1, col=column)
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops, "after loop"))
     fig.update_yaxes(title={"text": "probability"}, range=[-0.04, 1.04], row=1, col=1)
-    top = max(2, int(answer_rank.max()))
-    ranks = [rank for rank in (1, 2, 3, 5, 10, 20, 50, 100, 1_000, 10_000, 100_000) if rank <= top * 1.5]
+    top = 1 + max(1, int(answer_rank.max()))
+    ranks = [rank for rank in (0, 1, 2, 5, 10, 20, 50, 100, 1_000, 10_000, 100_000) if rank < top * 1.5]
     fig.update_yaxes(
         title={"text": "rank (log scale)"},
         type="log",
         range=[math.log10(top * 1.3), math.log10(0.85)],  # the top token is drawn at the top
         tickmode="array",
-        tickvals=ranks,
+        tickvals=[1 + rank for rank in ranks],
         ticktext=[f"{rank:,}" for rank in ranks],
         row=1,
         col=2,
@@ -217,3 +225,135 @@ def readout_curves(
     fig.update_yaxes(title={"text": "nats"}, rangemode="tozero", row=1, col=3)
     legend = {"orientation": "h", "x": 1, "y": -0.24, "xanchor": "right", "yanchor": "top"}
     return base_layout(fig, height=350, legend=legend, margin={"l": 70, "r": 20, "t": 50, "b": 80})
+
+
+def _panels(spacing: float, *titles: str) -> go.Figure:
+    return make_subplots(rows=1, cols=len(titles), horizontal_spacing=spacing, subplot_titles=titles)
+
+
+def _line(
+    x: list[Any],
+    y: list[Any],
+    name: str,
+    hover: str,
+    color: str,
+    dash: str = "solid",
+    symbol: str = "circle",
+    size: int = 6,
+) -> go.Scatter:
+    """A line with markers; `hover` is the text of its points."""
+    return go.Scatter(
+        x=x,
+        y=y,
+        name=name,
+        mode="lines+markers",
+        line={"color": color, "width": 2, "dash": dash},
+        marker={"size": size, "symbol": symbol},
+        hovertemplate=f"{hover}<extra>{name}</extra>",
+    )
+
+
+def agreement_heatmaps(
+    agreement: Float[Tensor, "loop loop"], kl: Float[Tensor, "loop loop"], loops: Sequence[int]
+) -> go.Figure:
+    """Two matrices over pairs of loops.
+
+    Args:
+        agreement: share of positions with the same top token.
+        kl: KL(row ‖ column), in nats.
+        loops: which loops they are.
+    """
+    fig = _panels(0.2, "Same top token (share of positions)", "KL(row ‖ column), nats")
+    names = list(loops)
+    share = "loops %{customdata[0]} and %{customdata[1]}: the same at %{z:.2%}<extra></extra>"
+    nats = "KL(loop %{customdata[0]} ‖ loop %{customdata[1]}) = %{z:.4g} nats<extra></extra>"
+    panels = ((agreement, PROBABILITY_SCALE, 1.0, share, _share), (kl, _NATS_SCALE, None, nats, _nats))
+    for column, (values, scale, top, hover, written) in enumerate(panels, start=1):
+        shown = numbers(values)
+        fig.add_trace(
+            go.Heatmap(
+                z=shown,
+                customdata=[[[row, other] for other in names] for row in names],
+                hovertemplate=hover,
+                text=[[written(value) for value in row] for row in shown],
+                texttemplate="%{text}" if len(names) <= _MOST_LOOPS_WITH_TEXT else None,
+                colorscale=scale,
+                zmin=0,
+                zmax=top,
+                xgap=1,
+                ygap=1,
+                colorbar={
+                    "thickness": 12,
+                    "x": 0.41 if column == 1 else 1.0,
+                    "outlinecolor": DARK_BLUE,
+                    "tickformat": ".0%" if column == 1 else "",
+                },
+            ),
+            row=1,
+            col=column,
+        )
+    fig.update_xaxes(**_counted("loop (column)", names))
+    fig.update_yaxes(**_counted("loop (row)", names), autorange="reversed")
+    base_layout(fig, height=420)
+    heatmap_axes(fig)
+    return fig
+
+
+def _share(value: float | None) -> str:
+    """A share in whole percents, which is not written as all where some are missing."""
+    return "" if value is None else ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else "<0.001" if 0 < value < 0.001 else f"{value:.2g}"
+
+
+def exit_curves(points: pd.DataFrame, n_loops: int) -> go.Figure:
+    """Two panels over the mean number of loops saved: agreement with the full run, and KL to it; a line for each rule.
+
+    Args:
+        points: columns rule, unit, threshold, saved, kl (nats), agreement (a share).
+        n_loops: loops of the full run.
+    """
+    fig = _panels(0.12, "Same top token as the full run", "KL(full run ‖ read-out at the exit), nats")
+    for rule, rows in points.groupby("rule", sort=False):
+        rows = rows.sort_values(["saved", "threshold"])
+        hover = f"threshold %{{customdata[0]:.3g}} {rows['unit'].iloc[0]}<br>%{{x:.2f}} loops saved: %{{y:.4g}}"
+        color, symbol = _LOOKS.get(str(rule), _OTHER)
+        for column, measure in ((1, "agreement"), (2, "kl")):
+            line = _line(rows["saved"].tolist(), rows[measure].tolist(), str(rule), hover, color, "solid", symbol, 7)
+            line.update(customdata=rows[["threshold"]].to_numpy().tolist(), legendgroup=rule, showlegend=column == 1)
+            fig.add_trace(line, row=1, col=column)
+    curve_axes(fig)
+    most = n_loops - 1  # a token that stops after loop 0 saves all others
+    fig.update_xaxes(title={"text": f"loops saved of {n_loops}, mean over tokens"}, range=[-0.05 * most, 1.05 * most])
+    lowest = min([*points["agreement"].tolist(), 0.9])
+    span = [lowest - 0.05 * (1 - lowest), 1 + 0.05 * (1 - lowest)]
+    fig.update_yaxes(title={"text": "share of tokens"}, range=span, tickformat=".0%", row=1, col=1)
+    fig.update_yaxes(title={"text": "nats"}, rangemode="tozero", row=1, col=2)
+    return base_layout(
+        fig, height=400, legend={"orientation": "h", "y": -0.25}, margin={"l": 70, "r": 20, "t": 50, "b": 90}
+    )
+
+
+def lens_losses(
+    direct: Float[Tensor, "loop layer"], tuned: Float[Tensor, "loop layer"], layers: Sequence[int], site: str
+) -> go.Figure:
+    """Two lines for each layer over loops: the direct lens dashed, the tuned lens solid.
+
+    Args:
+        direct, tuned: mean KL(run ‖ lens) on held-out prompts, in nats.
+        layers: which core layers they are.
+        site: what is read.
+    """
+    fig = go.Figure()
+    n_loops = len(direct)
+    for i, (layer, color) in enumerate(zip(layers, layer_colors(len(layers)), strict=True)):
+        what = "state" if site == "state" else f"layer {layer}"
+        for name, values, dash in (("direct", direct, "dash"), ("tuned", tuned, "solid")):
+            name, hover = f"{what}, {name}", "loop %{x}: %{y:.4g} nats"
+            fig.add_trace(_line(list(range(n_loops)), numbers(values[:, i]), name, hover, color, dash))
+    curve_axes(fig)
+    fig.update_xaxes(**loop_axis(n_loops))
+    fig.update_yaxes(title={"text": "KL(run ‖ lens) on held-out prompts, nats"}, rangemode="tozero")
+    return base_layout(fig, height=400)

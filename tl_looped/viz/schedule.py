@@ -14,12 +14,6 @@ _GAP = 34  # between boxes, room for an arrow
 _HEIGHT = 300
 _FILL = {"prelude": "#DCEBF7", "core": "#FBE6D4", "coda": "#DDF0E7", "norm": "#E9ECF0", "plain": "#FFFFFF"}
 _EDGE = {"prelude": "#0072B2", "core": "#D55E00", "coda": "#009E73", "norm": "#6B7580", "plain": "#6B7580"}
-_STATE_TEXT = {
-    "zeros": "initial state x₀ = 0",
-    "normal": "initial state x₀: random (normal)",
-    "truncated_normal": "initial state x₀: random (truncated normal)",
-    "prelude": "initial state x₀ = e",
-}
 
 
 def schedule_svg(cfg: LoopedConfig, n_loops: int | None = None) -> str:
@@ -37,7 +31,7 @@ def schedule_svg(cfg: LoopedConfig, n_loops: int | None = None) -> str:
     if cfg.n_prelude:
         pen.stack("prelude", cfg.n_prelude)
     _loop(pen, cfg, loops)
-    if cfg.loop_norm == "last":
+    if cfg.norms_last_loop:
         pen.step("norm", "norm")
     if cfg.n_coda:
         pen.stack("coda", cfg.n_coda)
@@ -52,12 +46,12 @@ def schedule_svg(cfg: LoopedConfig, n_loops: int | None = None) -> str:
 
 def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
     """The core with injection, the norm that closes a loop, the exit gate, and the way back."""
-    mixed = cfg.injection != "none"
+    mixed = cfg.reads_input_in_loops
     before, frame_left = pen.x, pen.x + _GAP
     entry = frame_left + 24  # where the state comes in: from the last loop, or at first the initial state
     pen.x = entry - _GAP
     if mixed:
-        pen.step("x + e" if cfg.injection == "add" else "W [x; e]", "plain", arrow=False)
+        pen.step(cfg.mix, "plain", arrow=False)
         back, top = entry + 26, _MIDDLE - 20
         pen.label("injection", back + 8, _MIDDLE - 28, small=True, anchor="start")
     else:
@@ -67,7 +61,7 @@ def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
     first_box = entry if mixed else entry - 2 + _GAP
     pen.arrow(before, _MIDDLE, first_box, _MIDDLE)
     pen.label("e", before + 14, _MIDDLE - 8, italic=True)
-    if cfg.loop_norm == "each":
+    if cfg.norms_each_loop:
         pen.step("norm", "norm")
     out = max(pen.x + 20, frame_left + 150)  # room for the captions, however small the core
     frame_right = out + 18
@@ -79,7 +73,7 @@ def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
     pen.frame(frame_left, 22, frame_right, _HEIGHT - 56, f"one loop, run {loops} times")
     if mixed:
         below = _HEIGHT - 46
-        pen.label(_STATE_TEXT[cfg.initial_state], max(back, 160), below + 18)
+        pen.label(f"initial state x₀{cfg.state_mark}", max(back, 160), below + 18)
         pen.line(f"M {back:.1f} {below} V {_MIDDLE + 21}", head=True)
     else:
         pen.label("x₀ = e", entry, _MIDDLE + 22)

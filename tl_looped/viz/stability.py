@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
-from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -18,14 +16,15 @@ from tl_looped.viz.style import (
     ORANGE,
     base_layout,
     curve_axes,
+    heading,
     heatmap_axes,
     loop_axis,
     numbers,
-    plotly_text,
 )
 
-# White is no change.
-_CHANGE_SCALE = [[0.0, "#FFFFFF"], [0.25, "#FDE0C5"], [0.5, "#F0A063"], [0.75, "#C4571B"], [1.0, "#662506"]]
+CHANGE_SCALE = [[0.0, "#FFFFFF"], [0.25, "#FDE0C5"], [0.5, "#F0A063"], [0.75, "#C4571B"], [1.0, "#662506"]]
+"""White is no change."""
+
 _MOST_LABELS = 32
 
 
@@ -44,7 +43,6 @@ def head_changes(
         settles_at: the loop, NaN for never.
         tolerance: by which a head was judged to settle.
         label: of the colours, with <br> between lines.
-        title: of the figure.
         top: where the scale ends; None for the largest value.
 
     Raises:
@@ -62,7 +60,7 @@ def head_changes(
             y=list(range(n_rows)),
             customdata=[[name] * n_loops for name in names],
             hovertemplate="%{customdata}, loop %{x}: %{z:.4g}<extra></extra>",
-            colorscale=_CHANGE_SCALE,
+            colorscale=CHANGE_SCALE,
             zmin=0,
             zmax=top,
             xgap=1 if n_loops <= 64 else 0,
@@ -89,27 +87,9 @@ def head_changes(
     fig.update_xaxes(**loop_axis(n_loops), range=[-0.5, n_loops - 0.5])
     legend = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
     height = 190 + min(max(24 * n_rows, 90), 800)
-    base_layout(fig, height, title=_title(title), legend=legend, margin={"l": 120, "r": 20, "t": 80, "b": 60})
+    base_layout(fig, height, title=heading(title), legend=legend, margin={"l": 120, "r": 20, "t": 80, "b": 60})
     heatmap_axes(fig)
     return fig
-
-
-def call_distances(
-    distance: Float[Tensor, "call call"], loops: Sequence[int], layers: Sequence[int], title: str = ""
-) -> go.Figure:
-    """Distances between all layer calls: loops along both axes, layers within them.
-
-    Args:
-        distance: call = loop · layers + layer.
-        loops, layers: which they are.
-        title: of the figure.
-
-    Raises:
-        InputError: no finite value.
-    """
-    return call_matrix(
-        distance, loops, layers, title, "the distances", "Frobenius<br>distance", _CHANGE_SCALE, (0.0, None)
-    )
 
 
 def bound_scatter(
@@ -126,7 +106,6 @@ def bound_scatter(
         observed: of the model as it is.
         plain: of the model without what the bound ignores.
         limit: above it a bound says nothing.
-        title: of the figure.
 
     Raises:
         InputError: no point with a change and a bound above zero.
@@ -175,8 +154,4 @@ def bound_scatter(
     fig.update_xaxes(title={"text": f"change of the pattern ‖Aₜ − Aₜ₋₁‖ (Frobenius norm{note})"}, **log)
     fig.update_yaxes(title={"text": "bound ½ · (2Bκ / √d_head) · ‖Xₜ − Xₜ₋₁‖"}, **log)
     legend = {"orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top"}
-    return base_layout(fig, 520, title=_title(title), legend=legend, margin={"l": 80, "r": 20, "t": 60, "b": 110})
-
-
-def _title(text: str) -> dict[str, object]:
-    return {"text": plotly_text(text), "font": {"size": 15}}
+    return base_layout(fig, 520, title=heading(title), legend=legend, margin={"l": 80, "r": 20, "t": 60, "b": 110})

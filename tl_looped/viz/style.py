@@ -115,6 +115,11 @@ def base_layout(fig: go.Figure, height: int, **layout: Any) -> go.Figure:
     return fig
 
 
+def heading(text: str) -> dict[str, Any]:
+    """A figure's title."""
+    return {"text": plotly_text(text), "font": {"size": 15}}
+
+
 def curve_axes(fig: go.Figure) -> None:
     """Axes for curves: a light grid, a frame line, ticks outside."""
     look = {"showgrid": True, "gridcolor": "#E6E9ED", "zeroline": False, "linecolor": "#8A94A0", "ticks": "outside"}

@@ -1,0 +1,98 @@
+"""GPT-2, the feedforward model of transformers: LayerNorms, learned positions, biases, weights stored [in, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tl_looped.adapters.base import ConfigKeys, Json, Source
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import LoadError
+from tl_looped.engine.parts import ActFn
+
+_ACTS: dict[str, ActFn] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_MAPS = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+# Of training, of heads that are no language model, and of how softmax is computed.
+_HARMLESS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn")
+_HARMLESS += tuple(f"summary_{name}" for name in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj"))
+
+
+class GPT2Adapter:
+    """All layers are the core, run once, unless some are looped."""
+
+    family = "gpt2"
+    feedforward = True
+
+    def claims(self, config: Json) -> bool:
+        """Whether a config.json is GPT-2's."""
+        named = config.get("architectures") or ()
+        return "GPT2LMHeadModel" in named or (not named and config.get("model_type") == "gpt2")
+
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
+        """Our config from theirs."""
+        config.only(activation_function=set(_ACTS))
+        config.harmless(*_HARMLESS)
+        d_model, n_heads = config.count("n_embd"), config.count("n_head")
+        return LoopedConfig(
+            d_model=d_model,
+            n_heads=n_heads,
+            d_head=d_model // n_heads,
+            d_mlp=config.get("n_inner") or 4 * d_model,
+            d_vocab=config.need("vocab_size"),
+            n_ctx=config.need("n_positions"),
+            n_core=config.need("n_layer"),
+            n_loops=1,
+            norm="layer",
+            eps=config.get("layer_norm_epsilon", 1e-5),
+            act_fn=_ACTS[config.get("activation_function", "gelu_new")],
+            gated_mlp=False,
+            mlp_bias=True,
+            qk_bias=True,
+            v_bias=True,
+            o_bias=True,
+            rotary=None,
+            learned_positions=True,
+            tie_embeddings=config.get("tie_word_embeddings", True),
+            model_name=model_name,
+            family=self.family,
+        )
+
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        """Where each of our parameters comes from."""
+        sources = {
+            "embed.weight": Source("transformer.wte.weight"),
+            "pos_embed.weight": Source("transformer.wpe.weight"),
+            "ln_final.weight": Source("transformer.ln_f.weight"),
+            "ln_final.bias": Source("transformer.ln_f.bias"),
+            "unembed.weight": Source("lm_head.weight"),
+        }
+        for depth, (stack, layer) in enumerate(cfg.layers()):
+            theirs = f"transformer.h.{depth}"
+            sources |= {f"{stack}.{layer}.{ours}": one for ours, one in self._layer(cfg.d_model, theirs).items()}
+        return sources
+
+    @staticmethod
+    def _layer(d: int, theirs: str) -> dict[str, Source]:
+        sources: dict[str, Source] = {}
+        for kind, qkv, turned in (("weight", (d, 3 * d), True), ("bias", (3 * d,), False)):
+            for i, name in enumerate("qkv"):
+                rows = (f"{theirs}.attn.c_attn.{kind}", i * d, (i + 1) * d, qkv, turned)
+                sources[f"attn.{name}.{kind}"] = Source(*rows)
+            for ours, stored in _MAPS.items():
+                sources[f"{ours}.{kind}"] = Source(f"{theirs}.{stored}.{kind}", transposed=turned)
+            for i in (1, 2):
+                sources[f"ln{i}.{kind}"] = Source(f"{theirs}.ln_{i}.{kind}")
+        return sources
+
+    def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
+        """Old checkpoints store the causal mask, and what masked scores are set to, beside every layer."""
+        layers = range(len(cfg.layers()))
+        masks = {f"transformer.h.{depth}.attn.bias": _check_triangle for depth in layers}
+        return masks | {f"transformer.h.{depth}.attn.masked_bias": lambda stored: None for depth in layers}
+
+
+def _check_triangle(stored: Tensor) -> None:
+    if not torch.equal(stored.bool(), torch.ones_like(stored, dtype=torch.bool).tril()):
+        raise LoadError("a stored attn.bias is no causal mask.")

@@ -1,0 +1,165 @@
+"""What the engine asks of a network: one that is run loop by loop, with hook points by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.hooks import HookDict
+from tl_looped.engine.kv import KVCache
+from tl_looped.engine.numbers import wide
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of rotary embedding, in the model's dtype, broadcast over heads."""
+
+    cos: Float[Tensor, "rows pos 1 size"]
+    sin: Float[Tensor, "rows pos 1 size"]
+
+
+class Frame(NamedTuple):
+    """What all layers of one run share: positions, rotary angles, and who may attend to whom.
+
+    With a cache the keys are those in it and then those of this run; a `visible` of None then needs an empty cache or
+    one query.
+    """
+
+    positions: Int[Tensor, "rows pos"]
+    angles: Angles | None = None  # None: no rotary embedding
+    angles_windowed: Angles | None = None  # of layers with a window
+    visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
+    kv: KVCache | None = None  # keys and values of earlier positions
+
+    def repeat(self, times: int) -> Frame:
+        """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""
+
+        def repeated(x: Tensor) -> Tensor:
+            return x if x.shape[0] == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
+
+        full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
+        visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
+        return Frame(repeated(self.positions), full, windowed, visible)
+
+
+class Network(nn.Module, ABC):
+    """A network of `cfg`'s schedule.
+
+    Attributes:
+        cfg: what it was built from.
+        hook_dict: its hook points by name; see `tl_looped.engine.schedule` for the names.
+        embed: from token ids to vectors.
+        unembed: from what `finish` returns to logits.
+    """
+
+    cfg: LoopedConfig
+    hook_dict: HookDict
+    embed: nn.Embedding
+    unembed: nn.Linear
+
+    @property
+    def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:
+        """From states leaving a loop to the logit of stopping there; None where no gate was trained."""
+        return None
+
+    @property
+    def head_gain(self) -> Float[Tensor, " d_model"] | None:
+        """What multiplies every component of the residual stream just before the head; None where nothing does."""
+        return None
+
+    @abstractmethod
+    def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
+        """Prepare what all layers of a run share."""
+
+    @abstractmethod
+    def needs_input(self, state_given: bool) -> bool:
+        """Whether a run reads the tokens: for the initial state, or in a loop."""
+
+    @abstractmethod
+    def begin(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_model"] | None,
+        start: int = 0,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+        """(the state entering loop `start`, what the loops read of the tokens or None where they read nothing)."""
+
+    @abstractmethod
+    def loop(
+        self,
+        state: Float[Tensor, "batch pos d_model"],
+        e: Float[Tensor, "batch pos d_model"] | None,
+        frame: Frame,
+        t: int,
+        first_layer: int = 0,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """One pass through the core: the state entering loop t to the state leaving it.
+
+        With `first_layer` above 0 it goes on from the middle: `state` is what that layer reads.
+        """
+
+    @abstractmethod
+    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """What the unembedding reads if the model stops with this state."""
+
+    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the model if it stops with this state."""
+        return self.unembed(self.finish(state, frame))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_model"] | None,
+        start: int,
+        stop: int,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The state after loops start, ..., stop - 1, from `state`, or from what the tokens give without one."""
+        x, e = self.begin(tokens, frame, state, start)
+        for t in range(start, stop):
+            x = self.loop(x, e, frame, t)
+        return x
+
+
+class CappedLinear(nn.Linear):
+    """c · tanh(W x / c): a head with a soft cap on its logits. Its weight is the map before the cap."""
+
+    def __init__(self, d_in: int, d_out: int, cap: float):
+        super().__init__(d_in, d_out, bias=False)
+        self.cap = cap
+
+    def forward(self, input: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """The capped logits, computed in float32 at least."""
+        logits = super().forward(input)
+        return (wide(logits) / self.cap).tanh().mul(self.cap).to(logits.dtype)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a map is its weight and bias, also if that is parametrised: nothing was put on it or in its place."""
+    hooked = module._forward_hooks or module._forward_pre_hooks  # torch has no public way to ask
+    return type(module).forward in (nn.Linear.forward, nn.Embedding.forward, CappedLinear.forward) and not hooked
+
+
+def matrix(module: nn.Module, name: str) -> Float[Tensor, "rows columns"]:
+    """The weight of a projection or an embedding, which is its whole map but for a bias.
+
+    Args:
+        module: a Linear or an Embedding, or what was put in its place.
+        name: what the caller calls it, for the error.
+
+    Raises:
+        InputError: it has an adapter or a torch hook on it, or is quantised, so that no one matrix is its map.
+    """
+    if not is_plain(module):
+        raise InputError(
+            f"{name} is a {type(module).__name__}, no plain layer, or has torch hooks on it, so its weight is not the "
+            "map that runs: merge the adapter first (merge_and_unload in PEFT), or read activations, such as "
+            "attn.hook_result, which use the module itself."
+        )
+    return cast(Tensor, module.weight)

@@ -1,0 +1,171 @@
+"""The parts that a looped model is composed of, each with its equation in the words of a report.
+
+A choice is a line in one of the tables: its name is what `LoopedConfig` takes, its words are what a report says. x is
+the residual stream, e what comes out of the prelude, f a sub-layer (attention, then MLP), F one pass through the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tl_looped.engine.checks import check_number
+from tl_looped.engine.errors import InputError, check_count
+
+FLOAT32_EPS = 2.0**-23  # torch.finfo(float32).eps: what a norm without an eps adds, kept in every number format
+
+NormKind = Literal["rms", "rms_plus_one", "weightless", "layer"]
+NORM_KINDS: Mapping[NormKind, str] = {
+    "rms": "w · x / sqrt(mean(x²) + eps)",
+    "rms_plus_one": "(1 + w) · x / sqrt(mean(x²) + eps)",
+    "weightless": "x / sqrt(mean(x²) + eps), without weights",
+    "layer": "w · (x − mean(x)) / sqrt(var(x) + eps) + b",
+}
+
+NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output"]
+NORM_PLACEMENTS: Mapping[NormPlacement, str] = {
+    "pre": "x + f(N(x)): every attention and MLP reads a normed copy of the stream; the stream itself is not normed",
+    "residual_sandwich": "N′(x + f(N(x))): a norm before every attention and MLP, and one on the stream after it",
+    "output_sandwich": "x + N′(f(N(x))): a norm before every attention and MLP, and one on its output",
+    "output": "x + N′(f(x)): a norm on the output of every attention and MLP, none before it",
+}
+
+Injection = Literal["none", "concat_linear", "concat_linear_prelude_first", "add"]
+INJECTIONS: Mapping[Injection, tuple[str, str]] = {  # the formula, and what it says; {source} is where e comes from
+    "none": ("x", "none: the core reads the state alone"),
+    "add": ("x + e", "every loop starts by adding e, what comes out of {source}, to the state x"),
+    "concat_linear": (
+        "W [x; e]",
+        "every loop starts with a linear map of the state x and e, what comes out of {source}",
+    ),
+    "concat_linear_prelude_first": (
+        "W [e; x]",
+        "every loop starts with a linear map of e, what comes out of {source}, and the state x",
+    ),
+}
+
+LoopNorm = Literal["none", "each", "own", "last"]
+LOOP_NORMS: Mapping[LoopNorm, str] = {
+    "none": "none",
+    "each": "after every loop, on the state that goes back in",
+    "own": "after every loop, on the state that goes back in, with weights of its own",
+    "last": "after the last loop only, before what follows",
+}
+
+LoopUpdate = Literal["replace", "damped"]
+LOOP_UPDATES: Mapping[LoopUpdate, str] = {
+    "replace": "F(x): the state is what comes out of the core",
+    "damped": "x + {step:.4g} (F(x) − x): the state moves a part of the way to what comes out of the core",
+}
+
+StateInit = Literal["prelude", "zeros", "normal", "truncated_normal"]
+STATE_INITS: Mapping[StateInit, tuple[str, str]] = {  # in a drawing, and in a sentence
+    "prelude": (" = e", "e, what comes out of {source}"),
+    "zeros": (" = 0", "zero everywhere"),
+    "normal": (": random (normal)", "drawn from a normal distribution, std {std:.4g}"),
+    "truncated_normal": (
+        ": random (truncated normal)",
+        "drawn from a normal distribution, std {std:.4g}, cut at three of them",
+    ),
+}
+
+ActFn = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+ACT_FNS: Mapping[ActFn, str] = {
+    "silu": "SiLU",
+    "gelu": "GELU",
+    "gelu_tanh": "GELU by tanh",
+    "relu2": "max(x, 0)²",
+}
+
+RotaryStyle = Literal["halves", "adjacent"]
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """Every frequency divided by `factor`, as if positions lay closer."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_number("scaling.factor", self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency scaling of Llama 3.1 and later, by wavelength against the original context length."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_n_ctx: int
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_number(f"scaling.{name}", getattr(self, name))
+        check_count("scaling.original_n_ctx", self.original_n_ctx)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f"scaling needs low_freq_factor < high_freq_factor, got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}."
+            )
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: the pair i of a head's components, (a, b), turns by f = position · base^(−2i / size).
+
+    (a, b) -> (a cos f − b sin f, b cos f + a sin f), or by −f where it is `reversed`.
+
+    Attributes:
+        base: of the frequencies.
+        style: which components are a pair: i with i + size/2 ("halves"), or 2i with 2i + 1 ("adjacent").
+        size: how many components of a head turn, from the first; None for all of them.
+        scaling: of the frequencies.
+        reversed: whether pairs turn backward.
+        bfloat16: whether cosines and sines are rounded to bfloat16 first, whatever the model's number format.
+    """
+
+    base: float = 10000.0
+    style: RotaryStyle = "halves"
+    size: int | None = None
+    scaling: Llama3Rope | LinearRope | None = None
+    reversed: bool = False
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("rotary.base", self.base)
+        if self.style not in ("halves", "adjacent"):
+            raise InputError(f"rotary.style must be 'halves' or 'adjacent', got {self.style!r}.")
+        if self.size is not None and check_count("rotary.size", self.size) % 2:
+            raise InputError(f"rotary.size must be even, got {self.size}.")
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """A norm on queries and keys.
+
+    Attributes:
+        per: of every "head" by itself, or of the "whole" vector, all heads together.
+        kind: which norm, see `NORM_KINDS`.
+        after_rotary: whether it comes after rotary embedding, not before.
+        eps: its own; None for that of the other norms.
+    """
+
+    per: Literal["head", "whole"] = "whole"
+    kind: NormKind = "rms"
+    after_rotary: bool = False
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.per not in ("head", "whole"):
+            raise InputError(f"qk_norm.per must be 'head' or 'whole', got {self.per!r}.")
+        check_choice("qk_norm.kind", self.kind, NORM_KINDS)
+        if self.eps is not None:
+            check_number("qk_norm.eps", self.eps)
+
+
+def check_choice(name: str, value: object, table: Mapping[Any, object]) -> None:
+    """Raise for a choice that is not in its table."""
+    if value not in table:
+        raise InputError(f"{name} must be one of {tuple(table)}, got {value!r}.")
