@@ -258,7 +258,11 @@ def test_every_part_is_said_in_words(folder: str):
 def test_the_realised_depth_view_adds_up_where_it_says_so(folder: str):
     """What the layers wrote, biases too, is the last state; of the others the view says why not."""
     model, tokens = load(folder, torch.float64), expected(folder)["input_ids"]
-    view = model.unrolled(LOOPS)
+    try:
+        view = model.unrolled(LOOPS)
+    except InputError as error:  # a part that it does not build
+        assert "the realised-depth view does not build" in str(error)
+        return
     with torch.no_grad():
         logits, cache = view.run_with_cache(tokens)
         torch.testing.assert_close(logits, model(tokens, n_loops=LOOPS))

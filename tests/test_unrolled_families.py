@@ -1,52 +1,106 @@
-"""The realised-depth view on every family: what holds, and what it refuses and why."""
+"""The view of every family: the looped model's numbers at every site, and refusals where a sum does not hold."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 import transformer_lens.tools.analysis as tools
-from helpers import FAMILIES, hook_count, make, noise_like, parity
-from patching_helpers import CASES, assert_same, case, run_clean, short_prompts
+from helpers import FAMILIES, TINY, make, noise_like, parity, tiny, tokens_for
+from patching_helpers import CASES, OTHERS, assert_same, case, run_clean, short_prompts
+from torch import Tensor
 from transformer_lens import patching
-from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 
+from tl_looped import LoopedModel
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.schedule import CODA, CORE, PRELUDE
+from tl_looped.engine.schedule import DEAD_ENDS
+from tl_looped.unrolled import UnrolledModel
 
-# What it is.
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_view_meets_transformerlenss_protocols(name: str) -> None:
-    model = case(name)
-    unrolled = model.unrolled(3)
-    assert isinstance(unrolled, TransformerLensModel)
-    assert isinstance(unrolled, TransformerLensModelWithWeights)
-    cfg = model.cfg
-    assert unrolled.cfg.n_layers == cfg.n_prelude + 3 * cfg.n_core + cfg.n_coda == len(unrolled.blocks)
-    wanted = [*getattr(model.transformer, PRELUDE), *list(getattr(model.transformer, CORE)) * 3]
-    wanted += getattr(model.transformer, CODA)
-    assert all(block is module for block, module in zip(unrolled.blocks, wanted, strict=True))
-    assert unrolled.W_U.data_ptr() == model.transformer.unembed.weight.data_ptr()
-    assert unrolled.blocks[-1].attn.W_O.data_ptr() == wanted[-1].attn.o.weight.data_ptr()
+MODELS = [*(f"tiny {name}" for name in TINY), *OTHERS, *FAMILIES]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_view_runs_the_looped_model(name: str) -> None:
-    model = case(name)
-    unrolled = model.unrolled(3)
-    clean, _ = short_prompts(model)
-    with torch.no_grad():
-        logits, cache = unrolled.run_with_cache(clean)
-        assert torch.equal(logits, model(clean, 3))
-        assert torch.equal(unrolled(clean, return_type="loss"), model(clean, 3, return_type="loss"))
-    ours = run_clean(model, clean, 3)
-    for d, (stack, layer, loop) in enumerate(unrolled.names.schedule.layer_calls()):
-        key = ("resid_post", layer, loop) if stack == CORE else (f"{stack}.resid_post", layer)
-        assert torch.equal(cache["resid_post", d], ours[key])
-    assert set(cache.keys()) == {name for name in unrolled.hook_dict if "hook_result" not in name}
+@lru_cache
+def pair(name: str) -> tuple[LoopedModel, UnrolledModel]:
+    """A model and its view, with each head's result."""
+    model = tiny(name.removeprefix("tiny ")) if name.startswith("tiny ") else case(name)
+    unrolled = model.unrolled(2)
+    unrolled.set_use_attn_result(True)
+    return model, unrolled
+
+
+# The same numbers at every site.
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_and_every_activation_are_those_of_the_looped_model(name: str) -> None:
+    model, unrolled = pair(name)
+    tokens, ours = tokens_for(model), run_clean(model, tokens_for(model), 2)
+    logits, theirs = unrolled.run_with_cache(tokens)
+    assert_same("logits", logits, model(tokens, 2))
+    assert set(unrolled.names.pairs) == set(ours.keys())
+    for site, other in unrolled.names.pairs.items():
+        seen = ours[site].isfinite()  # TransformerLens hides keys by the lowest number
+        bound = 1e-4 * float(ours[site][seen].abs().max().clamp(min=0.1))
+        assert ours[site].shape == theirs[other].shape, site
+        assert float((theirs[other] - ours[site])[seen].abs().max()) < bound, site
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_an_edit_at_any_site_does_the_same(name: str) -> None:
+    """One run for all: every row of the batch is edited at another site."""
+    model, unrolled = pair(name)
+    pairs = unrolled.names.pairs
+    tokens = tokens_for(model, batch=1, pos=4).expand(len(pairs), -1)
+
+    def edit(row: int, site: str) -> Any:
+        def write(x: Tensor, hook: Any) -> Tensor:
+            x = x.clone()
+            if site.endswith("attn_scores"):
+                x[row, :, :, 0] += 1  # a key that every query sees
+            else:
+                x[row, 1] = 1.3 * x[row, 1] + 0.1
+            return x
+
+        return write
+
+    hooks = [(site, edit(row, site)) for row, site in enumerate(pairs)]
+    ours = model.run_with_hooks(tokens, 2, fwd_hooks=hooks)
+    theirs = unrolled.run_with_hooks(tokens, fwd_hooks=[(pairs[site], hook) for site, hook in hooks])
+    plain = model(tokens[:1], 2)
+    scale = ours.abs().amax()
+    for site, one, other in zip(pairs, ours, theirs, strict=True):
+        assert float((one - other).abs().max()) < 2e-5 * float(scale.clamp(min=1)), site
+        if not site.endswith(("hook_scale", *DEAD_ENDS)):  # another norm may come after a scale
+            assert float((one - plain[0]).abs().max()) > 1e-6, site
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_gradient_is_the_same(name: str) -> None:
+    model, unrolled = pair(name)
+    tokens = tokens_for(model, pos=4)
+    weights = noise_like(torch.empty(model.cfg.d_vocab))
+    pairs = {a: b for a, b in unrolled.names.pairs.items() if not any(a.endswith(end) for end in DEAD_ENDS)}
+    ours: dict[str, Tensor] = {}
+    theirs: dict[str, Tensor] = {}
+
+    def keep(store: dict[str, Tensor], site: str) -> Any:
+        return lambda grad, hook: store.__setitem__(site, grad.detach().clone())
+
+    with model.hooks(bwd_hooks=[(site, keep(ours, site)) for site in pairs]):
+        (model(tokens, 2) @ weights).sum().backward()
+    with unrolled.hooks(bwd_hooks=[(other, keep(theirs, site)) for site, other in pairs.items()]):
+        (unrolled(tokens) @ weights).sum().backward()
+    model.zero_grad()
+    assert set(ours) == set(theirs) == set(pairs)
+    largest = max(float(grad.abs().max()) for grad in ours.values())
+    for site, grad in ours.items():
+        assert grad.shape == theirs[site].shape, site
+        bound = 1e-4 * float(grad.abs().max()) + 1e-5 * largest
+        assert float((grad - theirs[site]).abs().max()) < bound, site
 
 
 def test_a_seed_and_a_state_of_the_view_are_those_of_its_runs() -> None:
@@ -54,9 +108,9 @@ def test_a_seed_and_a_state_of_the_view_are_those_of_its_runs() -> None:
     clean, _ = short_prompts(model)
     with torch.no_grad():
         state = model(clean, stop_at_loop=1)
-        assert torch.equal(model.unrolled(2, seed=3)(clean), model(clean, 2, seed=3))
-        assert torch.equal(model.unrolled(2, initial_state=state)(clean), model(clean, 2, initial_state=state))
-        assert torch.equal(model.unrolled(2)(clean, seed=4), model(clean, 2, seed=4))
+        assert_same("seed", model.unrolled(2, seed=3)(clean), model(clean, 2, seed=3))
+        for given in (state, state[0]):
+            assert_same("state", model.unrolled(2, initial_state=given)(clean), model(clean, 2, initial_state=given))
 
 
 # Where it can't hold, it says why.
@@ -73,63 +127,66 @@ def test_a_seed_and_a_state_of_the_view_are_those_of_its_runs() -> None:
     ],
 )
 def test_sums_that_do_not_hold_are_refused(name: str, reason: str) -> None:
-    model = case(name)
-    _, cache = model.unrolled(2).run_with_cache(short_prompts(model)[0])
+    model, unrolled = pair(name)
+    _, cache = unrolled.run_with_cache(short_prompts(model)[0])
     for part in (cache, cache.apply_slice_to_batch_dim(0)):
         for method in ("decompose_resid", "stack_head_results", "get_full_resid_decomposition"):
-            with pytest.raises(InputError, match=f"{method} adds up .* {model.cfg.family} model: {reason}"):
+            message = f"{method} adds up .* {model.cfg.family} model: {reason}. Use the states"
+            with pytest.raises(InputError, match=message):
                 getattr(part, method)()
         with pytest.raises(InputError, match=reason):
             part.stack_neuron_results(1)
+        with pytest.raises(InputError, match=f"logit_attrs adds up .*{reason}"):
+            part.logit_attrs(part.accumulated_resid(), 3)
+    with pytest.raises(InputError, match=f"{reason}. Use tl_looped.patching.path_patch, which reaches across loops"):
+        unrolled.set_use_split_qkv_input(True)
     with pytest.raises(InputError, match=reason):
-        tools.direct_logit_attribution(model.unrolled(2), short_prompts(model)[0], 3)
-    assert cache.accumulated_resid(incl_mid=True).shape[0] == 2 * model.unrolled(2).cfg.n_layers + 1
+        unrolled.all_composition_scores("Q")
+    assert cache.accumulated_resid(incl_mid=True).shape[0] == 2 * unrolled.cfg.n_layers + 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "n_loops", "reason"),
-    [
-        ({"n_coda": 1, "loop_norm": "each"}, 1, "normalised before the coda"),
-        ({"n_coda": 1, "loop_norm": "last"}, 2, "normalised before the coda"),
-    ],
-)
-def test_sums_of_other_choices_are_refused(changes: dict[str, Any], n_loops: int, reason: str) -> None:
-    model = make(**changes)
-    _, cache = model.unrolled(n_loops).run_with_cache(short_prompts(model)[0])
-    with pytest.raises(InputError, match=reason):
+@pytest.mark.parametrize("loop_norm", ["each", "last"])
+def test_sums_of_other_choices_are_refused(loop_norm: str) -> None:
+    model = make(n_coda=1, loop_norm=loop_norm)
+    _, cache = model.unrolled(1).run_with_cache(short_prompts(model)[0])
+    with pytest.raises(InputError, match="normalised before the coda"):
         cache.decompose_resid()
 
 
 def test_sums_of_a_run_from_a_given_state_are_refused() -> None:
     model, clean = case("bare"), short_prompts(case("bare"))[0]
     state = noise_like(model(clean, stop_at_loop=1))
-    for unrolled, options in ((model.unrolled(initial_state=state), {}), (model.unrolled(), {"initial_state": state})):
-        _, cache = unrolled.run_with_cache(clean, **options)
-        with pytest.raises(InputError, match="its loops started from a state that was given"):
-            cache.decompose_resid()
+    _, cache = model.unrolled(initial_state=state).run_with_cache(clean)
+    with pytest.raises(InputError, match="its loops started from a state that was given"):
+        cache.decompose_resid()
 
 
 def test_one_loop_of_ouro_adds_up_but_not_by_head() -> None:
     model = parity("ouro")
-    clean, _ = short_prompts(model)
+    unrolled, (clean, _) = model.unrolled(1), short_prompts(model)
     with torch.no_grad():
-        logits, cache = model.unrolled(1).run_with_cache(clean)
+        _, cache = unrolled.run_with_cache(clean)
         assert_same("sum", cache.decompose_resid().sum(0), cache["resid_post", -1])
-        assert_same("logit", cache.logit_attrs(cache.decompose_resid(), 3).sum(0), logits[..., 3])
     for method in ("stack_head_results", "get_full_resid_decomposition"):
-        with pytest.raises(InputError, match=f"{method} splits attention by head, but a norm after attention"):
+        with pytest.raises(InputError, match=f"{method} adds up.* a norm after attention mixes the heads"):
             getattr(cache, method)()
+    with pytest.raises(InputError, match="exit gate reads the norm before the head too.* Use fold_ln=False"):
+        unrolled.enable_compatibility_mode()
+    unrolled.enable_compatibility_mode(fold_ln=False)
+    assert_same("not folded", unrolled(clean).log_softmax(-1), model(clean, 1).log_softmax(-1))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "huginn"])
-def test_the_heads_of_post_norm_families_have_no_norm_before_a_layer(name: str) -> None:
-    model = parity(name)
-    _, cache = model.unrolled(2).run_with_cache(short_prompts(model)[0])
-    if model.cfg.norm_placement == "output":
-        with pytest.raises(KeyError, match="Layer 1 has no ln1"):
-            cache.accumulated_resid(layer=1, apply_ln=True)
-    else:
-        assert cache.accumulated_resid(layer=1, apply_ln=True).shape[0] == 2
+def test_a_run_goes_on_from_a_residual_stream_where_nothing_else_is_read() -> None:
+    model, unrolled = pair("retrofit-llama")
+    clean, _ = short_prompts(model)
+    last = model.cfg.n_prelude + model.cfg.n_core
+    with torch.no_grad():
+        logits, cache = unrolled.run_with_cache(clean)
+        for layer in (last, last + 1, -1):
+            assert_same("logits", unrolled(cache["resid_pre", layer], start_at_layer=layer), logits)
+        for layer in (0, last - 1, -1 - model.cfg.n_coda - model.cfg.n_core):
+            with pytest.raises(InputError, match=rf"start_at_layer={layer} .* Use looped\(tokens, start_at_loop="):
+                unrolled(cache["resid_pre", layer], start_at_layer=layer)
 
 
 @pytest.mark.parametrize("name", ["ouro", "ouro-gqa"])
@@ -137,33 +194,42 @@ def test_ouros_last_closing_norm_is_the_views_final_norm(name: str) -> None:
     model = parity(name)
     clean, _ = short_prompts(model)
     unrolled = model.unrolled(3)
+    assert unrolled.names.to_depth("loop.2.ln_loop.hook_scale") == "ln_final.hook_scale"
+    assert unrolled.names.to_depth("loop.1.ln_loop.hook_scale") == "loop.1.ln_loop.hook_scale"
+    assert unrolled.names.to_looped("ln_final.hook_scale") == "loop.2.ln_loop.hook_scale"
     with torch.no_grad():
         logits, cache = unrolled.run_with_cache(clean)
-        ours = run_clean(model, clean, 3)
-        assert torch.equal(cache["ln_final.hook_scale"], ours["loop.2.ln_loop.hook_scale"])
-        assert torch.equal(cache["loop.1.ln_loop.hook_scale"], ours["loop.1.ln_loop.hook_scale"])
         assert_same("lens", cache.logit_lens(positions=None).values[-1], logits)
         assert_same("tool", tools.logit_lens(unrolled, clean, positions=None).values[-1], logits)
-    seen = []
-    unrolled.run_with_hooks(clean, fwd_hooks=[("ln_final.hook_scale", lambda x, hook: seen.append(hook.name))])
-    assert seen == ["ln_final.hook_scale"]
-    _, only = unrolled.run_with_cache(clean, names_filter="ln_final.hook_scale")
-    assert list(only.keys()) == ["ln_final.hook_scale"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_logit_lens_of_the_last_layer_gives_the_logits(name: str) -> None:
-    model = case(name)
+    model, unrolled = pair(name)
     with torch.no_grad():
-        logits, cache = model.unrolled(2).run_with_cache(short_prompts(model)[0])
+        logits, cache = unrolled.run_with_cache(short_prompts(model)[0])
         assert_same("lens", cache.logit_lens(positions=None).values[-1], logits)
+
+
+@pytest.mark.parametrize("name", ["retrofit-llama", "ouro"])
+def test_a_cache_of_the_looped_model_under_the_views_names(name: str) -> None:
+    model, unrolled = pair(name)
+    clean, _ = short_prompts(model)
+    with torch.no_grad():
+        ours = run_clean(model, clean, 2)
+        cache = unrolled.view(ours)
+        assert_same("lens", cache.logit_lens(positions=None).values[-1], model(clean, 2))
+    assert cache["resid_pre", -1] is ours[unrolled.names.to_looped(f"blocks.{len(unrolled.blocks) - 1}.hook_in")]
+    with pytest.raises(InputError, match="the cache is of 3 loops, the view of 2: make a view like the run"):
+        unrolled.view(run_clean(model, clean, 3))
 
 
 def test_a_last_norm_before_a_head_without_one_is_the_views_final_norm() -> None:
     model = make(loop_norm="last", final_norm=False)
+    unrolled = model.unrolled(2)
+    unrolled.enable_compatibility_mode()
     with torch.no_grad():
-        logits, cache = model.unrolled(2).run_with_cache(short_prompts(model)[0])
-        assert "ln_final.hook_scale" in cache
+        logits, cache = unrolled.run_with_cache(short_prompts(model)[0])
         assert_same("lens", cache.logit_lens(positions=None).values[-1], logits)
         assert_same("logit", cache.logit_attrs(cache.decompose_resid(), 3).sum(0), logits[..., 3])
 
@@ -174,14 +240,18 @@ def test_a_last_norm_before_a_head_without_one_is_the_views_final_norm() -> None
         ({"final_norm": False}, "no norm"),
         ({"final_norm": False, "loop_norm": "last", "n_coda": 1}, "no norm"),
         ({"final_norm": True, "loop_norm": "last"}, "two norms"),
+        ({"final_norm": True, "loop_norm": "each"}, "two norms"),
     ],
 )
 def test_a_head_that_does_not_read_through_one_norm_is_refused(changes: dict[str, Any], how: str) -> None:
     model = make(**changes)
-    _, cache = model.unrolled(1).run_with_cache(short_prompts(model)[0])
-    with pytest.raises(
-        InputError, match=f"reads the last layer's output through {how}. Read states with looped.readout"
-    ):
+    unrolled, (clean, _) = model.unrolled(1), short_prompts(model)
+    logits, cache = unrolled.run_with_cache(clean)
+    assert_same("logits", logits, model(clean, 1))
+    ours = run_clean(model, clean, 1)
+    assert all(unrolled.names.pairs[name] in unrolled.hook_dict for name in ours)
+    message = f"the head's norm, but .* reads the last layer's output through {how}. Use looped.readout of states"
+    with pytest.raises(InputError, match=message):
         cache.accumulated_resid(apply_ln=True)
     with pytest.raises(ValueError, match="exposes no `ln_final` component"):
         cache.logit_lens()
@@ -189,12 +259,12 @@ def test_a_head_that_does_not_read_through_one_norm_is_refused(changes: dict[str
 
 
 def test_direct_path_patching_is_refused_with_what_to_use() -> None:
-    for model in (case("bare").unrolled(2), parity("huginn").unrolled(2), parity("ouro").unrolled(2)):
-        clean, corrupted = short_prompts(model.looped)
-        caches = (model.run_with_cache(tokens)[1] for tokens in (clean, corrupted))
-        with pytest.raises(InputError, match="hook_q_input.*use tl_looped.patching.path_patch"):
-            patching.get_act_patch_direct_path(model, corrupted, *caches, lambda logits: logits.sum(), 0, 0)
-        assert hook_count(model.looped) == 0
+    model, unrolled = pair("huginn")
+    clean, corrupted = short_prompts(model)
+    caches = (unrolled.run_with_cache(tokens)[1] for tokens in (clean, corrupted))
+    with pytest.raises(InputError, match=r"split q, k, v input adds up.*Use tl_looped.patching.path_patch"):
+        patching.get_act_patch_direct_path(unrolled, corrupted, *caches, lambda logits: logits.sum(), 0, 0)
+    assert not unrolled.cfg.use_split_qkv_input
 
 
 def test_transformerlenss_patching_on_the_looped_model_itself_is_an_error_and_no_number() -> None:

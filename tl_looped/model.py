@@ -21,9 +21,9 @@ from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
-from tl_looped.engine.view import UnrolledModel
 from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer
+from tl_looped.unrolled import UnrolledModel
 
 Self = TypeVar("Self", bound="LoopedModel")
 

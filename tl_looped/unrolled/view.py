@@ -1,0 +1,194 @@
+"""UnrolledModel: the realised-depth view itself, and its cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ClassVar, NoReturn, cast
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
+
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.checks import check_eval
+from tl_looped.engine.engine import Engine
+from tl_looped.engine.errors import InputError
+from tl_looped.nn import LoopedTransformer
+from tl_looped.unrolled.architecture import Architecture
+from tl_looped.unrolled.names import DepthNames
+from tl_looped.unrolled.realised import Realised, RealisedAdapter
+
+
+def _adds_up(name: str, *broken_by: Callable[[Architecture], str | None]) -> Callable[..., Any]:
+    """A method of ActivationCache that refuses where the sum that it assumes does not hold, or what else it needs."""
+    method = getattr(ActivationCache, name)
+
+    @wraps(method)
+    def call(self: UnrolledCache, *args: Any, **kwargs: Any) -> Any:
+        self.model.needs_sum(name, *broken_by)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+class UnrolledCache(ActivationCache):
+    """An ActivationCache of the view. What adds up the residual stream refuses where the sum does not hold."""
+
+    model: Any
+
+    decompose_resid = _adds_up("decompose_resid")
+    logit_attrs = _adds_up("logit_attrs", Architecture.folding_broken_by)
+    get_full_resid_decomposition = _adds_up("get_full_resid_decomposition", Architecture.heads_mixed_by)
+    stack_head_results = _adds_up("stack_head_results", Architecture.heads_mixed_by)
+    stack_neuron_results = _adds_up("stack_neuron_results", Architecture.heads_mixed_by)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> UnrolledCache:
+        """The cache of some rows of the batch, as in TransformerLens."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        return UnrolledCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
+
+    def apply_ln_to_stack(self, residual_stack: Tensor, layer: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's; before the head, where the head reads through one norm."""
+        reason = self.model.arch.readout_broken_by()
+        if layer in (None, -1, self.model.cfg.n_layers) and reason is not None:
+            self.model.refuse("apply_ln before the head needs the head's norm", reason, "looped.readout of states")
+        return super().apply_ln_to_stack(residual_stack, layer, *args, **kwargs)
+
+
+class UnrolledModel(TransformerBridge):
+    """A looped model as a TransformerBridge of depth p + k·T + c; get it from `LoopedModel.unrolled`.
+
+    Layer d is the d-th layer call of a run: prelude, core in every loop, coda. It has hook points of its own and the
+    looped model's Parameters: training, moving or editing the weights of one changes the other; what processes weights
+    (`enable_compatibility_mode`) makes new ones and leaves the looped model's alone. Hooks of one do not act in the
+    other, attention is computed explicitly, and loop count and initial state are fixed.
+
+    A tool of TransformerLens that assumes what a loop breaks (the residual stream as the sum of what layers write)
+    raises InputError with the reason, and names what to call instead.
+
+    Args:
+        looped: the model.
+        n_loops: loops to unroll.
+        initial_state: the state that every run starts from; None for the model's own.
+        seed: seed of a drawn state.
+
+    Attributes:
+        looped: the model.
+        arch: what it is made of.
+        names: from the looped model's names of sites to the view's, and back.
+    """
+
+    hook_aliases: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride] - as TransformerBridge has it
+        **TransformerBridge.hook_aliases,
+        "hook_state_init": "state_init.hook_out",
+    }
+    looped: Engine
+    arch: Architecture
+    names: DepthNames
+    state_given: bool
+
+    def __init__(self, looped: Engine, n_loops: int, initial_state: Tensor | None = None, seed: int | None = None):
+        check_eval(looped)
+        shape = (1, *initial_state.shape[:-1])[-2:] if isinstance(initial_state, Tensor) else (1, 1)
+        options: dict[str, Any] = {"initial_state": initial_state, "seed": seed, "attention_mask": torch.ones(shape)}
+        looped.prepare(torch.zeros(shape, dtype=torch.long), n_loops, **options)  # for its errors
+        arch = Architecture(looped.cfg, n_loops)
+        arch.check_parts()
+        model = Realised(cast(LoopedTransformer, looped.transformer), arch, initial_state, seed).eval()
+        config, tokenizer = arch.bridge_config(looped.device, looped.dtype), copy.deepcopy(looped.tokenizer)
+        if tokenizer is not None:  # text is read as the looped model reads it
+            config.tokenizer_prepends_bos, config.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+            config.default_prepend_bos = config.tokenizer_prepends_bos
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        super().__init__(model, RealisedAdapter(config, arch, model), tokenizer)
+        names = DepthNames(arch, looped.hook_dict, self.hook_dict)
+        self.__dict__.update(looped=looped, arch=arch, names=names, state_given=initial_state is not None)
+
+    @property
+    def n_loops(self) -> int:
+        """How many loops were unrolled."""
+        return self.arch.n_loops
+
+    # Where a loop breaks what a tool assumes.
+
+    def refuse(self, what: str, reason: str, instead: str) -> NoReturn:
+        """Raise for a tool that would give wrong numbers here."""
+        raise InputError(f"{what}, but this is a {self.arch.cfg.family} model: {reason}. Use {instead}.")
+
+    def needs_sum(self, what: str, *broken_by: Callable[[Architecture], str | None], instead: str = "") -> None:
+        """Raise unless the residual stream is the sum of what layers write, and nothing else breaks a tool."""
+        given = "its loops started from a state that was given" if self.state_given else None
+        for reason in (self.arch.sum_broken_by(), given, *(broken(self.arch) for broken in broken_by)):
+            if reason is not None:
+                instead = instead or "the states themselves (cache.accumulated_resid, looped.run_with_cache)"
+                self.refuse(f"{what} adds up what the parts of a model write", reason, instead)
+
+    def enable_compatibility_mode(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on
+        self, disable_warnings: bool = False, no_processing: bool = False, fold_ln: bool = True, **options: Any
+    ) -> None:
+        """As TransformerLens's, on weights of the view's own; norms are folded where that leaves all sites right."""
+        reason = self.arch.folding_broken_by()
+        if fold_ln and not no_processing and reason is not None:
+            self.refuse("enable_compatibility_mode folds norms into what reads them", reason, "fold_ln=False")
+        super().enable_compatibility_mode(disable_warnings, no_processing, fold_ln, **options)
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """As TransformerLens's, where the sum holds: direct path patching and edge attribution are built on it."""
+        if use_split_qkv_input:
+            self.needs_sum("split q, k, v input", instead="tl_looped.patching.path_patch, which reaches across loops")
+        super().set_use_split_qkv_input(use_split_qkv_input)
+
+    def all_composition_scores(self, mode: str) -> Any:
+        """As TransformerLens's, where a later head reads what an earlier one writes."""
+        self.needs_sum("all_composition_scores", Architecture.heads_mixed_by)
+        return super().all_composition_scores(mode)
+
+    def forward(self, *args: Any, start_at_layer: int | None = None, **kwargs: Any) -> Any:
+        """As TransformerLens's; `start_at_layer` is refused where later loops read more than the residual stream."""
+        if start_at_layer is not None:
+            depth = start_at_layer + (len(self.blocks) if start_at_layer < 0 else 0)
+            if depth < self.arch.first_start():
+                reason = "later loops read the prelude's output too"
+                instead = "looped(tokens, start_at_loop=..., initial_state=...)"
+                self.refuse(f"start_at_layer={start_at_layer} goes on from a residual stream alone", reason, instead)
+            kwargs["start_at_layer"] = start_at_layer
+        return super().forward(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Write weights into the shared Parameters, so into the looped model too.
+
+        Raises:
+            InputError: two copies of one layer differ, or `assign`, which would end the sharing.
+        """
+        if assign:
+            raise InputError("a view shares the looped model's Parameters: leave out assign, and they are written.")
+        first: dict[int, str] = {}
+        for name, own in self.state_dict(keep_vars=True).items():
+            other = first.setdefault(id(own), name) if name in state_dict else name
+            if not torch.equal(state_dict.get(name, own), state_dict.get(other, own)):
+                raise InputError(f"{other!r} and {name!r} are one weight of the looped model: make them equal.")
+        return super().load_state_dict(dict(state_dict), strict)
+
+    # Caching.
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's; the cache refuses sums that do not hold."""
+        output, cache = super().run_with_cache(*args, **kwargs)
+        if isinstance(cache, ActivationCache):
+            cache = UnrolledCache(cache.cache_dict, self, cache.has_batch_dim)
+        return output, cache
+
+    def view(self, cache: LoopedCache) -> UnrolledCache:
+        """A looped model's cache under the view's names, sharing its tensors."""
+        if cache.run.n_loops != self.n_loops or cache.run.state_given != self.state_given:
+            theirs, ours = (" from a given state" * given for given in (cache.run.state_given, self.state_given))
+            raise InputError(
+                f"the cache is of {cache.run.n_loops} loops{theirs}, the view of {self.n_loops}{ours}: make a view "
+                "like the run."
+            )
+        renamed = {self.names.to_depth(name): tensor for name, tensor in cache.cache_dict.items()}
+        return UnrolledCache(renamed, self, cache.has_batch_dim)
