@@ -261,11 +261,12 @@ def test_the_realised_depth_view_adds_up_where_it_says_so(folder: str):
     try:
         view = model.unrolled(LOOPS)
     except InputError as error:  # a part that it does not build
-        assert "the realised-depth view does not build" in str(error)
+        if "the realised-depth view does not build" not in str(error):
+            raise
         return
     with torch.no_grad():
         logits, cache = view.run_with_cache(tokens)
-        torch.testing.assert_close(logits, model(tokens, n_loops=LOOPS))
+        torch.testing.assert_close(logits, model(tokens, n_loops=LOOPS), rtol=1e-5, atol=1e-5)
         if model.cfg.sum_broken_by(LOOPS) is not None:
             with pytest.raises(InputError, match=model.cfg.sum_broken_by(LOOPS)):
                 cache.decompose_resid()

@@ -1,4 +1,4 @@
-"""The README's examples print what stands under them: the same words, and the same numbers to the digits shown."""
+"""The examples of README and docs print what stands under them: the same words, the same numbers to the digits shown."""
 
 import contextlib
 import io
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n((?:(?!```).)*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+BLOCK = re.compile(r"```python\n((?:(?!```).)*?)```\n\n```\n(.*?)```", re.DOTALL)
+EXAMPLES = [example for page in PAGES for example in BLOCK.findall(page)]
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.(\d+))?(?:e([-+]?\d+))?(?![\w.]*\w)")
 
 
@@ -22,7 +24,7 @@ def assert_same_output(printed: str, shown: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 2
+    assert len(EXAMPLES) >= 3
 
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES)

@@ -419,9 +419,9 @@ _INTRODUCTION = """# TransformerLens's tools on a looped model
 
 `model.unrolled(n_loops)` is a TransformerBridge of all layer calls in a row, on the looped model's own Parameters. A
 tool is *right* there where its numbers are those of a bridge of transformers' Llama with copied weights, and those of
-the looped model's own calls; what would be wrong *refuses*, with the reason and what to call instead. This page is
-written by `python tests/unrolled_tools.py` and checked by the tests. (TransformerLens's `get_act_patch_resid_mid` on its
-own bridges writes to the MLP's input only; here it writes to the residual stream.)
+the looped model's own calls; what would be wrong *refuses*, with the reason and what to call instead. This page
+is written by `python tests/unrolled_tools.py` and checked by the tests. (TransformerLens's `get_act_patch_resid_mid`
+on its own bridges writes to the MLP's input only; here it writes to the residual stream.)
 
 What the view does not do: its hooks do not act in the looped model, nor the other way round; loop count and initial
 state are those it was made with; attention is always explicit. A hook's loop is `view.names.loop(hook.name)`.
