@@ -1,4 +1,4 @@
-"""The examples of README and docs print what stands under them: the same words, the same numbers to the digits shown."""
+"""The examples of README and docs print what stands under them: the same words, and numbers to the digits shown."""
 
 import contextlib
 import io
