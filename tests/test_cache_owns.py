@@ -133,30 +133,3 @@ def test_the_old_names_of_caching_keep_loops_too():
     model(tokens_for(model), n_loops=2)
     model.reset_hooks()
     assert {"loop.1.hook_state_post", "hook_embed", "blocks.1.loop.0.attn.hook_z"} <= set(store)
-
-
-@torch.no_grad()
-def test_caching_hooks_of_the_view(model: LoopedModel):
-    """Every depth under its own name, with a scratch dictionary of its own."""
-    tokens, view = tokens_for(model), model.unrolled(3)
-    _, wanted = view.run_with_cache(tokens)
-    store = view.add_caching_hooks(pos_slice=-1)
-    view(tokens)
-    view.reset_hooks()
-    assert set(store) == set(wanted.keys())
-    for name in store:
-        kept = wanted[name][:, :, -1:] if name.endswith(("attn_scores", "pattern")) else wanted[name][:, -1:]
-        torch.testing.assert_close(store[name], kept)
-    view.cache_some(store := {}, lambda name: name.endswith("hook_resid_post"))
-    view(tokens)
-    view.reset_hooks()
-    assert list(store) == [f"blocks.{depth}.hook_resid_post" for depth in range(view.cfg.n_layers)]
-
-    def count(x, hook):
-        hook.ctx["calls"] = [*hook.ctx.get("calls", []), hook.layer()]
-
-    view.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith("hook_resid_post"), count)])
-    found = [view.hook_dict[f"blocks.{depth}.hook_resid_post"].ctx["calls"] for depth in range(view.cfg.n_layers)]
-    assert found == [[depth] for depth in range(view.cfg.n_layers)]
-    view.clear_contexts()
-    assert view.hook_dict["blocks.0.hook_resid_post"].ctx == {}
