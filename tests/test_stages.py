@@ -222,12 +222,11 @@ def test_the_measures_on_a_model_are_those_of_its_cache(family: str):
             assert float(observed["residual_entropy"][row, depth]) == pytest.approx(expected)
 
 
-@pytest.mark.skip(
-    reason="mixing of one row on TransformerLens's bridge differs from its cache by 0.3: not understood yet"
-)
 def test_the_same_functions_on_a_feedforward_model():
     control = bridge()  # transformers' Llama, six layers
-    tokens = tokens_for(looped())
+    tokens = tokens_for(looped()).clamp(
+        min=2
+    )  # ids 0 and 1 are padding and <bos>: observe leaves padding at an edge out
     _, cache = control.run_with_cache(tokens)
     observed = observe(control, tokens, measures=STAGE_MEASURES, progress=False)
     for layer in range(6):
