@@ -13,8 +13,9 @@ from torch.distributions import Categorical
 from torch.distributions import kl_divergence as distributions_kl
 
 from tl_looped import InputError
+from tl_looped.engine.numbers import log_probs_of
 from tl_looped.lens import LogitLens
-from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
+from tl_looped.lens.measures import entropy, kl_divergence, token_rank, top_ids
 
 NAN, INF = float("nan"), float("inf")
 HUGE = [1e4, 0.0, -1e4, 3.0]

@@ -17,7 +17,7 @@ from tl_looped.attention.patterns import STABILITY, at_query, distance_matrix, s
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, resolve_index
-from tl_looped.engine.results import Result
+from tl_looped.engine.results import Result, pairs_of_calls
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
@@ -187,13 +187,7 @@ class PatternDistances(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each head and pair: head, loop, layer, other_loop, other_layer, distance."""
-        head, call, other = np.indices(self.distance.shape).reshape(3, -1)
-        loops, layers = np.array(self.loops), np.array(self.layers)
-        table = {"head": head}
-        for prefix, index in (("", call), ("other_", other)):
-            table[f"{prefix}loop"] = loops[index // len(layers)]
-            table[f"{prefix}layer"] = layers[index % len(layers)]
-        return pd.DataFrame({**table, "distance": self.distance.flatten().numpy()})
+        return pairs_of_calls(self.loops, self.layers, self.distance, "distance", "head")
 
     def plot(self, head: int | None = None) -> go.Figure:
         """The matrix as a heatmap.

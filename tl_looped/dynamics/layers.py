@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -25,7 +24,7 @@ from tl_looped.engine.cache import Keep, LoopedCache, run_with_cache
 from tl_looped.engine.checks import check_axes, check_eval, check_finite, check_floats, check_number, check_same_shape
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import unit
-from tl_looped.engine.results import Result
+from tl_looped.engine.results import Result, pairs_of_calls
 from tl_looped.engine.runs import Prompts, RunOptions, check_whole_run, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.model import LoopedModel, check_looped
@@ -77,12 +76,7 @@ class Similarity(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each pair: loop, layer, other_loop, other_layer, cosine."""
-        call, other = np.indices(self.matrix.shape).reshape(2, -1)
-        loops, layers, table = np.array(self.loops), np.array(self.layers), {}
-        for prefix, index in (("", call), ("other_", other)):
-            table[f"{prefix}loop"] = loops[index // len(layers)]
-            table[f"{prefix}layer"] = layers[index % len(layers)]
-        return pd.DataFrame({**table, "cosine": self.matrix.flatten().numpy()})
+        return pairs_of_calls(self.loops, self.layers, self.matrix, "cosine")
 
     def plot(self) -> go.Figure:
         """The matrix as a heatmap, with lines between the loops."""

@@ -39,6 +39,11 @@ def wide(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     return x.to(wide_dtype(x.dtype))
 
 
+def log_probs_of(logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+    """Log probabilities of logits, in nats, in float32 at least."""
+    return wide(logits).log_softmax(-1)
+
+
 def length(x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims"]:
     """‖x‖ over the last axis, also where its squares overflow or vanish; NaN where the dtype can't hold ‖x‖ itself."""
     norm = torch.linalg.vector_norm(x, dim=-1)

@@ -12,8 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Float
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -115,6 +117,18 @@ class Result(AnyResult):
     """Base of results: a frozen dataclass of tensors, plain values, tables, tuples, lists and dictionaries of them."""
 
     made_by: dict[str, Any]
+
+
+def pairs_of_calls(
+    loops: Sequence[int], layers: Sequence[int], values: Float[Tensor, "*axes call call"], name: str, *axes: str
+) -> pd.DataFrame:
+    """One row for each pair of layer calls: the axes in front, loop, layer, other_loop, other_layer, and the value."""
+    *places, call, other = np.indices(values.shape).reshape(values.ndim, -1)
+    table = dict(zip(axes, places, strict=True))
+    for prefix, index in (("", call), ("other_", other)):
+        table[f"{prefix}loop"] = np.array(loops)[index // len(layers)]
+        table[f"{prefix}layer"] = np.array(layers)[index % len(layers)]
+    return pd.DataFrame({**table, name: values.flatten().numpy()})
 
 
 def _is_short(value: Any) -> bool:

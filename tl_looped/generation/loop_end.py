@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import log_probs_of
 
 
 @dataclass
@@ -36,7 +36,7 @@ class LoopEnd:
     @cached_property
     def log_probs(self) -> Float[Tensor, "rows d_vocab"]:
         """Log probabilities of the read-out, in nats, float32 at least."""
-        return wide(self.read()).log_softmax(-1)
+        return log_probs_of(self.read())
 
     @cached_property
     def gate_logit(self) -> Float[Tensor, " rows"]:

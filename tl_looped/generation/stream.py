@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.numbers import log_probs_of, wide
 from tl_looped.engine.runs import Run
 from tl_looped.generation.decoding import Decoder
 from tl_looped.generation.sampling import Sampling
@@ -95,7 +95,7 @@ class TokenStream(Iterator[GenerationStep]):
                     f"the logits at position {decoder.n_positions - 1} are not finite: look at the weights and hooks, "
                     "or run in a wider dtype or with fewer loops."
                 )
-        log_probs = logits.log_softmax(-1)
+        log_probs = log_probs_of(logits)
         tokens = self._sampling.choose(logits, decoder.tokens, self._generator)
         tokens = tokens.masked_fill(ended, self._stopping.filler)
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0].masked_fill(ended, float("nan"))

@@ -14,9 +14,10 @@ from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
-from tl_looped.lens.measures import kl_divergence, log_probs_of
+from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import (
     LensKind,
     Positions,

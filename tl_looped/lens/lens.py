@@ -12,8 +12,9 @@ from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, with_run_options
-from tl_looped.lens.measures import entropy, kl_divergence, log_probs_of, token_rank, top_ids
+from tl_looped.lens.measures import entropy, kl_divergence, token_rank, top_ids
 from tl_looped.lens.reads import (
     LensKind,
     LensSite,

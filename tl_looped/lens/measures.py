@@ -6,15 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_looped.engine.numbers import wide
 from tl_looped.observe.measure import READOUT, Measure
 
 LogProbs = Float[Tensor, "batch pos d_vocab"]
-
-
-def log_probs_of(logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
-    """Log probabilities of logits, in float32 at least."""
-    return wide(logits).log_softmax(-1)
 
 
 def entropy(log_probs: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims"]:

@@ -15,13 +15,13 @@ from typing_extensions import Unpack
 
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.numbers import first_met
+from tl_looped.engine.numbers import first_met, log_probs_of
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import HookSite
 from tl_looped.generation import LoopEnd
 from tl_looped.lens.exits import RULES, GateRule, Meter, StableTopRule, ThresholdRule
-from tl_looped.lens.measures import kl_divergence, log_probs_of
+from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import Positions, choose_positions, table_of
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.batch import chunks

@@ -20,10 +20,10 @@ from typing_extensions import Unpack
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import fingerprint
-from tl_looped.engine.numbers import wide_dtype
+from tl_looped.engine.numbers import log_probs_of, wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, Runs, with_run_options
-from tl_looped.lens.measures import kl_divergence, log_probs_of
+from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import LensSite, Reads, choose_reads, direct_input, read_states, table_of
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.batch import chunks

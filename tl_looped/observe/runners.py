@@ -13,6 +13,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count, nearest
 from tl_looped.engine.identity import digest, identity
+from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.prompts import Rows, read_rows
 from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs
 from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule, Pass, find_component
@@ -111,8 +112,7 @@ class LoopedRunner:
 
     def log_probs(self, out: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """See `Runner`."""
-        logits = self.engine.transformer.unembed(out)
-        return (logits if logits.element_size() >= 4 else logits.float()).log_softmax(-1)
+        return log_probs_of(self.engine.transformer.unembed(out))
 
     def origin(self, rows: Sequence[int]) -> tuple[str, int] | None:
         """See `Runner`."""
