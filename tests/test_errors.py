@@ -271,6 +271,14 @@ def test_masks_positions_and_return_types(model, options, message):
     refuse(model, message, **options)
 
 
+def test_positions_without_an_embedding_are_refused():
+    learned = make(learned_positions=True, rotary=None)
+    positions = torch.tensor([[0, 1, learned.cfg.n_ctx]])
+    message = rf"position_ids go up to {learned.cfg.n_ctx}, but the model has embeddings of {learned.cfg.n_ctx}"
+    refuse(learned, message, torch.tensor([[1, 2, 3]]), position_ids=positions)
+    assert learned(torch.tensor([[1, 2, 3]]), position_ids=positions - 1 + (positions == 0)).isfinite().all()
+
+
 def test_additive_masks_are_refused(model):
     """Their zeros mean "seen", where ours mean "not"."""
     additive = torch.zeros(2, 5)

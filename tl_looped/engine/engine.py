@@ -246,7 +246,7 @@ class Engine(HookedRootModule):
                 state = torch.stack([state[row, at.to(state.device)] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
         mask, visible = visibility(tokens, runs.visible, real)
-        at = resolve_positions(mask, positions)
+        at = resolve_positions(mask, positions, self.cfg.n_ctx if self.cfg.learned_positions else None)
         if state is not None and state.ndim == 2:
             if int(at.max()) >= len(state):
                 raise InputError(

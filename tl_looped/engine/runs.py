@@ -214,14 +214,21 @@ def visibility(
     return real, visible
 
 
-def resolve_positions(mask: Bool[Tensor, "batch pos"], given: Tensor | None) -> Int[Tensor, "batch pos"]:
-    """Positions for the rotary embedding and the drawn state: as given, or counted over real tokens."""
+def resolve_positions(
+    mask: Bool[Tensor, "batch pos"], given: Tensor | None, learned: int | None = None
+) -> Int[Tensor, "batch pos"]:
+    """Positions as given, or counted over real tokens; below `learned`, where so many have an embedding."""
     if given is None:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
     if given.shape != mask.shape or given.is_floating_point() or bool((given < 0).any()):
         raise InputError(
             f"position_ids must be integers of at least 0 and of shape {tuple(mask.shape)}, got {given.dtype} of shape "
             f"{tuple(given.shape)}{', some negative' if bool((given < 0).any()) else ''}."
+        )
+    if learned is not None and int(given.max()) >= learned:
+        raise InputError(
+            f"position_ids go up to {int(given.max())}, but the model has embeddings of {learned} positions: pass them "
+            f"below {learned}."
         )
     return given.to(mask.device).long()
 
