@@ -27,6 +27,7 @@ from tl_looped.engine.runs import (
     Run,
     RunOptions,
     Runs,
+    check_full_mask,
     check_state,
     resolve_loops,
     resolve_positions,
@@ -212,6 +213,8 @@ class Engine(HookedRootModule):
         rows.check(self.cfg.n_ctx, self.cfg.d_vocab)
         check_state(self.cfg, rows, state, seed, self.dtype)
         full = mask if mask is not None and mask.ndim != 2 else None
+        if full is not None:
+            check_full_mask(full, len(rows), rows.longest)
         reads_out = stop_at_loop is None
         return Runs(rows, total, start, stop, reads_out, state, seed, options.get("position_ids"), full)
 
@@ -234,18 +237,20 @@ class Engine(HookedRootModule):
         """Some of the rows (or all) as one batch. Rows that are named are of one length, and lose their padding."""
         if rows is None:
             tokens, real = runs.rows.padded()
-            positions, state = runs.position_ids, runs.initial_state
+            positions, state, full = runs.position_ids, runs.initial_state, runs.visible
         else:
             tokens = torch.stack([runs.rows.unpadded(row) for row in rows])
             real = torch.ones_like(tokens, dtype=torch.bool)
-            positions, state = runs.position_ids, runs.initial_state
+            positions, state, full = runs.position_ids, runs.initial_state, runs.visible
             kept = [(row, runs.rows.places(row)) for row in rows]
             if positions is not None:
                 positions = torch.stack([positions[row, at.to(positions.device)] for row, at in kept])
             if state is not None and state.ndim == 3:
                 state = torch.stack([state[row, at.to(state.device)] for row, at in kept])
+            if full is not None:
+                full = torch.stack([full[row, at.to(full.device)][:, at.to(full.device)] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
-        mask, visible = visibility(tokens, runs.visible, real)
+        mask, visible = visibility(tokens, full, real)
         at = resolve_positions(mask, positions, self.cfg.n_ctx if self.cfg.learned_positions else None)
         if state is not None and state.ndim == 2:
             if int(at.max()) >= len(state):

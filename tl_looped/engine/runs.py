@@ -169,16 +169,20 @@ class Runs:
 
     def equal_lengths(self, most: int) -> list[list[int]]:
         """The rows in batches of one length each, shortest first: batches that need no padding."""
-        if self.visible is not None:
-            raise InputError(
-                "attention_mask of shape [batch, query, key] belongs to one batch, but this runs prompts in several: "
-                "pass [batch, pos]."
-            )
         lengths = [int(real.sum()) for real in self.rows.real]
         by_length: dict[int, list[int]] = {}
         for index in sorted(range(len(self)), key=lengths.__getitem__):
             by_length.setdefault(lengths[index], []).append(index)
         return [rows[i : i + most] for rows in by_length.values() for i in range(0, len(rows), most)]
+
+
+def check_full_mask(mask: Tensor, batch: int, pos: int) -> None:
+    """Raise for a mask that does not say who sees whom."""
+    if mask.shape != (batch, pos, pos):
+        raise InputError(
+            f"attention_mask must have shape {(batch, pos)}, or {(batch, pos, pos)} to say who sees whom, "
+            f"got {tuple(mask.shape)}."
+        )
 
 
 def visibility(
@@ -198,18 +202,14 @@ def visibility(
     mask = padding if given is None else given.to(tokens.device).bool()
     if mask is None:
         return torch.ones_like(tokens, dtype=torch.bool), None
-    if mask.shape == (batch, pos, pos):
+    if mask.ndim != 2:
+        check_full_mask(mask, batch, pos)
         real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
         visible = mask.clone()
-    elif mask.shape == (batch, pos):
+    else:
         if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # no real token behind one that is not
             return mask, None
         real, visible = mask, torch.ones(pos, pos, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
-    else:
-        raise InputError(
-            f"attention_mask must have shape {(batch, pos)}, or {(batch, pos, pos)} to say who sees whom, "
-            f"got {tuple(mask.shape)}."
-        )
     visible.diagonal(dim1=1, dim2=2).logical_or_(~visible.any(-1))
     return real, visible
 
