@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -211,22 +211,10 @@ def check_looped(model: object, *, several_stacks: bool = False) -> LoopedModel:
 
 
 def one_core(model: LoopedModel) -> LoopedTransformer:
-    """The network of a model in which one core loops: the one place where calls that know no other refuse it.
+    """The network of a model in which one core loops.
 
     Raises:
         InputError: two stacks loop in it.
     """
-    broken = model.cfg.one_core_broken_by()
-    if broken is not None or not isinstance(model.transformer, LoopedTransformer):
-        raise InputError(
-            f"this asks for one core with one state, but {model.cfg.model_name} is not so: {broken}. What knows such "
-            f"models takes stack=: {SEVERAL_STACKS}."
-        )
-    return model.transformer
-
-
-SEVERAL_STACKS = (
-    "logit_lens, observe, patch_sweep, attribution_sweep, the interventions, convergence, state_motion, "
-    "limit_behaviour, cycle, similarity, trajectory and attention_stability; caches, hooks, generate, record, "
-    "trace_exits, readout_agreement, jacobian_spectrum and check take it as it is"
-)
+    model.cfg.check_one_core()
+    return cast(LoopedTransformer, model.transformer)

@@ -270,21 +270,15 @@ class LoopedCache(AnyResult, ActivationCache):
                 raise HookNameError(f"{site.component!r} fires once in a run: read it as cache[{name!r}].")
             if len(rest) > 1:
                 raise HookNameError(f"{site.component!r} belongs to no layer: read it as cache[{name!r}, loop].")
-            return site if layer is None else site.at(self._index("loop", layer, self._n_loops(site)))
+            return site if layer is None else site.at(self._index("loop", layer, self.schedule.n_loops(site.stack)))
         if layer is None:
             raise HookNameError(
                 f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{', loop' if site.looped else ''}]."
             )
         if not site.looped and loop is not None:
             raise HookNameError(f"the {site.stack} runs once: leave the loop out of {key!r}.")
-        site = dataclasses.replace(site, layer=self._index("layer", layer, self._n_layers(site)))
-        return site if loop is None else site.at(self._index("loop", loop, self._n_loops(site)))
-
-    def _n_layers(self, site: HookSite) -> int:
-        return self.schedule.n_layers(site.stack or "")
-
-    def _n_loops(self, site: HookSite) -> int:
-        return self.schedule.n_loops(site.stack)
+        site = dataclasses.replace(site, layer=self._index("layer", layer, self.schedule.n_layers(site.stack or "")))
+        return site if loop is None else site.at(self._index("loop", loop, self.schedule.n_loops(site.stack)))
 
     @staticmethod
     def _index(name: str, value: object, size: int) -> int:
@@ -294,7 +288,7 @@ class LoopedCache(AnyResult, ActivationCache):
             raise HookNameError(str(error)) from None
 
     def _loops(self, site: HookSite) -> list[int]:
-        return [t for t in range(self._n_loops(site)) if site.at(t).name in self.cache_dict]
+        return [t for t in range(self.schedule.n_loops(site.stack)) if site.at(t).name in self.cache_dict]
 
     def loops(self, name: str, layer: int | None = None) -> list[int]:
         """The loops at which a site is cached, in order."""
@@ -323,11 +317,11 @@ class LoopedCache(AnyResult, ActivationCache):
         if not site.looped:
             raise HookNameError(f"{site.component!r} fires once in a run, so it has no loops: read it as cache[name].")
         chosen = self.schedule.loops_in(site.stack, self.kept_loops)
-        chosen = chosen if loops is None else [self._index("loop", t, self._n_loops(site)) for t in loops]
+        chosen = chosen if loops is None else [self._index("loop", t, self.schedule.n_loops(site.stack)) for t in loops]
         if not site.in_layer or site.layer is not None or isinstance(layer, int):
             key = name if layer is None else (name, layer, None, layer_type)
             return self._stack_loops(self._site(key).at(None), chosen)
-        layers = range(self._n_layers(site)) if layer is None else layer
+        layers = range(self.schedule.n_layers(site.stack or "")) if layer is None else layer
         sites = [self._site((name, one, None, layer_type)) for one in layers]
         if not any(map(self._loops, sites)):
             raise HookNameError(f"{name!r} is not cached at any loop.{nearest(site.component, self.cache_dict)}")

@@ -6,6 +6,12 @@ from tl_looped.engine.errors import HookNameError, InputError, check_count
 from tl_looped.engine.parts import TwoStates
 from tl_looped.engine.schedule import CORE, FAST, SLOW, HookSite, LoopCount
 
+_KNOW_STACKS = (
+    "with stack=, logit_lens, patch_sweep, attribution_sweep, the interventions, convergence, state_motion, "
+    "limit_behaviour, cycle, similarity, trajectory and attention_stability; as they are, caches, hooks, generate, "
+    "observe, record, trace_exits, readout_agreement, jacobian_spectrum and check"
+)
+
 
 class Stacks:
     """What a config says of its stacks that loop: the core, or with `two_states` L_blocks and H_blocks."""
@@ -83,6 +89,19 @@ class Stacks:
                 f"{short!r} is at two places in {self.model_name}, where {self.stacks_in_words()} loop: say {named}."
             )
         return site
+
+    def check_one_core(self) -> None:
+        """The one place where calls that know only one core, with one state, refuse a model.
+
+        Raises:
+            InputError: two stacks loop in it.
+        """
+        broken = self.one_core_broken_by()
+        if broken is not None:
+            raise InputError(
+                f"this asks for one core with one state, but {self.model_name} is not so: {broken}. What knows such "
+                f"models: {_KNOW_STACKS}."
+            )
 
     def one_core_broken_by(self) -> str | None:
         """Why the model is not one core with one state, prelude and coda around it; None where it is."""
