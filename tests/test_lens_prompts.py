@@ -12,7 +12,9 @@ from helpers import TINY, WORDS, hook_count, make, word_tokenizer
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import fit_tuned_lens, logit_lens, readout_agreement, trace_exits, view_prompt
+from tl_looped.lens import ENTROPY, fit_tuned_lens, logit_lens, readout_agreement, trace_exits, view_prompt
+from tl_looped.lens.measures import entropy
+from tl_looped.observe import observe
 
 TEXTS = ["a b c d e", "f = g", "h a", "a c e g", "b d", "f h"]
 
@@ -108,14 +110,20 @@ def test_a_state_of_each_prompt_is_the_one_it_runs_from() -> None:
     torch.testing.assert_close(lens.kl_to_final[..., lens.real].double().mean(-1), losses[0], atol=1e-6, rtol=1e-5)
 
 
-def test_a_full_mask_belongs_to_one_batch() -> None:
+def test_a_full_mask_goes_with_its_rows_into_every_batch() -> None:
     model = reader("ouro")
-    tokens = torch.tensor([[1, 2, 3]] * 5)
-    mask = torch.ones(5, 3, 3, dtype=torch.bool).tril()
-    assert trace_exits(model, tokens, attention_mask=mask).pos.tolist() == [0, 1, 2] * 5
-    for call, options in ((trace_exits, {"batch_size": 2}), (fit_tuned_lens, {"steps": 1, "progress": False})):
-        with pytest.raises(InputError, match="belongs to one batch, but this runs prompts in several"):
-            call(model, tokens, attention_mask=mask, **options)
+    tokens = torch.tensor([[4, 1, 2, 3], [4, 5, 6, 7], [4, 1, 2, 3]])
+    mask = torch.ones(3, 4, 4, dtype=torch.bool).tril()
+    mask[1, 3, 0] = mask[2, 2, 1] = False
+    logits = model(tokens, attention_mask=mask).detach()
+    assert float((logits[2] - logits[0]).abs().max()) > 0.01  # the same tokens, who see others
+    for size in (1, 2):
+        found = observe(model, tokens, measures=[ENTROPY], attention_mask=mask, batch_size=size, progress=False)
+        expected = entropy(logits.log_softmax(-1)).mean(-1)
+        torch.testing.assert_close(found[ENTROPY.name][:, -1].float(), expected, atol=1e-5, rtol=1e-5)
+    assert trace_exits(model, tokens, attention_mask=mask, batch_size=2).pos.tolist() == [0, 1, 2, 3] * 3
+    with pytest.raises(InputError, match=r"or \(3, 4, 4\) to say who sees whom, got \(3, 4, 3\)"):
+        observe(model, tokens, measures=[ENTROPY], attention_mask=mask[..., :3], progress=False)
 
 
 def test_positions_that_hold_only_padding_judge_nothing() -> None:

@@ -344,10 +344,14 @@ def closed(threshold: float) -> Measure:
     return Measure("share", "", "", RESID, lambda x: share_above(x, threshold), axes=("pos",))
 
 
+POSITIONS = torch.arange(5).repeat(len(PROMPTS), 1)
+SEEN = torch.ones(len(PROMPTS), 5, 5).tril()  # the short prompts' last places are seen, but not looked at
 _OTHERS: list[tuple[Callable[[], dict[str, Any]], str]] = [
     (lambda: {"n_loops": 4}, "n_loops is 3 there, 4 here"),
     (lambda: {"seed": 1}, "initial_state is 'seed 0' there, 'seed 1' here"),
     (lambda: {"initial_state": torch.ones(5, 16)}, "initial_state is 'seed 0' there, 'given, "),
+    (lambda: {"position_ids": POSITIONS + 1}, "position_ids is None there, 'given, "),
+    (lambda: {"attention_mask": SEEN}, "attention_mask is None there, 'given, "),
     (lambda: {"model": changed(make(**TINY["huginn"]))}, "weights is '.*' there, '.*' here"),
     (lambda: {"model": make(**TINY["huginn"], model_name="other")}, "model is 'custom' there, 'other' here"),
     (lambda: {"prompts": PROMPTS[::-1]}, "prompts is '.*' there, '.*' here"),

@@ -223,7 +223,7 @@ def pattern_distances_of(cache: LoopedCache, *, stack: str | None = None) -> Pat
         arXiv 2604.11791, similarity of attention patterns between all (loop, layer) pairs.
     """
     stack = cache.cfg.looping_stack(stack)
-    name = f"{stack}.pattern"
+    name = cache.cfg.name_in(stack, "pattern")
     layers = [i for i in range(cache.cfg.n_core) if cache.loops(name, i)]
     patterns = cache.stack(name, layers or None)  # [loop, layer, batch?, head, query, key]
     if cache.has_batch_dim:

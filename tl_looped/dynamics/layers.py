@@ -96,7 +96,7 @@ def similarity_of(cache: LoopedCache, *, stack: str | None = None) -> Similarity
         InputError: a cache without them, or states that are not finite, with loop, layer and position.
     """
     stack = cache.cfg.looping_stack(stack)
-    name = f"{stack}.resid_post"
+    name = cache.cfg.name_in(stack, "resid_post")
     layers = [i for i in range(cache.schedule.n_layers(stack)) if cache.loops(name, i)]
     states = cache.stack(name, layers or None)
     states = states if cache.has_batch_dim else states[:, :, None]

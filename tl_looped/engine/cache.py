@@ -168,7 +168,7 @@ class LoopedCache(AnyResult, ActivationCache):
         """
         table, site = self.to_dataframe(), self.cfg.own_site(find_site(name))
         table = table.query(f"component == {site.component!r} and loop.notna()").sort_values("loop")
-        table = table if site.stack is None else table[table.stack == site.stack]
+        table = table if site.stack is None else table[table["stack"] == site.stack]
         if table.empty:
             raise HookNameError(f"{name!r} is not cached at any loop, so there is nothing to draw over loops.")
         by_layer = None if table.layer.isna().all() else "layer"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,11 +27,13 @@ from tl_looped.engine.runs import (
     Run,
     RunOptions,
     Runs,
+    check_full_mask,
     check_state,
     resolve_loops,
     resolve_positions,
     resolve_prefix,
     resolve_state,
+    tell_of_prefixes,
     visibility,
     with_run_options,
 )
@@ -216,20 +217,14 @@ class Engine(HookedRootModule):
         rows.check(self.cfg.n_ctx, self.cfg.d_vocab)
         check_state(self.cfg, rows, state, seed, self.dtype)
         full = mask if mask is not None and mask.ndim != 2 else None
+        if full is not None:
+            check_full_mask(full, len(rows), rows.longest)
         reads_out, places = stop_at_loop is None, options.get("position_ids")
-        prefix = self._told(resolve_prefix(self.cfg, prompts, rows, options, full), full)
-        return Runs(rows, total, start, stop, reads_out, state, seed, places, full, l_cycles, prefix)
-
-    def _told(self, prefix: Tensor | None, full: Tensor | None) -> Tensor | None:
-        """The prefix; says once where a model that was trained with one runs without any."""
-        if not self._told_of_prefixes and prefix is None and full is None:
+        prefix = resolve_prefix(self.cfg, prompts, rows, options, full)
+        if prefix is None and full is None and not self._told_of_prefixes:
             self._told_of_prefixes = True
-            warnings.warn(
-                f"{self.cfg.model_name} was trained with a prefix whose tokens see each other in both directions, and "
-                "none is given, so it runs causally: pass prefix_length= or token_type_ids=.",
-                stacklevel=4,
-            )
-        return prefix
+            tell_of_prefixes(self.cfg)
+        return Runs(rows, total, start, stop, reads_out, state, seed, places, full, l_cycles, prefix)
 
     @with_run_options
     def batch(
@@ -250,21 +245,23 @@ class Engine(HookedRootModule):
         """Some of the rows (or all) as one batch. Rows that are named are of one length, and lose their padding."""
         if rows is None:
             tokens, real = runs.rows.padded()
-            positions, state, prefix = runs.position_ids, runs.initial_state, runs.prefix
+            positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
         else:
             tokens = torch.stack([runs.rows.unpadded(row) for row in rows])
             real = torch.ones_like(tokens, dtype=torch.bool)
-            positions, state, prefix = runs.position_ids, runs.initial_state, runs.prefix
+            positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
             kept = [(row, runs.rows.places(row)) for row in rows]
             if positions is not None:
                 positions = torch.stack([positions[row, at.to(positions.device)] for row, at in kept])
             if state is not None and state.ndim == 3:
                 state = torch.stack([state[row, at.to(state.device)] for row, at in kept])
+            if full is not None:
+                full = torch.stack([full[row, at.to(full.device)][:, at.to(full.device)] for row, at in kept])
             if prefix is not None:
                 prefix = torch.stack([prefix[row, at] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
         prefix = None if prefix is None else prefix.to(self.device)
-        mask, visible = visibility(tokens, runs.visible, real, prefix)
+        mask, visible = visibility(tokens, full, real, prefix)
         at = resolve_positions(mask, positions, self.cfg.n_ctx if self.cfg.learned_positions else None)
         if state is not None and state.ndim == 2:
             if int(at.max()) >= len(state):

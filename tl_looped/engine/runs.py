@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -199,16 +200,20 @@ class Runs:
 
     def equal_lengths(self, most: int) -> list[list[int]]:
         """The rows in batches of one length each, shortest first: batches that need no padding."""
-        if self.visible is not None:
-            raise InputError(
-                "attention_mask of shape [batch, query, key] belongs to one batch, but this runs prompts in several: "
-                "pass [batch, pos]."
-            )
         lengths = [int(real.sum()) for real in self.rows.real]
         by_length: dict[int, list[int]] = {}
         for index in sorted(range(len(self)), key=lengths.__getitem__):
             by_length.setdefault(lengths[index], []).append(index)
         return [rows[i : i + most] for rows in by_length.values() for i in range(0, len(rows), most)]
+
+
+def check_full_mask(mask: Tensor, batch: int, pos: int) -> None:
+    """Raise for a mask that does not say who sees whom."""
+    if mask.shape != (batch, pos, pos):
+        raise InputError(
+            f"attention_mask must have shape {(batch, pos)}, or {(batch, pos, pos)} to say who sees whom, "
+            f"got {tuple(mask.shape)}."
+        )
 
 
 def visibility(
@@ -227,23 +232,21 @@ def visibility(
     if given is not None and not bool(((given == 0) | (given == 1)).all()):
         raise InputError("attention_mask must be of zeros and ones: 1 for tokens that are seen, 0 for others.")
     mask = padding if given is None else given.to(tokens.device).bool()
+    if mask is None and prefix is None:
+        return torch.ones_like(tokens, dtype=torch.bool), None
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
-    if mask.shape == (batch, pos, pos):
+    if mask.ndim != 2:
+        check_full_mask(mask, batch, pos)
         real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
         visible = mask.clone()
-    elif mask.shape == (batch, pos):
+    else:
         if prefix is None and not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # no real token behind one that is not
             return mask, None
         sees = torch.ones(pos, pos, dtype=torch.bool, device=mask.device).tril()[None]
         if prefix is not None:
             sees = sees | (prefix[:, :, None] & prefix[:, None, :])
         real, visible = mask, sees & mask[:, None, :]
-    else:
-        raise InputError(
-            f"attention_mask must have shape {(batch, pos)}, or {(batch, pos, pos)} to say who sees whom, "
-            f"got {tuple(mask.shape)}."
-        )
     visible.diagonal(dim1=1, dim2=2).logical_or_(~visible.any(-1))
     return real, visible
 
@@ -284,6 +287,15 @@ def resolve_prefix(
             )
         prefix = prefix.bool() & real
     return prefix if bool(prefix.any()) else None
+
+
+def tell_of_prefixes(cfg: LoopedConfig) -> None:
+    """Say that a model that was trained with prefixes runs without one."""
+    warnings.warn(
+        f"{cfg.model_name} was trained with a prefix whose tokens see each other in both directions, and none is "
+        "given, so it runs causally: pass prefix_length= or token_type_ids=.",
+        stacklevel=4,
+    )
 
 
 def _leading(real: Bool[Tensor, "batch pos"], lengths: Sequence[int]) -> Bool[Tensor, "batch pos"]:

@@ -9,7 +9,7 @@ from tl_looped.engine.schedule import CORE, FAST, SLOW, HookSite, LoopCount
 _KNOW_STACKS = (
     "with stack=, logit_lens, patch_sweep, attribution_sweep, the interventions, convergence, state_motion, "
     "limit_behaviour, cycle, similarity, trajectory and attention_stability; as they are, caches, hooks, generate, "
-    "observe, record, trace_exits, readout_agreement, jacobian_spectrum and check"
+    "observe, record, directions, steering_sweep, trace_exits, readout_agreement, jacobian_spectrum and check"
 )
 
 
@@ -28,7 +28,7 @@ class Stacks:
             InputError: not a count, or two of them for a model that has one.
         """
         loops = self.n_loops if n_loops is None else n_loops
-        if not isinstance(loops, (tuple, list)):
+        if not isinstance(loops, (tuple, list)) or (self.two_states is None and not isinstance(loops, tuple)):
             inner = None if self.two_states is None else self.two_states.l_cycles
             return check_count("n_loops", loops), inner
         if self.two_states is None:
@@ -75,6 +75,10 @@ class Stacks:
     def made_of(self, stack: str) -> dict[str, str]:
         """The stack, for what says what made a result; nothing where there is one."""
         return {} if len(self.looping) == 1 else {"stack": stack}
+
+    def name_in(self, stack: str, short: str) -> str:
+        """The short name of a site of a stack that loops, as a cache reads it."""
+        return short if len(self.looping) == 1 else f"{stack}.{short}"
 
     def own_site(self, site: HookSite) -> HookSite:
         """The site, which must say its stack where several loop.

@@ -81,8 +81,13 @@ class LoopedRunner:
             for handle in point.handles()
         ]
         made_by = self.engine.batch_of(self.runs, [0]).describe()
-        if self.runs.initial_state is not None:
-            made_by["initial_state"] = f"given, {digest(self.runs.initial_state)}"
+        given = {
+            "initial_state": self.runs.initial_state,
+            "position_ids": self.runs.position_ids,
+            "attention_mask": self.runs.visible,
+            "prefix": self.runs.prefix,
+        }
+        made_by |= {name: f"given, {digest(value)}" for name, value in given.items() if value is not None}
         dtype = str(self.engine.dtype).removeprefix("torch.")
         return {"model": self.engine.cfg.model_name, "dtype": dtype, **made_by, "hooks": hooks}
 

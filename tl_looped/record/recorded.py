@@ -260,15 +260,16 @@ class Recorded(AnyResult, Dataset[dict[str, Any]]):
             prompts: their indices; of one length.
 
         Raises:
-            InputError: another model, prompts of different length or that are not there; or a run whose initial state
-                or positions were given, which are not kept here.
+            InputError: another model, prompts of different length or that are not there; or a run whose initial
+                state, positions or full attention mask were given, which are not kept here.
         """
         chosen = [resolve_index("prompt", i, len(self.tokens)) for i in prompts]
         ours, theirs = self.cfg.to_dict(), model.cfg.to_dict()
         other = [key for key, value in theirs.items() if ours[key] != value and key != "model_name"]
         if other:
             raise InputError(f"this was recorded from another model, which differs in {', '.join(other)}.")
-        kept = [key for key in ("initial_state", "position_ids") if str(self.made_by.get(key)).startswith("given")]
+        given = ("initial_state", "position_ids", "attention_mask")
+        kept = [key for key in given if str(self.made_by.get(key)).startswith("given")]
         if kept:
             raise InputError(f"the run was given {kept[0]}, which is not kept here: read activations with tensor.")
         if len({len(self.tokens[i]) for i in chosen}) != 1:

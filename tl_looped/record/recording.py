@@ -99,7 +99,6 @@ def record(
     tokens = [runs.rows.unpadded(row) for row in range(len(runs))]
     made_by = {
         **runner.describe(),
-        "position_ids": None if runs.position_ids is None else f"given, {digest(runs.position_ids)}",
         "prompts": digest(*tokens),
         "weights": weights_digest(model),
         "sites": names,
