@@ -28,13 +28,15 @@ from tl_looped.engine.parts import (
     QKNorm,
     Rotary,
     StateInit,
+    TwoStates,
     check_choice,
 )
-from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, LoopSchedule
+from tl_looped.engine.schedule import CODA, PRELUDE, HookSite, LoopCount, LoopSchedule
+from tl_looped.engine.stacks import Stacks
 
 
 @dataclass(frozen=True)
-class LoopedConfig:
+class LoopedConfig(Stacks):
     """A decoder with `n_prelude` layers, `n_core` layers run `n_loops` times, and `n_coda` layers.
 
     Names are TransformerLens's where it has one. What a choice computes stands in the tables of `engine.parts`. With x
@@ -44,6 +46,8 @@ class LoopedConfig:
         x = initial state
         n_loops times:  x = N(update(x, core(inject(x, e))))   N as `loop_norm` says
         logits = cap(U N(coda(N(x))))
+
+    With `two_states` two stacks of `n_core` layers loop in place of the core: see `TwoStates`.
 
     What asks how a model is built asks the methods here (`sum_broken_by`, `score_terms`, ...), not the fields.
     """
@@ -79,6 +83,8 @@ class LoopedConfig:
     attn_scale: float | None = None  # None: 1 / sqrt(d_head)
     score_cap: float | None = None  # c: scores become c · tanh(scores / c), before the mask
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
+    attn_gate: bool = False  # every channel of every head's z times sigmoid(G x), x being what queries are made of
+    prefix_lm: bool = False  # trained on prompts whose tokens see each other in both directions
 
     # Position.
     rotary: Rotary | None = dataclasses.field(default_factory=Rotary)
@@ -94,6 +100,7 @@ class LoopedConfig:
     state_init_std: float = 1.0  # of the normal distribution; truncated at three of them
     state_init_scale: float = 1.0  # the drawn state is multiplied by this
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
+    two_states: TwoStates | None = None  # two stacks that loop, each with a state; None: one core with one state
 
     # Embedding and head.
     embed_scale: float = 1.0
@@ -144,7 +151,16 @@ class LoopedConfig:
             )
         if self.loop_step > 1 or (self.loop_step != 1 and self.loop_update != "damped"):
             raise InputError(f"loop_step={self.loop_step} must be in (0, 1], and 1 unless loop_update='damped'.")
-        layers = self.n_prelude + self.n_core + self.n_coda
+        if self.two_states is not None:
+            others = [one for one in dataclasses.fields(self) if one.name in _OF_ONE_STATE]
+            given = [one.name for one in others if getattr(self, one.name) != one.default]
+            if given or self.loop_norm not in ("none", "each"):
+                name = given[0] if given else "loop_norm"
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} does not go with two_states, where every loop adds one state to "
+                    "the other: leave it out."
+                )
+        layers = len(self.layers())
         if self.windows and len(self.windows) != layers:
             raise InputError(f"windows must have one entry for each of {layers} layers, got {len(self.windows)}.")
         for window in self.windows:
@@ -166,14 +182,16 @@ class LoopedConfig:
             "or model.schedule.depth for the realised depth."
         )
 
-    def schedule(self, n_loops: int | None = None) -> LoopSchedule:
+    def schedule(self, n_loops: LoopCount | None = None) -> LoopSchedule:
         """The schedule of a run with `n_loops` loops (default: the count the model was trained with)."""
-        loops = self.n_loops if n_loops is None else n_loops
+        loops, inner = self.counts(n_loops)
+        if inner is not None:
+            return LoopSchedule.nested(self.n_core, loops, inner)
         return LoopSchedule.looped(self.n_prelude, self.n_core, self.n_coda, loops)
 
     def layers(self) -> list[tuple[str, int]]:
         """Every distinct layer as (stack, index in it), in the order in which one loop runs them."""
-        counts = ((PRELUDE, self.n_prelude), (CORE, self.n_core), (CODA, self.n_coda))
+        counts = [(PRELUDE, self.n_prelude), *((stack, self.n_core) for stack in self.looping), (CODA, self.n_coda)]
         return [(stack, layer) for stack, n in counts for layer in range(n)]
 
     def window(self, stack: str | None, layer: int | None) -> int | None:
@@ -202,7 +220,7 @@ class LoopedConfig:
     @property
     def resumes_in_loop(self) -> bool:
         """Whether a loop can go on from what one of its layers reads, without the state that entered it."""
-        return self.loop_update == "replace"
+        return self.loop_update == "replace" and self.two_states is None
 
     # Norms around the loop and the head.
 
@@ -227,10 +245,12 @@ class LoopedConfig:
             return None
         if self.final_norm:
             return HookSite("ln_final.")
-        return HookSite("ln_loop.", loop=last_loop) if self.norms_each_loop else HookSite("ln_coda.")
+        return HookSite("ln_loop.", self.head_stack, loop=last_loop) if self.norms_each_loop else HookSite("ln_coda.")
 
     def sum_broken_by(self, n_loops: int) -> str | None:
         """Why the last state is not the embedding plus the layers' outputs; None where it is."""
+        if self.two_states is not None:
+            return "in every loop one of two states is added to the other"
         if self.norm_placement == "residual_sandwich":
             return "its layers normalise the residual stream itself"
         if self.embed_norm or self.prelude_norm:
@@ -293,6 +313,8 @@ class LoopedConfig:
 
     def state_in_words(self) -> str:
         """What enters the first loop."""
+        if self.two_states is not None:
+            return "z_H: the embedding; z_L: a learned vector, the same at every position"
         std = self.state_init_std * self.state_init_scale
         return STATE_INITS[self.state_init][1].format(source=self.source, std=std)
 
@@ -300,6 +322,7 @@ class LoopedConfig:
         """The choices that make up the model, each as (name, what it is); what a model does not have is left out."""
         formula, words = INJECTIONS[self.injection]
         act = ACT_FNS[self.act_fn]
+        mixed = words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}"
         mlp = f"{act}(gate) · up" if self.gated_mlp else f"{act}, not gated"
         biases = {"queries and keys": self.qk_bias, "values": self.v_bias, "attention's output": self.o_bias}
         biased = [name for name, is_so in {**biases, "the MLP": self.mlp_bias}.items() if is_so]
@@ -309,7 +332,8 @@ class LoopedConfig:
             "MLP": mlp,
             "biases": ", ".join(biased),
             "attention": "; ".join(self._attention_in_words()),
-            "injection": words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}",
+            "injection": mixed if self.two_states is None else "",
+            "states": "" if self.two_states is None else self.two_states.in_words(),
             "initial state": self.state_in_words(),
             "update of the state": "" if self.loop_update == "replace" else _update(self),
             "norm of the loop": LOOP_NORMS[self.loop_norm],
@@ -319,6 +343,7 @@ class LoopedConfig:
             "position": self._position_in_words(),
             "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
             "exit gate": "a linear gate on the state after every loop" if self.exit_gate else "",
+            "prompts": "tokens of a prefix see each other in both directions" if self.prefix_lm else "",
         }
         return [(name, text) for name, text in parts.items() if text]
 
@@ -327,6 +352,8 @@ class LoopedConfig:
         if self.qk_norm is not None:
             each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
             words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
+        if self.attn_gate:
+            words.append("a gate on every channel of every head's output")
         if self.score_cap is not None:
             words.append(f"soft cap of {self.score_cap:g} on scores")
         if seen:
@@ -362,6 +389,8 @@ class LoopedConfig:
                 given[name] = Rotary(**rotary)
         if given.get("qk_norm") is not None:
             given["qk_norm"] = QKNorm(**_fields(QKNorm, given["qk_norm"], "qk_norm"))
+        if given.get("two_states") is not None:
+            given["two_states"] = TwoStates(**_fields(TwoStates, given["two_states"], "two_states"))
         for name in ("windows", "eos_token_ids"):
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
@@ -396,4 +425,6 @@ _CHOICES: dict[str, Mapping[Any, object]] = {
 }
 _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "state_init_scale", "embed_scale")
 _NUMBERS += ("logit_cap",)
+_OF_ONE_STATE = ("n_prelude", "n_coda", "injection", "loop_update", "state_init", "exit_gate", "final_norm_kind")
+_OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

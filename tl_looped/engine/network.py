@@ -35,6 +35,7 @@ class Frame(NamedTuple):
     angles_windowed: Angles | None = None  # of layers with a window
     visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
     kv: KVCache | None = None  # keys and values of earlier positions
+    l_cycles: int | None = None  # of two stacks that loop, how often the fast one runs in each loop
 
     def repeat(self, times: int) -> Frame:
         """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""
@@ -44,11 +45,14 @@ class Frame(NamedTuple):
 
         full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
         visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
-        return Frame(repeated(self.positions), full, windowed, visible)
+        return Frame(repeated(self.positions), full, windowed, visible, l_cycles=self.l_cycles)
 
 
 class Network(nn.Module, ABC):
     """A network of `cfg`'s schedule.
+
+    Its state, [batch, pos, d_state], is what goes from loop to loop: d_state is d_model, or where there are two states,
+    side by side, twice that; the one that the head reads comes first.
 
     Attributes:
         cfg: what it was built from.
@@ -73,8 +77,17 @@ class Network(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
+    def frame(
+        self,
+        visible: Bool[Tensor, "#batch pos key"] | None,
+        positions: Int[Tensor, "rows pos"],
+        l_cycles: int | None = None,
+    ) -> Frame:
         """Prepare what all layers of a run share."""
+
+    def read_part(self, state: Float[Tensor, "*rows d_state"]) -> Float[Tensor, "*rows d_model"]:
+        """The part of a state that the head reads: all of it, or one of two states."""
+        return state
 
     @abstractmethod
     def needs_input(self, state_given: bool) -> bool:
@@ -85,30 +98,30 @@ class Network(nn.Module, ABC):
         self,
         tokens: Int[Tensor, "batch pos"],
         frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
+        state: Float[Tensor, "batch pos d_state"] | None,
         start: int = 0,
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+    ) -> tuple[Float[Tensor, "batch pos d_state"], Float[Tensor, "batch pos d_model"] | None]:
         """(the state entering loop `start`, what the loops read of the tokens or None where they read nothing)."""
 
     @abstractmethod
     def loop(
         self,
-        state: Float[Tensor, "batch pos d_model"],
+        state: Float[Tensor, "batch pos d_state"],
         e: Float[Tensor, "batch pos d_model"] | None,
         frame: Frame,
         t: int,
         first_layer: int = 0,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_state"]:
         """One pass through the core: the state entering loop t to the state leaving it.
 
         With `first_layer` above 0 it goes on from the middle: `state` is what that layer reads.
         """
 
     @abstractmethod
-    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """What the unembedding reads if the model stops with this state."""
 
-    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
+    def readout(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the model if it stops with this state."""
         return self.unembed(self.finish(state, frame))
 
@@ -116,10 +129,10 @@ class Network(nn.Module, ABC):
         self,
         tokens: Int[Tensor, "batch pos"],
         frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
+        state: Float[Tensor, "batch pos d_state"] | None,
         start: int,
         stop: int,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_state"]:
         """The state after loops start, ..., stop - 1, from `state`, or from what the tokens give without one."""
         x, e = self.begin(tokens, frame, state, start)
         for t in range(start, stop):

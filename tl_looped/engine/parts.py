@@ -165,6 +165,28 @@ class QKNorm:
             check_number("qk_norm.eps", self.eps)
 
 
+@dataclass(frozen=True)
+class TwoStates:
+    """Two stacks of layers on two timescales, each with a state of its own: L (`L_blocks`) and H (`H_blocks`).
+
+    z_H starts as e and z_L as a learned vector, the same at every position. A loop runs L several times, then H once:
+    z_L ← N(L(z_L + z_H)), `l_cycles` times; z_H ← N(H(z_H + z_L)). The head reads z_H.
+
+    Attributes:
+        l_cycles: how often L runs in a loop, in the model as it was trained; a run may ask for another count.
+    """
+
+    l_cycles: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("two_states.l_cycles", self.l_cycles)
+
+    def in_words(self) -> str:
+        """What a loop does, as a report says it."""
+        each = f"{self.l_cycles} times z_L ← N(L(z_L + z_H)), then z_H ← N(H(z_H + z_L))"
+        return f"two, on two timescales: in every loop {each}"
+
+
 def check_choice(name: str, value: object, table: Mapping[Any, object]) -> None:
     """Raise for a choice that is not in its table."""
     if value not in table:

@@ -20,6 +20,8 @@ from tl_looped.nn.rotary import rotate
 class Attention(nn.Module):
     r"""o(softmax(scale · cap(q kᵀ)) v), with norms and rotary on q and k as the config says.
 
+    With a gate, every channel of a head's values is multiplied by sigmoid(G x) before o, and `hook_z` is behind it.
+
     The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where
     they are hooked, scores in float32 at least, and take its place only where a hook changed them; so watching changes
     nothing, to the bit. (With a soft cap, which the fused one does not know, they are formed always.)
@@ -36,12 +38,15 @@ class Attention(nn.Module):
         self.norm_first = cfg.qk_norm is not None and not cfg.qk_norm.after_rotary
         self.norm_last = cfg.qk_norm is not None and cfg.qk_norm.after_rotary
         without = ("hook_rot_q", "hook_rot_k") if rotary is None else ()
+        without = without if cfg.attn_gate else (*without, "hook_gate")
         self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, without)
         n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
         self.k = nn.Linear(cfg.d_model, n_key, bias=cfg.qk_bias)
         self.v = nn.Linear(cfg.d_model, n_key, bias=cfg.v_bias)
         self.o = nn.Linear(n_query, cfg.d_model, bias=cfg.o_bias)
+        if cfg.attn_gate:
+            self.gate = nn.Linear(cfg.d_model, n_query, bias=False)
         if cfg.qk_norm is not None:
             kind, eps = NORMS[cfg.qk_norm.kind], cfg.qk_norm.eps or cfg.eps
             sizes = (cfg.d_head, cfg.d_head) if cfg.qk_norm.per == "head" else (n_query, n_key)
@@ -89,7 +94,10 @@ class Attention(nn.Module):
             q, k = hooks.hook_rot_q(q, loop), hooks.hook_rot_k(k, loop)
         if frame.kv is not None:
             k, v = frame.kv.extend(self.layer, loop, k, v)
-        z = hooks.hook_z(self._mix(q, k, v, frame, loop), loop)
+        z = self._mix(q, k, v, frame, loop)
+        if self.cfg.attn_gate:
+            z = z * hooks.hook_gate(self.gate(x).view(heads).sigmoid(), loop)
+        z = hooks.hook_z(z, loop)
         out = self.o(z.flatten(-2))
         return self._through_result(out, z, loop) if hooks.hook_result.wants(loop) else out
 

@@ -25,7 +25,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE
-from tl_looped.model import LoopedModel, check_looped
+from tl_looped.model import LoopedModel, check_looped, one_core
 from tl_looped.nn.block import Block
 from tl_looped.viz.curves import layer_shares
 
@@ -208,7 +208,7 @@ def neuron_shares(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "
             f"{min_kurtosis:g}: pass a smaller min_kurtosis."
         )
-    transformer = model.transformer
+    transformer = one_core(model)
     blocks: list[tuple[str, int, Any]] = []
     for stack, modules in ((PRELUDE, transformer.prelude), (CORE, transformer.blocks), (CODA, transformer.coda)):
         blocks += [(stack, layer, block) for layer, block in enumerate(modules)]
