@@ -423,4 +423,4 @@ def verdict_shares(
     fig.update_xaxes(type="category", title={"text": "position in the prompt"})
     fig.update_yaxes(title={"text": "tokens (%)"}, range=[0, 100])
     title = heading(f"In the long run: {model}")
-    return base_layout(fig, 380, title=title, barmode="stack", legend=_BELOW, margin={"b": 90})
+    return base_layout(fig, 380, title=title, barmode="stack", legend=_BELOW, showlegend=True, margin={"b": 90})
