@@ -14,6 +14,7 @@ from tl_looped.adapters.hrm_text import HrmTextAdapter
 from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
+from tl_looped.adapters.puzzles import HrmAdapter, TrmAdapter
 from tl_looped.adapters.raven import RavenAdapter
 from tl_looped.engine.errors import LoadError
 
@@ -27,6 +28,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     LoopedNanochatAdapter(),
     BaseLoopAdapter(),
     HrmTextAdapter(),
+    HrmAdapter(),
+    TrmAdapter(),
 )
 
 
