@@ -15,7 +15,7 @@ from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from tl_looped import HookNameError, InputError, LoopedCache, LoopedModel, LoopSchedule
 from tl_looped.engine.kv import KVCache
-from tl_looped.lens import LOSS, view_prompt
+from tl_looped.lens import LOSS, EntropyRule, view_prompt
 from tl_looped.observe import observe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
@@ -354,6 +354,17 @@ def test_generation_goes_on_from_a_prefix(model: LoopedModel, length: int):
     assert torch.equal(model.generate(tokens, 4, **options, watch=watch), whole)
     said = model(tokens, (2, 3), attention_mask=mask, prefix_length=options["prefix_length"]).detach()[:, -1]
     torch.testing.assert_close(ends[5], said.log_softmax(-1))
+
+
+def test_an_exit_rule_stops_whole_loops(model: LoopedModel):
+    """A token that stops after loop 0 says what a run of one loop says."""
+    tokens = tokens_for(model, pos=6)
+    options: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "prefix_length": 6}
+    at_once = model.generate(tokens, 1, (3, 2), **options, exit_rule=EntropyRule(100.0), return_type="result")
+    assert at_once.loops.tolist() == [[1], [1]]
+    assert torch.equal(at_once.tokens, model.generate(tokens, 1, (1, 2), **options))
+    never = model.generate(tokens, 4, (3, 2), **options, exit_rule=EntropyRule(1e-9))
+    assert torch.equal(never, model.generate(tokens, 4, (3, 2), **options))
 
 
 def test_later_loops_find_the_keys_of_the_last_one_that_ran():
