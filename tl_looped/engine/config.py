@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tl_looped.engine.checks import check_number
-from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.parts import (
     ACT_FNS,
     INJECTIONS,
@@ -25,6 +25,7 @@ from tl_looped.engine.parts import (
     LoopUpdate,
     NormKind,
     NormPlacement,
+    Puzzles,
     QKNorm,
     Rotary,
     StateInit,
@@ -84,7 +85,8 @@ class LoopedConfig(Stacks):
     score_cap: float | None = None  # c: scores become c · tanh(scores / c), before the mask
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
     attn_gate: bool = False  # every channel of every head's z times sigmoid(G x), x being what queries are made of
-    prefix_lm: bool = False  # trained on prompts whose tokens see each other in both directions
+    causal: bool = True  # whether a token sees those before it alone; else all see all
+    prefix_lm: bool = False  # trained on prompts that begin with tokens that see each other in both directions
 
     # Position.
     rotary: Rotary | None = dataclasses.field(default_factory=Rotary)
@@ -101,9 +103,11 @@ class LoopedConfig(Stacks):
     state_init_scale: float = 1.0  # the drawn state is multiplied by this
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
     two_states: TwoStates | None = None  # two stacks that loop, each with a state; None: one core with one state
+    halt_gate: bool = False  # of two states, a linear map of z_H to the logits of (halt, go on); trained at position 0
 
     # Embedding and head.
     embed_scale: float = 1.0
+    puzzles: Puzzles | None = None  # vectors that stand before a prompt, as tokens behind the vocabulary
     embed_norm: bool = False  # on what the prelude reads
     prelude_norm: bool = False  # on what comes out of the prelude
     final_norm: bool = True  # whether the head reads through a norm
@@ -154,12 +158,17 @@ class LoopedConfig(Stacks):
         if self.two_states is not None:
             others = [one for one in dataclasses.fields(self) if one.name in _OF_ONE_STATE]
             given = [one.name for one in others if getattr(self, one.name) != one.default]
+            given += ["injection"] if self.injection not in ("none", "add") else []
             if given or self.loop_norm not in ("none", "each"):
                 name = given[0] if given else "loop_norm"
                 raise InputError(
                     f"{name}={getattr(self, name)!r} does not go with two_states, where every loop adds one state to "
                     "the other: leave it out."
                 )
+        elif self.puzzles is not None or self.halt_gate or not self.causal:
+            raise InputError("puzzles, halt_gate and causal=False are parts of models with two_states.")
+        if self.prefix_lm and not self.causal:
+            raise InputError("prefix_lm=True says who sees whom, and with causal=False all see all: leave it out.")
         layers = len(self.layers())
         if self.windows and len(self.windows) != layers:
             raise InputError(f"windows must have one entry for each of {layers} layers, got {len(self.windows)}.")
@@ -193,6 +202,22 @@ class LoopedConfig(Stacks):
         """Every distinct layer as (stack, index in it), in the order in which one loop runs them."""
         counts = [(PRELUDE, self.n_prelude), *((stack, self.n_core) for stack in self.looping), (CODA, self.n_coda)]
         return [(stack, layer) for stack, n in counts for layer in range(n)]
+
+    @property
+    def d_tokens(self) -> int:
+        """How many tokens can be read: the vocabulary, and behind it the rows of puzzles."""
+        return self.d_vocab + (0 if self.puzzles is None else self.puzzles.n * self.puzzles.rows)
+
+    def puzzle_tokens(self, puzzle: int) -> list[int]:
+        """The tokens that stand before a prompt of a puzzle.
+
+        Raises:
+            InputError: there is no such puzzle, or the model has none.
+        """
+        if self.puzzles is None:
+            raise InputError(f"{self.model_name} has no puzzles: its prompts begin with themselves.")
+        first = self.d_vocab + resolve_index("puzzle", puzzle, self.puzzles.n) * self.puzzles.rows
+        return list(range(first, first + self.puzzles.rows))
 
     def window(self, stack: str | None, layer: int | None) -> int | None:
         """How many keys a query of a layer sees, itself included; None for all up to itself."""
@@ -251,7 +276,7 @@ class LoopedConfig(Stacks):
         """Why the last state is not the embedding plus the layers' outputs; None where it is."""
         if self.two_states is not None:
             return "in every loop one of two states is added to the other"
-        if self.norm_placement == "residual_sandwich":
+        if self.norm_placement in ("residual_sandwich", "post"):
             return "its layers normalise the residual stream itself"
         if self.embed_norm or self.prelude_norm:
             return "the residual stream is normalised before the loops"
@@ -314,7 +339,8 @@ class LoopedConfig(Stacks):
     def state_in_words(self) -> str:
         """What enters the first loop."""
         if self.two_states is not None:
-            return "z_H: the embedding; z_L: a learned vector, the same at every position"
+            one = "a learned vector, the same at every position"
+            return f"z_H: {'the embedding' if self.two_states.h_start == 'embedding' else one}; z_L: {one}"
         std = self.state_init_std * self.state_init_scale
         return STATE_INITS[self.state_init][1].format(source=self.source, std=std)
 
@@ -333,7 +359,7 @@ class LoopedConfig(Stacks):
             "biases": ", ".join(biased),
             "attention": "; ".join(self._attention_in_words()),
             "injection": mixed if self.two_states is None else "",
-            "states": "" if self.two_states is None else self.two_states.in_words(),
+            "states": "" if self.two_states is None else self.two_states.in_words(self.reads_input_in_loops),
             "initial state": self.state_in_words(),
             "update of the state": "" if self.loop_update == "replace" else _update(self),
             "norm of the loop": LOOP_NORMS[self.loop_norm],
@@ -343,9 +369,16 @@ class LoopedConfig(Stacks):
             "position": self._position_in_words(),
             "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
             "exit gate": "a linear gate on the state after every loop" if self.exit_gate else "",
-            "prompts": "tokens of a prefix see each other in both directions" if self.prefix_lm else "",
+            "halting": "a linear map of z_H at position 0, to (halt, go on)" if self.halt_gate else "",
+            "puzzles": "" if self.puzzles is None else f"{self.puzzles.n}, of {self.puzzles.rows} positions each",
+            "prompts": self._sight_in_words(),
         }
         return [(name, text) for name, text in parts.items() if text]
+
+    def _sight_in_words(self) -> str:
+        if not self.causal:
+            return "all tokens see each other"
+        return "tokens of a prefix see each other in both directions" if self.prefix_lm else ""
 
     def _attention_in_words(self) -> list[str]:
         words, seen = [], sorted({window for window in self.windows if window is not None})
@@ -389,8 +422,9 @@ class LoopedConfig(Stacks):
                 given[name] = Rotary(**rotary)
         if given.get("qk_norm") is not None:
             given["qk_norm"] = QKNorm(**_fields(QKNorm, given["qk_norm"], "qk_norm"))
-        if given.get("two_states") is not None:
-            given["two_states"] = TwoStates(**_fields(TwoStates, given["two_states"], "two_states"))
+        for name, kind in (("two_states", TwoStates), ("puzzles", Puzzles)):
+            if given.get(name) is not None:
+                given[name] = kind(**_fields(kind, given[name], name))
         for name in ("windows", "eos_token_ids"):
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
@@ -425,6 +459,6 @@ _CHOICES: dict[str, Mapping[Any, object]] = {
 }
 _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "state_init_scale", "embed_scale")
 _NUMBERS += ("logit_cap",)
-_OF_ONE_STATE = ("n_prelude", "n_coda", "injection", "loop_update", "state_init", "exit_gate", "final_norm_kind")
+_OF_ONE_STATE = ("n_prelude", "n_coda", "loop_update", "state_init", "exit_gate", "final_norm_kind")
 _OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

@@ -1,4 +1,4 @@
-"""One transformer layer, in the four placements of its norms."""
+"""One transformer layer, in the five placements of its norms."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Block(nn.Module):
     """Attention and MLP, each with the norms that `cfg.norm_placement` puts before and after it.
 
     `ln1`, `ln2` come before attention and MLP, `ln1_post`, `ln2_post` after. `hook_attn_out` and `hook_mlp_out` are
-    what is added to the stream, so after an output norm. In a residual sandwich the norm comes after the sum, so there,
-    and only there, resid_mid is not resid_pre + attn_out.
+    what is added to the stream, so after an output norm. In a residual sandwich, and with norms
+    after ("post"), the norm comes after the sum, so there, and only there, resid_mid is not resid_pre + attn_out.
     """
 
     ln1: Norm
@@ -82,9 +82,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
-        self.before = cfg.norm_placement != "output"
+        self.before = cfg.norm_placement not in ("output", "post")
         self.after = cfg.norm_placement in ("output", "output_sandwich")  # a norm on what a sub-layer gives
-        self.on_stream = cfg.norm_placement == "residual_sandwich"  # a norm on the stream with it
+        self.on_stream = cfg.norm_placement in ("residual_sandwich", "post")  # a norm on the stream with it
         self.hooks = HookGroup(registry, site, looped)
         self.attn = Attention(cfg, registry, site, looped)
         self.mlp = MLP(cfg, registry, site, looped)
@@ -93,6 +93,13 @@ class Block(nn.Module):
         for name in [*names, *(["ln1_post", "ln2_post"] if self.after or self.on_stream else [])]:
             self.add_module(name, NORMS[cfg.norm](cfg.d_model, cfg.eps))
             self.norm_hooks[name] = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped)
+
+    def share(self, other: Block) -> None:
+        """Be the same layer as another at sites of its own: with its maps and norms in place of one's own."""
+        # The very tables of modules, so that what takes a map's place in one, as an adapter does, is in the other too.
+        self.attn._modules, self.mlp._modules = other.attn._modules, other.mlp._modules
+        for name in self.norm_hooks:
+            self.add_module(name, other.get_submodule(name))
 
     @property
     def query_input(self) -> tuple[str, Callable[[Tensor], Tensor]]:

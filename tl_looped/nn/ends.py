@@ -11,7 +11,13 @@ from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.network import CappedLinear
 from tl_looped.nn.norm import PlusOneRMSNorm
 
-_DRAWN = ("embed.weight", "pos_embed.weight", "state_init")  # N(0, 1): what a residual stream begins with
+_DRAWN = (
+    "embed.weight",
+    "pos_embed.weight",
+    "puzzles.weight",
+    "state_init",
+    "h_init",
+)  # N(0, 1): what a residual stream begins with
 
 
 def head(cfg: LoopedConfig, embed: nn.Embedding) -> nn.Linear:

@@ -48,7 +48,7 @@ class LoopedTransformer(Network):
         if cfg.prelude_norm:
             self.ln_prelude = self._norm("ln_prelude")
         absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
-        absent |= {"hook_core_out": cfg.loop_update == "replace"}
+        absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_halt_gate": True}
         without = [name for name, is_so in absent.items() if is_so]
         self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
         if cfg.injection in ("concat_linear", "concat_linear_prelude_first"):
