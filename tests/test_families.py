@@ -5,121 +5,26 @@ Ouro and the Raven family, which came first, have more tests of their own in tes
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, expected, fired, hook_count, noise_like
-from torch import Tensor
+from families import FOLDERS, STORED, load, loops_for, ours, ran
+from helpers import expected, fired, hook_count, noise_like
 
-from tl_looped import InputError, LoopedCache, LoopedModel
+from tl_looped import InputError, LoopedModel
 from tl_looped.report import check
 
 ABSOLUTE = 1e-4
 RELATIVE = 2e-5  # of the largest value
-FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
-FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop")
 LOOPS = 3
 
-# Stored key -> what gives it.
-STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
-STACKED |= {"attn_out": "attn_out", "mlp_out": "mlp_out"}
-ENDS = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
-# What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
-OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
-TOKENS = ("input_ids", "loop_layers")
-
-stored = [
-    (folder, key)
-    for folder in FOLDERS
-    for key in expected(folder)
-    if key not in TOKENS and not key.startswith(OTHER_CACHE)
-]
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
 
 
-@lru_cache
-def load(folder: str, dtype: torch.dtype = torch.float32, looped: bool = True) -> LoopedModel:
-    """The folder's model; a feedforward one looped as the reference was, unless it is asked for as it is."""
-    layers = expected(folder).get("loop_layers")
-    options: dict[str, Any] = {}
-    if layers is not None and looped:
-        options = {"loop_layers": tuple(layers.tolist()), "n_loops": len(expected(folder)["resid_post"])}
-    return LoopedModel.from_pretrained(PARITY / folder, dtype=dtype, **options)
-
-
-@lru_cache
-def ran(folder: str, looped: bool = True) -> tuple[LoopedModel, Tensor, LoopedCache]:
-    """The model, its logits and everything in its cache, at the largest loop count stored."""
-    model = load(folder, looped=looped)
-    loops = len(expected(folder)["resid_post"]) if looped else None
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(expected(folder)["input_ids"], loops)
-    return model, logits, cache
-
-
-def without_injection(model: LoopedModel) -> LoopedModel:
-    """The recursive nanochat whose injection hands on the state alone, as the paper's variant without it."""
-    copied = LoopedModel.from_pretrained(PARITY / "nanochat-recursive")
-    d = model.cfg.d_model
-    with torch.no_grad():
-        copied.transformer.injection.weight.copy_(torch.cat((torch.zeros(d, d), torch.eye(d)), dim=1))
-    return copied
-
-
-def ours(folder: str, key: str) -> Tensor:
-    """What our model computes for a stored key."""
-    tokens, wanted = expected(folder)["input_ids"], expected(folder)[key]
-    model, logits, cache = ran(folder)
-    if key.startswith("noinject."):
-        model, key = without_injection(model), key.removeprefix("noinject.")
-        logits, cache = model.run_with_cache(tokens, 6)
-    if key in (
-        "logits",
-        "hidden_states",
-        "layer_resid_post",
-        "layer_pattern",
-        "layer0_in",
-        "final_norm_out",
-        "ln_f_out",
-    ):
-        if "loop_layers" in expected(folder):
-            model, logits, cache = ran(folder, looped=False)
-        if key == "logits":
-            return logits
-    with torch.no_grad():
-        if key == "logits.default":
-            return model(tokens)
-        if key.startswith("logits.T"):
-            return model(tokens, n_loops=int(key[8:]))
-        if key == "logits_per_iteration":
-            return torch.stack([model.readout(state, tokens) for state in cache.stack("state_post")])
-        if key in ("final_norm_out", "norm_f_out"):
-            return model.transformer.ln_final.affine(cache["ln_final.hook_normalized"])
-        if key == "logits_before_softcap":
-            x = model.transformer.ln_final.affine(cache["ln_final.hook_normalized"])
-            return x @ model.transformer.unembed.weight.T
-    if key in STACKED:
-        return cache.stack(STACKED[key])
-    if key in ("layer_resid_post", "layer_pattern"):
-        return cache.stack(key.removeprefix("layer_"))[0]
-    if key in ("layer0_in", "embed_normed"):
-        name = "prelude.0" if model.cfg.n_prelude else "blocks.0.loop.0"
-        return cache[f"{name}.hook_resid_pre"]
-    if key == "embed":
-        return cache["blocks.0.loop.0.hook_resid_pre"]
-    if key == "hidden_states":
-        last = model.transformer.ln_final.affine(cache["ln_final.hook_normalized"])
-        return torch.cat((cache["resid_pre", 0, 0][None], cache.stack("resid_post")[0][:-1], last[None]))
-    stack, _, rest = key.partition("_")
-    assert stack in ("prelude", "coda"), f"{key} is stored, but no test knows it"
-    return torch.stack([cache[f"{stack}.{layer}.{ENDS[rest]}"] for layer in range(len(wanted))])
-
-
-@pytest.mark.parametrize(("folder", "key"), stored)
+@pytest.mark.parametrize(("folder", "key"), STORED)
 def test_every_stored_number(folder: str, key: str):
-    found, wanted = ours(folder, key).detach(), expected(folder)[key]
+    found, wanted = ours(folder, key), expected(folder)[key]
     assert found.shape == wanted.shape
     error = float((found - wanted).abs().max())
     assert error <= ABSOLUTE
@@ -131,7 +36,7 @@ def test_what_differs_is_rounding_in_float32(folder: str):
     """In float64 our model is as near to the reference as the reference's own float32 allows."""
     key = max(key for key in expected(folder) if key.startswith("logits.T"))
     with torch.no_grad():
-        found = load(folder, torch.float64)(expected(folder)["input_ids"], n_loops=int(key[8:]))
+        found = load(folder, torch.float64)(expected(folder)["input_ids"], n_loops=loops_for(folder, int(key[8:])))
     assert float((found - expected(folder)[key]).abs().max()) <= RELATIVE * float(expected(folder)[key].abs().max())
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError, check_count, nearest
-from tl_looped.engine.parts import LOOP_UPDATES, LinearRope, Llama3Rope, LoopUpdate, Rotary, check_choice
+from tl_looped.engine.parts import LinearRope, Llama3Rope, LoopUpdate, Rotary, check_choice
 
 Json = Mapping[str, Any]
 
@@ -200,6 +200,10 @@ class Adapter(Protocol):
         ...
 
 
+# What a loop may make of the state of a model that was not trained to loop; other updates have weights or habits.
+_UPDATES: Mapping[LoopUpdate, str] = {"replace": "F(x)", "damped": "x + (F(x) - x) / n_loops"}
+
+
 @dataclass(frozen=True)
 class Looping:
     """How to loop a feedforward model.
@@ -231,7 +235,7 @@ class Looping:
             )
         loops = check_count("n_loops", 1 if self.n_loops is None else self.n_loops)
         update = "replace" if self.update is None else self.update
-        check_choice("update", update, LOOP_UPDATES)
+        check_choice("update", update, _UPDATES)
         a, b = (0, cfg.n_core) if self.layers is None else self._checked_layers(cfg.n_core)
         step = 1 / loops if update == "damped" else 1.0
         counts = {"n_prelude": a, "n_core": b - a, "n_coda": cfg.n_core - b, "n_loops": loops}
@@ -248,6 +252,27 @@ class Looping:
                 "layers: the end does not belong to the loop."
             )
         return a, b
+
+
+def gpt_layer(theirs: str, d: int, biased: bool, transposed: bool = False) -> dict[str, Source]:
+    """Where the maps of one layer come from in GPT-2's names: queries, keys and values are parts of one map.
+
+    Args:
+        theirs: what their layer is called.
+        d: the model's width.
+        biased: whether the maps have biases.
+        transposed: whether they are stored [in, out].
+    """
+    sources: dict[str, Source] = {}
+    for kind in ("weight", "bias") if biased else ("weight",):
+        turned = transposed and kind == "weight"
+        shape = (3 * d,) if kind == "bias" else (d, 3 * d) if turned else (3 * d, d)
+        for i, name in enumerate("qkv"):
+            rows = (f"{theirs}.attn.c_attn.{kind}", i * d, (i + 1) * d, shape, turned)
+            sources[f"attn.{name}.{kind}"] = Source(*rows)
+        for ours, stored in (("attn.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+            sources[f"{ours}.{kind}"] = Source(f"{theirs}.{stored}.{kind}", transposed=turned)
+    return sources
 
 
 def head_size(config: ConfigKeys, d_model: Any, n_heads: Any) -> int:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tl_looped.adapters.base import ConfigKeys, Json, Source
+from tl_looped.adapters.base import ConfigKeys, Json, Source, gpt_layer
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.parts import FLOAT32_EPS
 
-_MAPS = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 _LOOPS = 8  # what the published code runs when it is not told
 
 
@@ -61,15 +60,10 @@ class BaseLoopAdapter:
             "ln_final.weight": Source("transformer.norm_f.weight"),
             "unembed.weight": Source("lm_head.weight"),
         }
-        d = cfg.d_model
         for layer in range(cfg.n_core):
             ours, theirs = f"blocks.{layer}", f"transformer.h.blocks.{layer}"
-            for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
-                shape = (3 * d, d) if kind == "weight" else (3 * d,)
-                for i, name in enumerate("qkv"):
-                    rows = (f"{theirs}.attn.c_attn.{kind}", i * d, (i + 1) * d, shape)
-                    sources[f"{ours}.attn.{name}.{kind}"] = Source(*rows)
-                sources |= {f"{ours}.{one}.{kind}": Source(f"{theirs}.{two}.{kind}") for one, two in _MAPS.items()}
+            maps = gpt_layer(theirs, cfg.d_model, biased=cfg.mlp_bias)
+            sources |= {f"{ours}.{name}": source for name, source in maps.items()}
             for i in (1, 2):
                 sources[f"{ours}.ln{i}.weight"] = Source(f"{theirs}.norm_{i}.weight")
         return sources

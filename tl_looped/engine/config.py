@@ -43,7 +43,7 @@ class LoopedConfig:
         e = N(prelude(N(scale · E[token] + P[position])))      P, and these two norms, only where they are asked for
         x = initial state
         n_loops times:  x = N(update(x, core(inject(x, e))))   N as `loop_norm` says
-        logits = cap(U N(coda(N(x))))
+        logits = cap(U N(coda(N(x))))                          the coda's layers may be the core's, once more
 
     What asks how a model is built asks the methods here (`sum_broken_by`, `score_terms`, ...), not the fields.
     """
@@ -62,6 +62,7 @@ class LoopedConfig:
     n_core: int = 1
     n_coda: int = 0
     n_loops: int = 4
+    coda_is_core: bool = False  # the coda's layers are the core's: one last pass through them, outside of the loops
 
     # Layers.
     norm_placement: NormPlacement = "pre"
@@ -77,6 +78,7 @@ class LoopedConfig:
     o_bias: bool = False
     qk_norm: QKNorm | None = None
     attn_scale: float | None = None  # None: 1 / sqrt(d_head)
+    scores_by_layer: bool = False  # the scale is divided by the layer's number among the distinct ones, from 1
     score_cap: float | None = None  # c: scores become c · tanh(scores / c), before the mask
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
 
@@ -144,6 +146,11 @@ class LoopedConfig:
             )
         if self.loop_step > 1 or (self.loop_step != 1 and self.loop_update != "damped"):
             raise InputError(f"loop_step={self.loop_step} must be in (0, 1], and 1 unless loop_update='damped'.")
+        if self.coda_is_core and self.n_coda != self.n_core:
+            raise InputError(
+                f"coda_is_core=True runs the {self.n_core} core layers once more, so n_coda must be {self.n_core}, got "
+                f"{self.n_coda}."
+            )
         layers = self.n_prelude + self.n_core + self.n_coda
         if self.windows and len(self.windows) != layers:
             raise InputError(f"windows must have one entry for each of {layers} layers, got {len(self.windows)}.")
@@ -181,6 +188,16 @@ class LoopedConfig:
         return (
             dict(zip(self.layers(), self.windows, strict=True)).get((stack or "", layer or 0)) if self.windows else None
         )
+
+    def score_scale(self, stack: str | None, layer: int | None) -> float | None:
+        """What a layer's scores are multiplied by; None for 1 / sqrt(d_head)."""
+        if not self.scores_by_layer:
+            return self.attn_scale
+        number = self.layers().index((stack or "", layer or 0)) - (self.n_core if self._runs_again(stack) else 0) + 1
+        return (self.attn_scale or self.d_head**-0.5) / number
+
+    def _runs_again(self, stack: str | None) -> bool:
+        return self.coda_is_core and stack == CODA
 
     # The state.
 
@@ -238,7 +255,7 @@ class LoopedConfig:
         if self.reads_input_in_loops:
             return "the prelude's output is mixed in again in every loop"
         if self.loop_update != "replace":
-            return "a loop moves the state only a part of the way to what its layers make of it"
+            return LOOP_UPDATES[self.loop_update][1]
         if self.norms_each_loop and n_loops > 1:
             return "the residual stream is normalised between loops"
         if self.loop_norm != "none" and self.n_coda:
@@ -269,6 +286,7 @@ class LoopedConfig:
             "biases on queries and keys": self.qk_bias,
             "norms on queries and keys": self.qk_norm is not None,
             "a scale of their own": scale,
+            "scales that differ by layer": self.scores_by_layer,
             "a soft cap": self.score_cap is not None,
             "sliding windows": any(window is not None for window in self.windows),
         }
@@ -312,6 +330,7 @@ class LoopedConfig:
             "injection": words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}",
             "initial state": self.state_in_words(),
             "update of the state": "" if self.loop_update == "replace" else _update(self),
+            "coda": "the core's layers once more, outside of the loops" if self.coda_is_core else "",
             "norm of the loop": LOOP_NORMS[self.loop_norm],
             "norm before the prelude": "yes" if self.embed_norm else "",
             "norm after the prelude": "yes" if self.prelude_norm else "",
@@ -327,6 +346,8 @@ class LoopedConfig:
         if self.qk_norm is not None:
             each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
             words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
+        if self.scores_by_layer:
+            words.append("scores divided by the layer's number")
         if self.score_cap is not None:
             words.append(f"soft cap of {self.score_cap:g} on scores")
         if seen:
@@ -380,7 +401,7 @@ def _fields(kind: Any, values: Any, what: str) -> Mapping[str, Any]:
 
 
 def _update(cfg: LoopedConfig) -> str:
-    return LOOP_UPDATES[cfg.loop_update].format(step=cfg.loop_step)
+    return LOOP_UPDATES[cfg.loop_update][0].format(step=cfg.loop_step)
 
 
 ROTARY_TERM = "rotary position embedding"

@@ -15,12 +15,13 @@ from tl_looped.engine.errors import InputError, check_count
 
 FLOAT32_EPS = 2.0**-23  # torch.finfo(float32).eps: what a norm without an eps adds, kept in every number format
 
-NormKind = Literal["rms", "rms_plus_one", "weightless", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "weightless", "layer", "layer_no_bias"]
 NORM_KINDS: Mapping[NormKind, str] = {
     "rms": "w · x / sqrt(mean(x²) + eps)",
     "rms_plus_one": "(1 + w) · x / sqrt(mean(x²) + eps)",
     "weightless": "x / sqrt(mean(x²) + eps), without weights",
     "layer": "w · (x − mean(x)) / sqrt(var(x) + eps) + b",
+    "layer_no_bias": "w · (x − mean(x)) / sqrt(var(x) + eps)",
 }
 
 NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output"]
@@ -53,10 +54,17 @@ LOOP_NORMS: Mapping[LoopNorm, str] = {
     "last": "after the last loop only, before what follows",
 }
 
-LoopUpdate = Literal["replace", "damped"]
-LOOP_UPDATES: Mapping[LoopUpdate, str] = {
-    "replace": "F(x): the state is what comes out of the core",
-    "damped": "x + {step:.4g} (F(x) − x): the state moves a part of the way to what comes out of the core",
+LoopUpdate = Literal["replace", "damped", "residual"]
+LOOP_UPDATES: Mapping[LoopUpdate, tuple[str, str]] = {  # what it says; why the state is no sum of what layers write
+    "replace": ("F(x): the state is what comes out of the core", ""),
+    "damped": (
+        "x + {step:.4g} (F(x) − x): the state moves a part of the way to what comes out of the core",
+        "a loop moves the state only a part of the way to what its layers make of it",
+    ),
+    "residual": (
+        "x + F(x): what comes out of the core is added to the state",
+        "a loop adds what its layers make of the state, which has the state in it, to the state once more",
+    ),
 }
 
 StateInit = Literal["prelude", "zeros", "normal", "truncated_normal"]

@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.cfg = cfg
         self.layer = (site.stack, site.layer)
         self.window = cfg.window(*self.layer)
+        self.scale = cfg.score_scale(*self.layer)
         self.turns_apart = self.window is not None and cfg.rotary_windowed is not None
         rotary = cfg.rotary_windowed if self.turns_apart else cfg.rotary
         self.style: RotaryStyle = "halves" if rotary is None else rotary.style
@@ -131,7 +132,7 @@ class Attention(nn.Module):
             # Torch would put a lone query at the first key. (The comparison would stay a symbol in torch.compile.)
             triangle = True if mask is None and q.shape[2] == k.shape[2] else False  # noqa: SIM210
             z = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=triangle, scale=self.cfg.attn_scale, enable_gqa=k.shape[1] != q.shape[1]
+                q, k, v, mask, is_causal=triangle, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
             )
             if hooked:
                 z = self._explicit(q, k, v, visible, loop, z)
@@ -154,7 +155,7 @@ class Attention(nn.Module):
             hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
         else:
             hidden = ~visible[:, None]
-        scores = wide(q) @ wide(k).transpose(-1, -2) * (cfg.attn_scale or cfg.d_head**-0.5)
+        scores = wide(q) @ wide(k).transpose(-1, -2) * (self.scale or cfg.d_head**-0.5)
         if cfg.score_cap is not None:
             scores = (scores / cfg.score_cap).tanh() * cfg.score_cap
         scores = scores.masked_fill(hidden, float("-inf"))

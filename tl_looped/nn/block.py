@@ -94,6 +94,13 @@ class Block(nn.Module):
             self.add_module(name, NORMS[cfg.norm](cfg.d_model, cfg.eps))
             self.norm_hooks[name] = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped)
 
+    def share(self, other: Block) -> None:
+        """Be the same layer as another at sites of its own: with its maps and norms in place of one's own."""
+        # The very tables of modules, so that what takes a map's place in one, as an adapter does, is in the other too.
+        self.attn._modules, self.mlp._modules = other.attn._modules, other.mlp._modules
+        for name in self.norm_hooks:
+            self.add_module(name, other.get_submodule(name))
+
     @property
     def query_input(self) -> tuple[str, Callable[[Tensor], Tensor]]:
         """What W_Q, W_K and W_V read: a site of the layer, and a function of the activation there."""

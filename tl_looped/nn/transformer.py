@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import islice
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,6 +64,9 @@ class LoopedTransformer(Network):
         if cfg.norms_last_loop:
             self._hook_norm("ln_coda")
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
+        if cfg.coda_is_core:
+            for again, block in zip(self.coda, self.blocks, strict=True):
+                cast(Block, again).share(cast(Block, block))
         if cfg.has_final_weights:
             self.ln_final = NORMS[cfg.final_norm_kind or cfg.norm](cfg.d_model, cfg.eps)
         if cfg.final_norm:
@@ -153,6 +157,8 @@ class LoopedTransformer(Network):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state that `before` becomes when the core has made x of it; before any norm."""
         x = self.loop_hooks.hook_core_out(x, t)
+        if self.cfg.loop_update == "residual":
+            return before + x
         return before + self.cfg.loop_step * (x - before)
 
     def loop(

@@ -50,7 +50,7 @@ class Architecture:
             "an MLP other than silu(gate) · up": cfg.act_fn != "silu" or not cfg.gated_mlp,
             "biases other than those of queries and keys": cfg.v_bias or cfg.o_bias or cfg.mlp_bias,
             "a norm on queries and keys of another kind": cfg.qk_norm not in (None, QKNorm()),
-            "a scale of the scores": cfg.attn_scale not in (None, cfg.d_head**-0.5),
+            "a scale of the scores": cfg.attn_scale not in (None, cfg.d_head**-0.5) or cfg.scores_by_layer,
             "soft caps": cfg.score_cap or cfg.logit_cap,
             "sliding windows": any(cfg.windows),
             "another position embedding": cfg.learned_positions or cfg.rotary != plain or cfg.rotary_windowed,

@@ -1,0 +1,135 @@
+"""What test_families.py runs on: the folders of stored numbers since Ouro and Raven, and what gives each here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from helpers import PARITY, expected
+from torch import Tensor
+
+from tl_looped import LoopedCache, LoopedModel
+
+FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
+FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt")
+
+# Stored key -> what gives it.
+STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
+STACKED |= {"attn_out": "attn_out", "mlp_out": "mlp_out"}
+ENDS = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
+HEAD_INPUT = ("final_norm_out", "norm_f_out", "ln_f_out")
+# Of a feedforward model as it is.
+UNLOOPED = ("logits", "hidden_states", "layer_resid_post", "layer_pattern", "layer0_in", *HEAD_INPUT)
+# What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
+OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
+TOKENS = ("input_ids", "loop_layers")
+
+STORED = [
+    (folder, key)
+    for folder in FOLDERS
+    for key in expected(folder)
+    if key not in TOKENS and not key.startswith(OTHER_CACHE)
+]
+
+
+def loops_for(folder: str, theirs: int) -> int:
+    """How many loops here make so many of theirs; Looped-GPT counts the plain pass, which is a coda here."""
+    return theirs - 1 if folder == "looped-gpt" else theirs
+
+
+@lru_cache
+def load(folder: str, dtype: torch.dtype = torch.float32, looped: bool = True) -> LoopedModel:
+    """The folder's model; a feedforward one looped as the reference was, unless it is asked for as it is."""
+    layers = expected(folder).get("loop_layers")
+    options: dict[str, Any] = {}
+    if layers is not None and looped:
+        options = {"loop_layers": tuple(layers.tolist()), "n_loops": len(expected(folder)["resid_post"])}
+    return LoopedModel.from_pretrained(PARITY / folder, dtype=dtype, **options)
+
+
+@lru_cache
+def ran(folder: str, looped: bool = True) -> tuple[LoopedModel, Tensor, LoopedCache]:
+    """The model, its logits and everything in its cache, at the largest loop count stored."""
+    model = load(folder, looped=looped)
+    loops = loops_for(folder, len(expected(folder)["resid_post"])) if looped else None
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(expected(folder)["input_ids"], loops)
+    return model, logits, cache
+
+
+def without_injection(model: LoopedModel) -> LoopedModel:
+    """The recursive nanochat whose injection hands on the state alone, as the paper's variant without it."""
+    copied = LoopedModel.from_pretrained(PARITY / "nanochat-recursive")
+    d = model.cfg.d_model
+    with torch.no_grad():
+        copied.transformer.injection.weight.copy_(torch.cat((torch.zeros(d, d), torch.eye(d)), dim=1))
+    return copied
+
+
+def _layers(cache: LoopedCache, stack: str, name: str) -> Tensor:
+    layers = getattr(cache.cfg, f"n_{stack}")
+    return torch.stack([cache[f"{stack}.{layer}.{ENDS[name]}"] for layer in range(layers)])
+
+
+def _passes(name: str) -> Callable[[LoopedModel, LoopedCache], Tensor]:
+    """Of Looped-GPT: the loops, and then the plain pass."""
+    return lambda model, cache: torch.cat((cache.stack(name), _layers(cache, "coda", name)[None]))
+
+
+def _states(cache: LoopedCache) -> Tensor:
+    """The state entering the first loop, and those leaving each."""
+    return torch.cat((cache["hook_state_init"][None], cache.stack("state_post")))
+
+
+def _read(model: LoopedModel, cache: LoopedCache, states: Tensor) -> Tensor:
+    return torch.stack([model.readout(state, cache.run.tokens) for state in states])
+
+
+# What is stored of one family alone, or means something else in it.
+OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
+    ("looped-gpt", "resid_post"): _passes("resid_post"),
+    ("looped-gpt", "pattern"): _passes("pattern"),
+    ("looped-gpt", "loop_in"): lambda model, cache: _states(cache),
+    ("looped-gpt", "logits_per_iteration"): lambda model, cache: _read(model, cache, _states(cache)),
+    ("looped-gpt", "logits.T1"): lambda model, cache: _read(model, cache, _states(cache)[:1])[0],
+}
+
+
+@torch.no_grad()
+def ours(folder: str, key: str) -> Tensor:
+    """What our model computes for a stored key."""
+    tokens = expected(folder)["input_ids"]
+    model, logits, cache = ran(folder)
+    if (folder, key) in OWN:
+        return OWN[folder, key](model, cache)
+    if key.startswith("noinject."):
+        model, key = without_injection(model), key.removeprefix("noinject.")
+        logits, cache = model.run_with_cache(tokens, 6)
+    if key in UNLOOPED and "loop_layers" in expected(folder):
+        model, logits, cache = ran(folder, looped=False)
+    if key == "logits":
+        return logits
+    if key == "logits.default":
+        return model(tokens)
+    if key.startswith("logits.T"):
+        return model(tokens, n_loops=loops_for(folder, int(key[8:])))
+    if key == "logits_per_iteration":
+        return _read(model, cache, cache.stack("state_post"))
+    if key in (*HEAD_INPUT, "logits_before_softcap"):
+        x = model.transformer.ln_final.affine(cache["ln_final.hook_normalized"])
+        return x @ model.transformer.unembed.weight.T if key == "logits_before_softcap" else x
+    if key in STACKED:
+        return cache.stack(STACKED[key])
+    if key in ("layer_resid_post", "layer_pattern"):
+        return cache.stack(key.removeprefix("layer_"))[0]
+    if key in ("layer0_in", "embed_normed", "embed"):
+        name = "prelude.0" if model.cfg.n_prelude else "blocks.0.loop.0"
+        return cache[f"{name}.hook_resid_pre"]
+    if key == "hidden_states":
+        last = model.transformer.ln_final.affine(cache["ln_final.hook_normalized"])
+        return torch.cat((cache["resid_pre", 0, 0][None], cache.stack("resid_post")[0][:-1], last[None]))
+    stack, _, rest = key.partition("_")
+    assert stack in ("prelude", "coda"), f"{key} is stored, but no test knows it"
+    return _layers(cache, stack, rest)

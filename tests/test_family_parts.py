@@ -1,0 +1,72 @@
+"""Parts that one family brought, beyond its stored numbers: what follows from them, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import PARITY, config, make, refuse, tokens_for
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tl_looped import InputError, LoopedModel
+
+# Looped-GPT.
+
+
+def test_the_plain_pass_is_the_core_once_more_also_where_a_map_was_replaced():
+    model = LoopedModel.from_pretrained(PARITY / "looped-gpt")
+    core, coda = model.transformer.blocks[0], model.transformer.coda[0]
+    assert coda.attn.q is core.attn.q and coda.ln1 is core.ln1
+    assert not any(name.startswith("coda") for name, _ in model.transformer.named_parameters())
+    core.attn.q = nn.Sequential(core.attn.q, nn.Identity())  # as an adapter does
+    assert coda.attn.q is core.attn.q
+
+
+def test_scores_divided_by_layer_are_those_of_transformers(tmp_path):
+    sizes: dict[str, Any] = {"n_embd": 16, "n_head": 2, "n_layer": 3, "vocab_size": 24, "n_positions": 16}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)).eval()
+    theirs.set_attn_implementation("eager")
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(0.5 * torch.randn_like(weight))
+        theirs.save_pretrained(tmp_path)
+        model = LoopedModel.from_pretrained(tmp_path)
+        tokens = tokens_for(model)
+        wanted = theirs(tokens, output_attentions=True)
+        logits, cache = model.run_with_cache(tokens)
+    torch.testing.assert_close(logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache.stack("pattern")[0], torch.stack(wanted.attentions), rtol=1e-5, atol=1e-5)
+    assert "scales that differ by layer" in model.cfg.score_terms()
+    assert "scores divided by the layer's number" in dict(model.cfg.describe())["attention"]
+
+
+def test_the_plain_pass_divides_scores_as_the_core_does():
+    cfg = config(n_core=2, n_coda=2, coda_is_core=True, scores_by_layer=True, n_prelude=1)
+    assert [cfg.score_scale(*layer) for layer in cfg.layers()] == [0.5, 0.25, 0.5 / 3, 0.25, 0.5 / 3]
+    with pytest.raises(InputError, match="coda_is_core=True runs the 2 core layers once more, so n_coda must be 2"):
+        config(n_core=2, n_coda=1, coda_is_core=True)
+
+
+def test_a_residual_update_adds_the_state_again():
+    model = make(torch.float64, loop_update="residual")
+    _, cache = model.run_with_cache(tokens_for(model), 2)
+    torch.testing.assert_close(cache["state_post", 0], cache["state_pre", 0] + cache["core_out", 0])
+    assert "adds what its layers make of the state" in str(model.cfg.sum_broken_by(2))
+    assert not model.cfg.resumes_in_loop and model.cfg.readout_broken_by() is not None
+
+
+def test_layernorms_without_bias():
+    model = make(norm="layer_no_bias")
+    x = torch.randn(3, 16)
+    norm = model.transformer.blocks[0].ln1
+    torch.testing.assert_close(norm(x), nn.functional.layer_norm(x, (16,), norm.weight, eps=1e-6))
+
+
+def test_what_looped_gpt_refuses(released):
+    refuse(released("looped-gpt", {"recurrent_refinement": False}), "recurrent_refinement=False, which is not impl")
+
+
+def test_one_pass_is_no_loop(released):
+    refuse(released("looped-gpt", {"loop_steps": 1}), "loop_steps=1: the one pass through the layers is then the plain")
