@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from helpers import PARITY, expected
 from torch import Tensor
 
 from tl_looped import LoopedCache, LoopedModel
+from tl_looped.engine.numbers import first_met
+from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
-FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt")
+FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3")
 
 # Stored key -> what gives it.
 STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
@@ -24,14 +26,7 @@ HEAD_INPUT = ("final_norm_out", "norm_f_out", "ln_f_out")
 UNLOOPED = ("logits", "hidden_states", "layer_resid_post", "layer_pattern", "layer0_in", *HEAD_INPUT)
 # What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
 OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
-TOKENS = ("input_ids", "loop_layers")
-
-STORED = [
-    (folder, key)
-    for folder in FOLDERS
-    for key in expected(folder)
-    if key not in TOKENS and not key.startswith(OTHER_CACHE)
-]
+GIVEN = ("input_ids", "loop_layers", "exit.threshold", "exit_cdf.threshold", "exit_conv.epsilon")
 
 
 def loops_for(folder: str, theirs: int) -> int:
@@ -87,6 +82,34 @@ def _read(model: LoopedModel, cache: LoopedCache, states: Tensor) -> Tensor:
     return torch.stack([model.readout(state, cache.run.tokens) for state in states])
 
 
+def _exit_loops(model: LoopedModel, cache: LoopedCache, name: str) -> Tensor:
+    """After which loop LoopUS stops each prompt: what its last position says."""
+    stored = expected("loopus-qwen3")
+    if name == "exit_conv":
+        states = _states(cache)[:, :, -1]
+        stops = (states[1:] - states[:-1]).norm(dim=-1) < stored["exit_conv.epsilon"]
+        return first_met(stops).nan_to_num(len(stops) - 1).long()
+    rule = {"exit": GateChanceRule, "exit_cdf": GateRule}[name](float(stored[f"{name}.threshold"]))
+    return trace_exits(model, cache.run.tokens, cache.run.n_loops, rules=[type(rule)], positions=-1).exit_loops(rule)
+
+
+def _exit_logits(model: LoopedModel, cache: LoopedCache, name: str) -> Tensor:
+    loops = _exit_loops(model, cache, name)
+    return _read(model, cache, cache.stack("state_post"))[loops, torch.arange(len(loops))]
+
+
+def _exit_step(model: LoopedModel, cache: LoopedCache) -> Tensor:
+    """What the exit head of LoopUS says of the step that the layers propose."""
+    assert model.transformer.exit_logit is not None
+    return model.transformer.exit_logit(cache.stack("core_out") - cache.stack("state_pre"))[..., -1]
+
+
+def _decoded(folder: str) -> Callable[[LoopedModel, LoopedCache], Tensor]:
+    """What a cache with a slot for every loop decodes: the whole run's."""
+    first = int(expected(folder)["decode.prefill_len"]) - 1
+    return lambda model, cache: model(cache.run.tokens)[:, first:]
+
+
 # What is stored of one family alone, or means something else in it.
 OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("looped-gpt", "resid_post"): _passes("resid_post"),
@@ -94,7 +117,21 @@ OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("looped-gpt", "loop_in"): lambda model, cache: _states(cache),
     ("looped-gpt", "logits_per_iteration"): lambda model, cache: _read(model, cache, _states(cache)),
     ("looped-gpt", "logits.T1"): lambda model, cache: _read(model, cache, _states(cache)[:1])[0],
+    ("loopus-qwen3", "gate_decay"): lambda model, cache: cache.stack("update_gate"),
+    ("loopus-qwen3", "q_logit"): lambda model, cache: cache.stack("exit_gate")[..., -1],
+    ("loopus-qwen3", "q_logit_train"): _exit_step,
+    ("loopus-qwen3", "decode.logits"): _decoded("loopus-qwen3"),
 }
+for name in ("exit", "exit_cdf", "exit_conv"):
+    OWN["loopus-qwen3", f"{name}.logits"] = partial(_exit_logits, name=name)
+    OWN["loopus-qwen3", f"{name}.steps"] = lambda model, cache, name=name: _exit_loops(model, cache, name) + 1
+
+STORED = [
+    (folder, key)
+    for folder in FOLDERS
+    for key in expected(folder)
+    if (folder, key) in OWN or not key.startswith((*OTHER_CACHE, *GIVEN))
+]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 # Looped-GPT.
 
@@ -70,3 +71,74 @@ def test_what_looped_gpt_refuses(released):
 
 def test_one_pass_is_no_loop(released):
     refuse(released("looped-gpt", {"loop_steps": 1}), "loop_steps=1: the one pass through the layers is then the plain")
+
+
+# LoopUS.
+
+
+def test_a_gate_decides_how_far_the_state_moves():
+    model = make(torch.float64, loop_update="gated", gate_rank=2)
+    _, cache = model.run_with_cache(tokens_for(model), 2)
+    before, after, gate = (cache[name, 1] for name in ("state_pre", "core_out", "update_gate"))
+    own = model.transformer.update_gate
+    step = nn.functional.softplus((after - before) @ own.inner.weight.T @ own.outer.weight.T + own.outer.bias)
+    torch.testing.assert_close(gate, torch.exp(-step * torch.exp(own.log_rate)))
+    torch.testing.assert_close(cache["state_post", 1], gate * after + (1 - gate) * before)
+    assert "a gate decides how far" in str(model.cfg.sum_broken_by(2)) and not model.cfg.resumes_in_loop
+    shut = [("hook_update_gate", lambda x, hook: 0 * x)]  # no loop moves the state
+    stays = model.run_with_hooks(tokens_for(model), 2, fwd_hooks=shut)
+    torch.testing.assert_close(stays, model.readout(cache["hook_state_init"], tokens_for(model)))
+
+
+def test_an_exit_gate_may_read_a_norm_and_judge_each_loop_by_itself():
+    model = make(torch.float64, exit_gate=True, exit_norm=True)
+    tokens = tokens_for(model)
+    _, cache = model.run_with_cache(tokens, 3)
+    norm, states = model.transformer.exit_norm, cache.stack("state_post")
+    read = nn.functional.layer_norm(states, (16,), norm.weight, norm.bias, eps=1e-5)
+    torch.testing.assert_close(cache.stack("exit_gate"), model.transformer.exit_gate(read).squeeze(-1))
+    trace = trace_exits(model, tokens, 3, rules=[GateChanceRule, GateRule])
+    chance = cache.stack("exit_gate").sigmoid().flatten(1)
+    torch.testing.assert_close(trace.statistics[0], chance)
+    torch.testing.assert_close(trace.statistics[1], 1 - (1 - chance).cumprod(0))
+    with pytest.raises(InputError, match="has no exit gate, so GateChanceRule can't judge it"):
+        trace_exits(make(), tokens, 3, rules=[GateChanceRule])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loop_update": "gated"}, "gate_rank=None belongs to loop_update='gated'"),
+        ({"gate_rank": 2}, "gate_rank=2 belongs to loop_update='gated', got 'replace'"),
+        ({"exit_norm": True}, "it needs exit_gate=True"),
+    ],
+)
+def test_parts_that_need_each_other(changes: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_config_dict": {"model_type": "gemma2"}}, "base_config_dict.model_type='gemma2', which is not impl"),
+        ({"halting_strategy": "vote"}, "halting_strategy='vote', which is not implemented"),
+        ({"decoder_layer_indices": [9]}, r"decoder_layer_indices=\[9\], but the base has 5 layers"),
+        ({"hidden_size": 41}, "hidden_size=41, which is not implemented: only 40"),
+    ],
+)
+def test_what_loopus_refuses(released, changes: dict[str, Any], message: str):
+    refuse(released("loopus-qwen3", changes), message)
+
+
+def test_an_older_form_of_loopus_is_refused_by_name(released):
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.startswith("reasoning.")]:
+            weights[name.replace("reasoning.", "plateau.")] = weights.pop(name)
+
+    refuse(released("loopus-qwen3", {}, rename), "says 'plateau.': rename these to 'reasoning.'")
+
+
+def test_a_negative_index_of_loopus_is_that_layer_and_all_after_it(released):
+    model = LoopedModel.from_pretrained(released("loopus-qwen3", {"decoder_layer_indices": [-4]}))
+    assert model.schedule.describe() == "prelude 2, blocks 2 x 4 loops, coda 1"

@@ -11,6 +11,7 @@ from tl_looped.adapters.base_loop import BaseLoopAdapter
 from tl_looped.adapters.feedforward import FEEDFORWARD
 from tl_looped.adapters.gpt2 import GPT2Adapter
 from tl_looped.adapters.looped_gpt import LoopedGPTAdapter
+from tl_looped.adapters.loopus import LoopUSAdapter
 from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
@@ -27,6 +28,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     LoopedNanochatAdapter(),
     BaseLoopAdapter(),
     LoopedGPTAdapter(),
+    LoopUSAdapter(),
 )
 
 

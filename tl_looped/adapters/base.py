@@ -59,10 +59,11 @@ class ConfigKeys:
     Args:
         values: the JSON object.
         where: what its keys are called in messages, before the key itself.
+        whole: whether these are the keys of a whole config.json, among which are those that transformers writes.
     """
 
-    def __init__(self, values: Json, where: str = ""):
-        self._values, self._where = values, where
+    def __init__(self, values: Json, where: str = "", whole: bool = True):
+        self._values, self._where, self._whole = values, where, whole
         self._asked: set[str] = set()
         self._sections: list[ConfigKeys] = []
 
@@ -108,12 +109,12 @@ class ConfigKeys:
         """An integer that must be there."""
         return check_count(key, self.need(key), minimum)
 
-    def section(self, key: str) -> ConfigKeys:
-        """The keys below a key, none where it is missing; they too must all be used."""
+    def section(self, key: str, whole: bool = False) -> ConfigKeys:
+        """The keys below a key, none where it is missing; they too must all be used. `whole`: see the class."""
         value = self.get(key, {})
         if not isinstance(value, Mapping):
             raise LoadError(f"config.json has {self._where}{key}={reprlib.repr(value)}, which should be an object.")
-        self._sections.append(ConfigKeys(value, f"{self._where}{key}."))
+        self._sections.append(ConfigKeys(value, f"{self._where}{key}.", whole))
         return self._sections[-1]
 
     def __bool__(self) -> bool:
@@ -122,7 +123,7 @@ class ConfigKeys:
 
     def rest(self) -> dict[str, Any]:
         """The keys that nobody asked for and whose values may mean something, by their full names."""
-        known = self._asked if self._where else self._asked | _NO_ARITHMETIC
+        known = self._asked | _NO_ARITHMETIC if self._whole else self._asked
         left = {
             self._where + key: value
             for key, value in self._values.items()

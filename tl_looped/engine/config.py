@@ -91,11 +91,13 @@ class LoopedConfig:
     injection: Injection = "none"
     loop_update: LoopUpdate = "replace"
     loop_step: float = 1.0  # of the damped update
+    gate_rank: int | None = None  # of the gated update: rows of W₁
     loop_norm: LoopNorm = "none"
     state_init: StateInit = "prelude"
     state_init_std: float = 1.0  # of the normal distribution; truncated at three of them
     state_init_scale: float = 1.0  # the drawn state is multiplied by this
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
+    exit_norm: bool = False  # whether it reads the state through a LayerNorm (LoopUS)
 
     # Embedding and head.
     embed_scale: float = 1.0
@@ -146,6 +148,12 @@ class LoopedConfig:
             )
         if self.loop_step > 1 or (self.loop_step != 1 and self.loop_update != "damped"):
             raise InputError(f"loop_step={self.loop_step} must be in (0, 1], and 1 unless loop_update='damped'.")
+        if (self.gate_rank is None) != (self.loop_update != "gated"):
+            raise InputError(f"gate_rank={self.gate_rank} belongs to loop_update='gated', got {self.loop_update!r}.")
+        if self.gate_rank is not None:
+            check_count("gate_rank", self.gate_rank)
+        if self.exit_norm and not self.exit_gate:
+            raise InputError("exit_norm=True is what an exit gate reads through, so it needs exit_gate=True.")
         if self.coda_is_core and self.n_coda != self.n_core:
             raise InputError(
                 f"coda_is_core=True runs the {self.n_core} core layers once more, so n_coda must be {self.n_core}, got "
@@ -337,7 +345,7 @@ class LoopedConfig:
             "norm before the head": "yes" if self.final_norm else "no",
             "position": self._position_in_words(),
             "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
-            "exit gate": "a linear gate on the state after every loop" if self.exit_gate else "",
+            "exit gate": self._gate_in_words(),
         }
         return [(name, text) for name, text in parts.items() if text]
 
@@ -354,6 +362,11 @@ class LoopedConfig:
             some = sum(window is not None for window in self.windows)
             words.append(f"{some} of {len(self.windows)} layers see the last {', '.join(map(str, seen))} tokens only")
         return words
+
+    def _gate_in_words(self) -> str:
+        if not self.exit_gate:
+            return ""
+        return f"a linear gate on the state after every loop{', through a LayerNorm' if self.exit_norm else ''}"
 
     def _position_in_words(self) -> str:
         words = ["learned"] if self.learned_positions else []

@@ -54,7 +54,7 @@ LOOP_NORMS: Mapping[LoopNorm, str] = {
     "last": "after the last loop only, before what follows",
 }
 
-LoopUpdate = Literal["replace", "damped", "residual"]
+LoopUpdate = Literal["replace", "damped", "residual", "gated"]
 LOOP_UPDATES: Mapping[LoopUpdate, tuple[str, str]] = {  # what it says; why the state is no sum of what layers write
     "replace": ("F(x): the state is what comes out of the core", ""),
     "damped": (
@@ -64,6 +64,11 @@ LOOP_UPDATES: Mapping[LoopUpdate, tuple[str, str]] = {  # what it says; why the 
     "residual": (
         "x + F(x): what comes out of the core is added to the state",
         "a loop adds what its layers make of the state, which has the state in it, to the state once more",
+    ),
+    "gated": (
+        "A ⊙ F(x) + (1 − A) ⊙ x, with A = exp(−δ ⊙ exp(a)) and δ = softplus(W₂ W₁ (F(x) − x) + b): a learned gate says "
+        "of every component how far it moves to what comes out of the core",
+        "a gate decides how far a loop moves the state to what its layers make of it",
     ),
 }
 

@@ -73,6 +73,7 @@ LOOP_AXES: dict[str, tuple[str, ...]] = {
     "hook_injection_in": RESID,
     "hook_injection": RESID,
     "hook_core_out": RESID,
+    "hook_update_gate": RESID,
     "ln_loop.hook_scale": SCALE,
     "ln_loop.hook_normalized": RESID,
     "hook_state_post": RESID,

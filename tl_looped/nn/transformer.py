@@ -22,8 +22,11 @@ from tl_looped.engine.hooks import HookDict, HookGroup
 from tl_looped.engine.network import Angles, CappedLinear, Frame, Network
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.block import Block
-from tl_looped.nn.norm import NORMS, Norm, PlusOneRMSNorm
+from tl_looped.nn.norm import NORMS, LayerNorm, Norm, PlusOneRMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
+from tl_looped.nn.update import UpdateGate
+
+EXIT_EPS = 1e-5  # of the LayerNorm before an exit gate
 
 
 class LoopedTransformer(Network):
@@ -49,18 +52,22 @@ class LoopedTransformer(Network):
         if cfg.prelude_norm:
             self.ln_prelude = self._norm("ln_prelude")
         absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
-        absent |= {"hook_core_out": cfg.loop_update == "replace"}
+        absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_update_gate": cfg.loop_update != "gated"}
         without = [name for name, is_so in absent.items() if is_so]
         self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
         if cfg.injection in ("concat_linear", "concat_linear_prelude_first"):
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
+        if cfg.gate_rank is not None:
+            self.update_gate = UpdateGate(cfg.d_model, cfg.gate_rank)
         if cfg.norms_each_loop:
             self._hook_norm("ln_loop", looped=True)
         if cfg.loop_norm == "own":
             self.ln_loop = self._norm("")
         if cfg.exit_gate:
             self.exit_gate = nn.Linear(cfg.d_model, 1)
+        if cfg.exit_norm:
+            self.exit_norm = LayerNorm(cfg.d_model, EXIT_EPS)
         if cfg.norms_last_loop:
             self._hook_norm("ln_coda")
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
@@ -159,6 +166,9 @@ class LoopedTransformer(Network):
         x = self.loop_hooks.hook_core_out(x, t)
         if self.cfg.loop_update == "residual":
             return before + x
+        if self.cfg.loop_update == "gated":
+            gate = self.loop_hooks.hook_update_gate(self.update_gate(x - before), t)
+            return gate * x + (1 - gate) * before
         return before + self.cfg.loop_step * (x - before)
 
     def loop(
@@ -184,7 +194,7 @@ class LoopedTransformer(Network):
             x = self.close(x, t, self.norm_hooks["ln_loop"])
         x = self.loop_hooks.hook_state_post(x, t)
         if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
-            self.loop_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
+            self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
         return x
 
     def close(
@@ -218,7 +228,10 @@ class LoopedTransformer(Network):
     @property
     def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:
         """See `Network`."""
-        return (lambda state: self.exit_gate(state).squeeze(-1)) if self.cfg.exit_gate else None
+        return self._exit_logit if self.cfg.exit_gate else None
+
+    def _exit_logit(self, state: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+        return self.exit_gate(self.exit_norm(state) if self.cfg.exit_norm else state).squeeze(-1)
 
     @property
     def head_gain(self) -> Float[Tensor, " d_model"] | None:
