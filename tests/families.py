@@ -15,7 +15,7 @@ from tl_looped.engine.numbers import first_met
 from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
-FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3")
+FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3", "parcae")
 
 # Stored key -> what gives it.
 STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
@@ -26,7 +26,15 @@ HEAD_INPUT = ("final_norm_out", "norm_f_out", "ln_f_out")
 UNLOOPED = ("logits", "hidden_states", "layer_resid_post", "layer_pattern", "layer0_in", *HEAD_INPUT)
 # What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
 OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
-GIVEN = ("input_ids", "loop_layers", "exit.threshold", "exit_cdf.threshold", "exit_conv.epsilon")
+GIVEN = (
+    "input_ids",
+    "input_states",
+    "loop_layers",
+    "decode.prefill_len",
+    "exit.threshold",
+    "exit_cdf.threshold",
+    "exit_conv.epsilon",
+)
 
 
 def loops_for(folder: str, theirs: int) -> int:
@@ -50,8 +58,14 @@ def ran(folder: str, looped: bool = True) -> tuple[LoopedModel, Tensor, LoopedCa
     model = load(folder, looped=looped)
     loops = loops_for(folder, len(expected(folder)["resid_post"])) if looped else None
     with torch.no_grad():
-        logits, cache = model.run_with_cache(expected(folder)["input_ids"], loops)
+        logits, cache = model.run_with_cache(expected(folder)["input_ids"], loops, **given(folder))
     return model, logits, cache
+
+
+def given(folder: str, dtype: torch.dtype = torch.float32, rows: Any = slice(None)) -> dict[str, Any]:
+    """What the reference was given beside tokens: the initial state, where the family draws one."""
+    states = expected(folder).get("input_states")
+    return {} if states is None else {"initial_state": states[rows].to(dtype)}
 
 
 def without_injection(model: LoopedModel) -> LoopedModel:
@@ -107,7 +121,14 @@ def _exit_step(model: LoopedModel, cache: LoopedCache) -> Tensor:
 def _decoded(folder: str) -> Callable[[LoopedModel, LoopedCache], Tensor]:
     """What a cache with a slot for every loop decodes: the whole run's."""
     first = int(expected(folder)["decode.prefill_len"]) - 1
-    return lambda model, cache: model(cache.run.tokens)[:, first:]
+    return lambda model, cache: model(cache.run.tokens, **given(folder))[:, first:]
+
+
+def _value_parts(model: LoopedModel, cache: LoopedCache, where: str, name: str) -> Tensor:
+    """Of Parcae: the gates of every call, or what they multiply, which is the same in all."""
+    sites = [f"{where}.loop.{t}" for t in range(cache.run.n_loops)] if where.startswith("blocks") else [where]
+    found = torch.stack([cache[f"{site}.attn.hook_value_{name}"] for site in sites])
+    return found if name == "gate" else found[0].flatten(-2)
 
 
 # What is stored of one family alone, or means something else in it.
@@ -121,10 +142,19 @@ OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("loopus-qwen3", "q_logit"): lambda model, cache: cache.stack("exit_gate")[..., -1],
     ("loopus-qwen3", "q_logit_train"): _exit_step,
     ("loopus-qwen3", "decode.logits"): _decoded("loopus-qwen3"),
+    ("parcae", "decode_full.logits"): _decoded("parcae"),
+    ("parcae", "injection_decay"): lambda model, cache: cache.stack("injection_decay")[-1, 0, 0],
+    ("parcae", "injection_dt"): lambda model, cache: cache.stack("injection_step")[-1, 0, 0],
+    ("parcae", "prelude_norm_out"): lambda model, cache: cache.stack("injection_in")[0],
+    ("parcae", "readout_linear_out"): lambda model, cache: cache["hook_state_out"],
 }
 for name in ("exit", "exit_cdf", "exit_conv"):
     OWN["loopus-qwen3", f"{name}.logits"] = partial(_exit_logits, name=name)
     OWN["loopus-qwen3", f"{name}.steps"] = lambda model, cache, name=name: _exit_loops(model, cache, name) + 1
+
+for part, where in (("prelude", "prelude.1"), ("core", "blocks.1"), ("coda", "coda.1")):
+    OWN["parcae", f"ve_gate.{part}.1"] = partial(_value_parts, where=where, name="gate")
+    OWN["parcae", f"value_embed.{part}.1"] = partial(_value_parts, where=where, name="embed")
 
 STORED = [
     (folder, key)
@@ -151,7 +181,7 @@ def ours(folder: str, key: str) -> Tensor:
     if key == "logits.default":
         return model(tokens)
     if key.startswith("logits.T"):
-        return model(tokens, n_loops=loops_for(folder, int(key[8:])))
+        return model(tokens, n_loops=loops_for(folder, int(key[8:])), **given(folder))
     if key == "logits_per_iteration":
         return _read(model, cache, cache.stack("state_post"))
     if key in (*HEAD_INPUT, "logits_before_softcap"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FOLDERS, STORED, load, loops_for, ours, ran
+from families import FOLDERS, STORED, given, load, loops_for, ours, ran
 from helpers import expected, fired, hook_count, noise_like
 
 from tl_looped import InputError, LoopedModel
@@ -37,7 +37,8 @@ def test_what_differs_is_rounding_in_float32(folder: str):
     """In float64 our model is as near to the reference as the reference's own float32 allows."""
     key = max(key for key in expected(folder) if key.startswith("logits.T"))
     with torch.no_grad():
-        found = load(folder, torch.float64)(expected(folder)["input_ids"], n_loops=loops_for(folder, int(key[8:])))
+        loops, options = loops_for(folder, int(key[8:])), given(folder, torch.float64)
+        found = load(folder, torch.float64)(expected(folder)["input_ids"], loops, **options)
     assert float((found - expected(folder)[key]).abs().max()) <= RELATIVE * float(expected(folder)[key].abs().max())
 
 
@@ -58,9 +59,9 @@ def test_generation_with_the_cache_is_generation_without(folder: str):
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     options: dict[str, Any] = {"n_loops": LOOPS, "do_sample": False, "stop_at_eos": False, "verbose": False}
-    for given in ({}, {"attention_mask": mask}):
+    for masked in ({}, {"attention_mask": mask}):
         cached, whole = (
-            model.generate(tokens, 5, **options, **given, use_past_kv_cache=cache) for cache in (True, False)
+            model.generate(tokens, 5, **options, **masked, use_past_kv_cache=cache) for cache in (True, False)
         )
         assert torch.equal(cached, whole)
 

@@ -11,7 +11,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import GateChanceRule, GateRule, trace_exits
+from tl_looped.lens import GateChanceRule, GateRule, logit_lens, trace_exits
+from tl_looped.patching import attribution_sweep
+from tl_looped.stages import neuron_shares
+from tl_looped.stages.neurons import logit_effects
 
 # Looped-GPT.
 
@@ -142,3 +145,82 @@ def test_an_older_form_of_loopus_is_refused_by_name(released):
 def test_a_negative_index_of_loopus_is_that_layer_and_all_after_it(released):
     model = LoopedModel.from_pretrained(released("loopus-qwen3", {"decoder_layer_indices": [-4]}))
     assert model.schedule.describe() == "prelude 2, blocks 2 x 4 loops, coda 1"
+
+
+# Parcae.
+
+
+def test_a_diagonal_injection_shrinks_the_state_and_adds_the_input():
+    model = make(torch.float64, n_prelude=1, injection="diagonal", state_out=True)
+    tokens, part = tokens_for(model), model.transformer.injection
+    _, cache = model.run_with_cache(tokens, 2)
+    step = torch.log1p(part.step_bias.exp())
+    decay = torch.exp(-step * part.log_rate.exp())
+    torch.testing.assert_close(cache["injection_decay", 1], decay.expand(2, 5, -1))
+    torch.testing.assert_close(cache["injection_step", 1], step.expand(2, 5, -1))
+    wanted = decay * cache["state_pre", 1] + step * (cache["injection_in", 1] @ part.input.weight.T)
+    torch.testing.assert_close(cache["injection", 1], wanted)
+    edit = [("loop.1.hook_injection_decay", lambda x, hook: x.index_fill(1, torch.tensor([0]), 0))]  # at one position
+    _, edited = model.run_with_cache(tokens, 2), model.run_with_hooks(tokens, 2, fwd_hooks=edit)
+    assert not torch.equal(edited[:, 0], model(tokens, 2)[:, 0])
+
+
+def test_a_linear_map_after_the_loops_is_part_of_every_read_out():
+    model = make(torch.float64, n_prelude=1, injection="diagonal", state_out=True)
+    tokens, through = tokens_for(model), model.transformer.state_out.weight
+    logits, cache = model.run_with_cache(tokens, 2)
+    torch.testing.assert_close(cache["hook_state_out"], cache["state_post", 1] @ through.T)
+    torch.testing.assert_close(model.transformer.unembed(model.transformer.head_input(cache["state_post", 1])), logits)
+    for kind in ("exact", "direct"):
+        assert float(logit_lens(model, tokens, 2, kind=kind).kl_to_final[-1].abs().max()) < 1e-12
+    assert "a linear map of the last layer's output" in str(model.cfg.readout_broken_by())
+    core = logit_effects(model.transformer.blocks[1].mlp.W_out @ through.T, model.W_U, True)
+    shares = neuron_shares(model, min_kurtosis=0.1, fold=False)
+    torch.testing.assert_close(shares.kurtosis[2], core.kurtosis)
+    with pytest.raises(InputError, match="does not build an injection of another kind"):
+        model.unrolled(2)
+    with pytest.raises(InputError, match="state_out=True goes with loop_norm='none', got 'each'"):
+        config(state_out=True, loop_norm="each")
+
+
+def test_values_have_the_tokens_own_embedding_by_a_gate():
+    model = make(torch.float64, value_embeds=(False, True), value_gate_size=6, n_key_value_heads=2)
+    tokens, attn = tokens_for(model), model.transformer.blocks[1].attn
+    _, cache = model.run_with_cache(tokens, 2)
+    read = model.transformer.blocks[1].ln1.affine(cache["ln1.normalized", 1, 1])
+    gate = 2 * torch.sigmoid(read[..., :6] @ attn.value_gate.weight.T)
+    torch.testing.assert_close(cache["value_gate", 1, 1], gate)
+    own = attn.value_embed.weight[tokens].unflatten(-1, (2, 4))
+    torch.testing.assert_close(cache["value_embed", 1, 0], own)
+    torch.testing.assert_close(cache["v", 1, 1], attn.v(read).unflatten(-1, (2, 4)) + gate[..., None] * own)
+    assert "blocks.0.attn.hook_value_gate" not in model.hook_dict
+    _, corrupted = cache, tokens.flip(0)
+    with pytest.raises(
+        InputError, match="layers of custom read tokens themselves, by value embeddings: leave out n_steps"
+    ):
+        metric = lambda logits: logits[:, -1, 0].sum()  # noqa: E731
+        attribution_sweep(model, corrupted, 2, source=cache, metric=metric, n_steps=2, progress=False)
+    with pytest.raises(InputError, match="does not build value embeddings"):
+        model.unrolled(2)
+    with pytest.raises(InputError, match="value_embeds must have one entry for each of 2 layers, got 1"):
+        config(value_embeds=(True,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recurrent_embedding_dimension": 64}, "recurrent_embedding_dimension=64, which is not implemented: only 40"),
+        ({"injection_type": "linear"}, "injection_type='linear', which is not implemented"),
+        ({"init_strategy": "takase"}, "init_strategy='takase', which is not implemented"),
+        ({"rope_settings": {"use_rope": True, "rope_base": 10000}}, "freqs_cis differs by .* of base 10000"),
+        ({"clip_qkv": 3.0}, "clip_qkv=3.0, which no parcae model here uses"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2 for 4 heads, which core layers here never share"),
+    ],
+)
+def test_what_parcae_refuses(released, changes: dict[str, Any], message: str):
+    refuse(released("parcae", changes), message)
+
+
+def test_a_gate_without_a_table_is_never_read(released):
+    model = LoopedModel.from_pretrained(released("parcae", {}, lambda weights: weights.pop("value_embeds.3.weight")))
+    assert model.cfg.value_embeds == (False, True, False, False, False, True)

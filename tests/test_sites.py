@@ -65,7 +65,8 @@ def test_every_point_is_in_the_table_and_every_line_is_a_point_of_some_family(fa
 def test_every_line_is_a_point_of_some_family():
     rare = {"learned_positions": True, "embed_norm": True, "prelude_norm": True}
     rare |= {"loop_update": "gated", "gate_rank": 2}
-    models = [make(**fields) for fields in (*TINY.values(), rare)]
+    rarer = {"injection": "diagonal", "state_out": True, "value_embeds": (True, False), "value_gate_size": 8}
+    models = [make(**fields) for fields in (*TINY.values(), rare, rarer)]
     points = {point.site.component for model in models for point in model.hook_dict.points()}
     assert points == {*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES}
 

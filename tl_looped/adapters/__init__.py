@@ -15,6 +15,7 @@ from tl_looped.adapters.loopus import LoopUSAdapter
 from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
+from tl_looped.adapters.parcae import ParcaeAdapter
 from tl_looped.adapters.raven import RavenAdapter
 from tl_looped.engine.errors import LoadError
 
@@ -29,6 +30,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     BaseLoopAdapter(),
     LoopedGPTAdapter(),
     LoopUSAdapter(),
+    ParcaeAdapter(),
 )
 
 

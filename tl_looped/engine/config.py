@@ -43,7 +43,7 @@ class LoopedConfig:
         e = N(prelude(N(scale · E[token] + P[position])))      P, and these two norms, only where they are asked for
         x = initial state
         n_loops times:  x = N(update(x, core(inject(x, e))))   N as `loop_norm` says
-        logits = cap(U N(coda(N(x))))                          the coda's layers may be the core's, once more
+        logits = cap(U N(coda(N(C x))))                        the coda's layers may be the core's, once more
 
     What asks how a model is built asks the methods here (`sum_broken_by`, `score_terms`, ...), not the fields.
     """
@@ -80,6 +80,9 @@ class LoopedConfig:
     attn_scale: float | None = None  # None: 1 / sqrt(d_head)
     scores_by_layer: bool = False  # the scale is divided by the layer's number among the distinct ones, from 1
     score_cap: float | None = None  # c: scores become c · tanh(scores / c), before the mask
+    # By distinct layer, whether values have 2σ(W y)·E[token] added, y the first components of what attention reads.
+    value_embeds: tuple[bool, ...] = ()
+    value_gate_size: int = 32  # how many components
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
 
     # Position.
@@ -93,6 +96,7 @@ class LoopedConfig:
     loop_step: float = 1.0  # of the damped update
     gate_rank: int | None = None  # of the gated update: rows of W₁
     loop_norm: LoopNorm = "none"
+    state_out: bool = False  # a linear map of the state, once, before what comes after the loops
     state_init: StateInit = "prelude"
     state_init_std: float = 1.0  # of the normal distribution; truncated at three of them
     state_init_scale: float = 1.0  # the drawn state is multiplied by this
@@ -160,8 +164,14 @@ class LoopedConfig:
                 f"{self.n_coda}."
             )
         layers = self.n_prelude + self.n_core + self.n_coda
-        if self.windows and len(self.windows) != layers:
-            raise InputError(f"windows must have one entry for each of {layers} layers, got {len(self.windows)}.")
+        for name in ("windows", "value_embeds"):
+            found = len(getattr(self, name))
+            if found not in (0, layers):
+                raise InputError(f"{name} must have one entry for each of {layers} layers, got {found}.")
+        if not 1 <= self.value_gate_size <= self.d_model and any(self.value_embeds):
+            raise InputError(f"value_gate_size must be in [1, {self.d_model}], got {self.value_gate_size}.")
+        if self.state_out and self.loop_norm != "none":
+            raise InputError(f"state_out=True goes with loop_norm='none', got {self.loop_norm!r}.")
         for window in self.windows:
             if window is not None:
                 check_count("a window", window)
@@ -196,6 +206,15 @@ class LoopedConfig:
         return (
             dict(zip(self.layers(), self.windows, strict=True)).get((stack or "", layer or 0)) if self.windows else None
         )
+
+    def has_value_embed(self, stack: str | None, layer: int | None) -> bool:
+        """Whether a layer adds an embedding of the token to its values."""
+        return bool(self.value_embeds) and self.value_embeds[self.layers().index((stack or "", layer or 0))]
+
+    @property
+    def reads_tokens_in_layers(self) -> bool:
+        """Whether layers read tokens themselves, so that their embeddings are not all that comes in."""
+        return any(self.value_embeds)
 
     def score_scale(self, stack: str | None, layer: int | None) -> float | None:
         """What a layer's scores are multiplied by; None for 1 / sqrt(d_head)."""
@@ -264,6 +283,8 @@ class LoopedConfig:
             return "the prelude's output is mixed in again in every loop"
         if self.loop_update != "replace":
             return LOOP_UPDATES[self.loop_update][1]
+        if self.state_out:
+            return "the state goes through a linear map after the loops"
         if self.norms_each_loop and n_loops > 1:
             return "the residual stream is normalised between loops"
         if self.loop_norm != "none" and self.n_coda:
@@ -278,6 +299,8 @@ class LoopedConfig:
     def readout_broken_by(self) -> str | None:
         """Why the head does not read the last layer's output through one norm and nothing else; None where it does."""
         norms = (self.loop_norm != "none" and self.n_coda == 0) + self.final_norm
+        if self.n_coda == 0 and self.state_out:
+            return "its head reads a linear map of the last layer's output"
         if self.n_coda == 0 and self.loop_update != "replace":
             return "its head reads the state that the loop updates, and not the last layer's output"
         return (
@@ -338,6 +361,7 @@ class LoopedConfig:
             "injection": words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}",
             "initial state": self.state_in_words(),
             "update of the state": "" if self.loop_update == "replace" else _update(self),
+            "before the coda": "a linear map of the state, C x" if self.state_out else "",
             "coda": "the core's layers once more, outside of the loops" if self.coda_is_core else "",
             "norm of the loop": LOOP_NORMS[self.loop_norm],
             "norm before the prelude": "yes" if self.embed_norm else "",
@@ -354,6 +378,10 @@ class LoopedConfig:
         if self.qk_norm is not None:
             each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
             words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
+        if any(self.value_embeds):
+            words.append(
+                f"in {sum(self.value_embeds)} of {len(self.value_embeds)} layers 2σ(W y) E[token] joins values"
+            )
         if self.scores_by_layer:
             words.append("scores divided by the layer's number")
         if self.score_cap is not None:
@@ -396,7 +424,7 @@ class LoopedConfig:
                 given[name] = Rotary(**rotary)
         if given.get("qk_norm") is not None:
             given["qk_norm"] = QKNorm(**_fields(QKNorm, given["qk_norm"], "qk_norm"))
-        for name in ("windows", "eos_token_ids"):
+        for name in ("windows", "value_embeds", "eos_token_ids"):
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
 

@@ -356,7 +356,7 @@ class Engine(HookedRootModule):
 
     def frame(self, run: Run) -> Frame:
         """Rotary angles and visibility of a run, for the native model."""
-        return self.transformer.frame(run.visible, run.position_ids)
+        return self.transformer.frame(run.visible, run.position_ids, run.tokens)
 
     def reach(self, run: Run) -> Reach:
         """The sites that a run calls."""

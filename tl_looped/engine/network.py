@@ -35,6 +35,7 @@ class Frame(NamedTuple):
     angles_windowed: Angles | None = None  # of layers with a window
     visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
     kv: KVCache | None = None  # keys and values of earlier positions
+    tokens: Int[Tensor, "batch pos"] | None = None  # where layers read them
 
     def repeat(self, times: int) -> Frame:
         """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""
@@ -44,7 +45,8 @@ class Frame(NamedTuple):
 
         full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
         visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
-        return Frame(repeated(self.positions), full, windowed, visible)
+        tokens = None if self.tokens is None else self.tokens.repeat(times, 1)
+        return Frame(repeated(self.positions), full, windowed, visible, tokens=tokens)
 
 
 class Network(nn.Module, ABC):
@@ -73,7 +75,12 @@ class Network(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
+    def frame(
+        self,
+        visible: Bool[Tensor, "#batch pos key"] | None,
+        positions: Int[Tensor, "rows pos"],
+        tokens: Int[Tensor, "batch pos"],
+    ) -> Frame:
         """Prepare what all layers of a run share."""
 
     @abstractmethod

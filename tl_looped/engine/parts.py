@@ -32,7 +32,7 @@ NORM_PLACEMENTS: Mapping[NormPlacement, str] = {
     "output": "x + N′(f(x)): a norm on the output of every attention and MLP, none before it",
 }
 
-Injection = Literal["none", "concat_linear", "concat_linear_prelude_first", "add"]
+Injection = Literal["none", "concat_linear", "concat_linear_prelude_first", "add", "diagonal"]
 INJECTIONS: Mapping[Injection, tuple[str, str]] = {  # the formula, and what it says; {source} is where e comes from
     "none": ("x", "none: the core reads the state alone"),
     "add": ("x + e", "every loop starts by adding e, what comes out of {source}, to the state x"),
@@ -43,6 +43,11 @@ INJECTIONS: Mapping[Injection, tuple[str, str]] = {  # the formula, and what it 
     "concat_linear_prelude_first": (
         "W [e; x]",
         "every loop starts with a linear map of e, what comes out of {source}, and the state x",
+    ),
+    "diagonal": (
+        "a ⊙ x + δ ⊙ B e",
+        "every loop starts by shrinking each component of the state x, a = exp(−δ ⊙ exp(A)), and adding a linear map "
+        "of e, what comes out of {source}",
     ),
 }
 
@@ -83,12 +88,13 @@ STATE_INITS: Mapping[StateInit, tuple[str, str]] = {  # in a drawing, and in a s
     ),
 }
 
-ActFn = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+ActFn = Literal["silu", "gelu", "gelu_tanh", "relu2", "half_relu2"]
 ACT_FNS: Mapping[ActFn, str] = {
     "silu": "SiLU",
     "gelu": "GELU",
     "gelu_tanh": "GELU by tanh",
     "relu2": "max(x, 0)²",
+    "half_relu2": "½ max(x, 0)²",
 }
 
 RotaryStyle = Literal["halves", "adjacent"]

@@ -119,7 +119,7 @@ class Decoder:
             ended: rows of which nobody needs either any more.
         """
         _, visible = visibility(self.tokens, self.real, None)
-        frame = self.transformer.frame(visible, self.positions)
+        frame = self.transformer.frame(visible, self.positions, self.tokens)
         x = self.transformer(self.tokens, frame, self.states, 0, self.n_loops)
         self.final = x[:, -1:]
         logits = self.transformer.unembed(self.transformer.finish(x, frame)[:, -1])
@@ -174,7 +174,9 @@ class CachedDecoder(Decoder):
         if visible is not None:
             in_prompt = stop <= visible.shape[1]
             visible = visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
-        return self.transformer.frame(visible, self.positions[:, start:stop])._replace(kv=self.kv)
+        places = slice(start, stop)
+        frame = self.transformer.frame(visible, self.positions[:, places], self.tokens[:, places])
+        return frame._replace(kv=self.kv)
 
     def _run_to(self, stop: int) -> State:
         """Run what is new up to a position, all loops; what the unembedding would read."""

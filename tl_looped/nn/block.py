@@ -22,6 +22,7 @@ ACTS: dict[ActFn, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
+    "half_relu2": lambda x: F.relu(x).square() / 2,
 }
 
 

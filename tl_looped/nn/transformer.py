@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Angles, CappedLinear, Frame, Network
+from tl_looped.engine.network import Angles, CappedLinear, Frame, Network, matrix
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.block import Block
+from tl_looped.nn.injection import DiagonalInjection
 from tl_looped.nn.norm import NORMS, LayerNorm, Norm, PlusOneRMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
 from tl_looped.nn.update import UpdateGate
@@ -42,6 +43,7 @@ class LoopedTransformer(Network):
         self.hook_dict = HookDict()
         self.norm_hooks: dict[str, HookGroup] = {}
         without = [] if cfg.learned_positions else ["hook_pos_embed"]
+        without += [] if cfg.state_out else ["hook_state_out"]
         self.hooks = HookGroup(self.hook_dict, HookSite(""), looped=False, without=without)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         if cfg.learned_positions:
@@ -52,11 +54,14 @@ class LoopedTransformer(Network):
         if cfg.prelude_norm:
             self.ln_prelude = self._norm("ln_prelude")
         absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
+        absent |= dict.fromkeys(("hook_injection_decay", "hook_injection_step"), cfg.injection != "diagonal")
         absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_update_gate": cfg.loop_update != "gated"}
         without = [name for name, is_so in absent.items() if is_so]
         self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
         if cfg.injection in ("concat_linear", "concat_linear_prelude_first"):
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
+        if cfg.injection == "diagonal":
+            self.injection = DiagonalInjection(cfg.d_model)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
         if cfg.gate_rank is not None:
             self.update_gate = UpdateGate(cfg.d_model, cfg.gate_rank)
@@ -68,6 +73,8 @@ class LoopedTransformer(Network):
             self.exit_gate = nn.Linear(cfg.d_model, 1)
         if cfg.exit_norm:
             self.exit_norm = LayerNorm(cfg.d_model, EXIT_EPS)
+        if cfg.state_out:
+            self.state_out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
         if cfg.norms_last_loop:
             self._hook_norm("ln_coda")
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
@@ -117,9 +124,16 @@ class LoopedTransformer(Network):
                 std = 1.0 if name in ("embed.weight", "pos_embed.weight") else 1 / math.sqrt(weight.shape[1])
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
-    def frame(self, visible: Bool[Tensor, "#batch pos key"] | None, positions: Int[Tensor, "rows pos"]) -> Frame:
+    def frame(
+        self,
+        visible: Bool[Tensor, "#batch pos key"] | None,
+        positions: Int[Tensor, "rows pos"],
+        tokens: Int[Tensor, "batch pos"],
+    ) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
-        return Frame(positions, self._angles("rotary", positions), self._angles("rotary_windowed", positions), visible)
+        full, windowed = (self._angles(name, positions) for name in ("rotary", "rotary_windowed"))
+        read = tokens if self.cfg.reads_tokens_in_layers else None
+        return Frame(positions, full, windowed, visible, tokens=read)
 
     def _angles(self, name: str, positions: Int[Tensor, "rows pos"]) -> Angles | None:
         rotary, frequencies = getattr(self.cfg, name), self._frequencies.get(name)
@@ -153,6 +167,8 @@ class LoopedTransformer(Network):
             e = self.loop_hooks.hook_injection_in(e, t)
             if self.cfg.injection == "add":
                 x = x + e
+            elif self.cfg.injection == "diagonal":
+                x = cast(DiagonalInjection, self.injection)(x, e, t, self.loop_hooks)
             elif self.cfg.injection == "concat_linear":
                 x = self.injection(torch.cat((x, e), dim=-1))
             else:
@@ -208,6 +224,8 @@ class LoopedTransformer(Network):
     def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """What the unembedding reads if the model stops with this state: after the coda and the final norm."""
         x = state
+        if self.cfg.state_out:
+            x = self.hooks.hook_state_out(self.state_out(x))
         if self.cfg.norms_last_loop:
             x = self.ln_final(x, None, self.norm_hooks["ln_coda"])
         for block in self.coda:
@@ -221,6 +239,8 @@ class LoopedTransformer(Network):
             x: vectors of the residual stream.
             closed: whether x is a state, which the norm that closes loops has been applied to.
         """
+        if self.cfg.state_out:
+            x = self.state_out(x)
         if self.cfg.final_norm or self.cfg.norms_last_loop or (self.cfg.norms_each_loop and not closed):
             return self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
         return x
@@ -239,6 +259,11 @@ class LoopedTransformer(Network):
         if self.cfg.final_norm or self.cfg.loop_norm == "each":
             return self.ln_final.gain()
         return self.ln_loop.gain() if self.cfg.loop_norm == "own" else None
+
+    @property
+    def after_loops(self) -> Float[Tensor, "d_model d_model"] | None:
+        """The linear map of the state before what comes after the loops; None where there is none."""
+        return matrix(self.state_out, "state_out") if self.cfg.state_out else None
 
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or for the injection."""

@@ -126,7 +126,7 @@ class Plan:
         if not self.looped:
             site = HookSite(self.component)
             begins = (0, 0) if self.component == "hook_state_init" else None
-            after = self.component.startswith(("ln_coda", "ln_final"))
+            after = self.component.startswith(("hook_state_out", "ln_coda", "ln_final"))
             return Group(((site, site),), (self.n_loops - 1, self._last_layer) if after else begins, outer)
         t = at.get("loop", 0)
         loops = {"at": range(t, t + 1), "every": range(self.n_loops)}.get(self.when, range(t, self.n_loops))

@@ -182,7 +182,8 @@ def neuron_shares(
 
     With `fold`, a norm between the MLP and the stream (`ln2_post`) has its weight multiplied into the neurons'
     directions, and the final norm (the one that closes a loop, for Ouro) into W_U; its scale is positive and the same
-    for all tokens, so it changes neither moment. Injection, later layers and later loops are left out, also where they
+    for all tokens, so it changes neither moment. A linear map of the state after the loops (Parcae) is part of what the
+    core's neurons write to the head. Injection, later layers and later loops are left out, also where they
     have weights of their own on the stream's way (Huginn's layers).
 
     Args:
@@ -216,8 +217,8 @@ def neuron_shares(
     if fold and transformer.head_gain is not None:
         W_U = _scaled(W_U, transformer.head_gain[:, None])
     found = [
-        logit_effects(_directions(block, fold), W_U, unit)
-        for _, _, block in tqdm(blocks, desc="Neurons", disable=not progress)
+        logit_effects(_directions(block, fold, transformer.after_loops if stack == CORE else None), W_U, unit)
+        for stack, _, block in tqdm(blocks, desc="Neurons", disable=not progress)
     ]
     options = {"unit": unit, "fold": fold}
     return NeuronShares(
@@ -231,9 +232,10 @@ def neuron_shares(
     )
 
 
-def _directions(block: Block, fold: bool) -> Float[Tensor, "d_mlp d_model"]:
+def _directions(block: Block, fold: bool, then: Tensor | None) -> Float[Tensor, "d_mlp d_model"]:
     w = block.mlp.W_out
-    return _scaled(w, block.neuron_gain) if fold and block.neuron_gain is not None else w
+    w = _scaled(w, block.neuron_gain) if fold and block.neuron_gain is not None else w
+    return w if then is None else wide(w) @ wide(then).T
 
 
 def _scaled(weight: Tensor, by: Tensor) -> Tensor:
