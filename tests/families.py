@@ -15,7 +15,7 @@ from tl_looped.engine.numbers import first_met
 from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
-FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3", "parcae")
+FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3", "parcae", "loopformer")
 
 # Stored key -> what gives it.
 STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
@@ -27,6 +27,7 @@ UNLOOPED = ("logits", "hidden_states", "layer_resid_post", "layer_pattern", "lay
 # What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
 OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
 GIVEN = (
+    "steps.",
     "input_ids",
     "input_states",
     "loop_layers",
@@ -66,6 +67,11 @@ def given(folder: str, dtype: torch.dtype = torch.float32, rows: Any = slice(Non
     """What the reference was given beside tokens: the initial state, where the family draws one."""
     states = expected(folder).get("input_states")
     return {} if states is None else {"initial_state": states[rows].to(dtype)}
+
+
+def stopped(model: LoopedModel, loops: int, after: int) -> dict[str, Any]:
+    """Options of a run of `after` loops that is the beginning of one of `loops`: where loops have a time, its steps."""
+    return {"n_loops": after, **({"step_sizes": [1 / loops] * after} if model.cfg.loop_time else {})}
 
 
 def without_injection(model: LoopedModel) -> LoopedModel:
@@ -131,6 +137,28 @@ def _value_parts(model: LoopedModel, cache: LoopedCache, where: str, name: str) 
     return found if name == "gate" else found[0].flatten(-2)
 
 
+def _before_gates(model: LoopedModel, cache: LoopedCache, site: str) -> Tensor:
+    """Of LoopFormer: what sub-layers give before the loop's time gates it."""
+    found = []
+    for layer, block in enumerate(model.transformer.blocks):
+        last = block.attn.o if site.startswith("attn") else block.mlp.down
+        found.append(last(cache.stack(site, layer).flatten(3)))
+    return torch.stack(found, dim=1)
+
+
+def _times(model: LoopedModel, cache: LoopedCache, column: int) -> Tensor:
+    """Of LoopFormer: when each loop begins, or its step size, for both prompts."""
+    clock = model.frame(cache.run).clock
+    assert clock is not None
+    return clock[:, column, None].expand(-1, 2)
+
+
+def _time_embeds(model: LoopedModel, cache: LoopedCache, column: int) -> Tensor:
+    embed = (model.transformer.time_embed, model.transformer.step_embed)[column]
+    times = _times(model, cache, column)[:, 0]
+    return torch.stack([embed(time) for time in times])[:, None].expand(-1, 2, -1)
+
+
 # What is stored of one family alone, or means something else in it.
 OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("looped-gpt", "resid_post"): _passes("resid_post"),
@@ -142,6 +170,14 @@ OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("loopus-qwen3", "q_logit"): lambda model, cache: cache.stack("exit_gate")[..., -1],
     ("loopus-qwen3", "q_logit_train"): _exit_step,
     ("loopus-qwen3", "decode.logits"): _decoded("loopus-qwen3"),
+    ("loopformer", "attn_out"): partial(_before_gates, site="attn.hook_z"),
+    ("loopformer", "mlp_out"): partial(_before_gates, site="mlp.hook_post"),
+    ("loopformer", "modulation"): lambda model, cache: cache.stack("modulation")[:, :, :, 0],
+    ("loopformer", "condition"): lambda model, cache: cache.stack("condition")[:, :, 0],
+    ("loopformer", "time"): partial(_times, column=0),
+    ("loopformer", "dt"): partial(_times, column=1),
+    ("loopformer", "time_emb"): partial(_time_embeds, column=0),
+    ("loopformer", "dt_emb"): partial(_time_embeds, column=1),
     ("parcae", "decode_full.logits"): _decoded("parcae"),
     ("parcae", "injection_decay"): lambda model, cache: cache.stack("injection_decay")[-1, 0, 0],
     ("parcae", "injection_dt"): lambda model, cache: cache.stack("injection_step")[-1, 0, 0],
@@ -180,6 +216,9 @@ def ours(folder: str, key: str) -> Tensor:
         return logits
     if key == "logits.default":
         return model(tokens)
+    if key.startswith("logits.steps."):
+        steps = expected(folder)[key.removeprefix("logits.")].tolist()
+        return model(tokens, n_loops=len(steps), step_sizes=steps)
     if key.startswith("logits.T"):
         return model(tokens, n_loops=loops_for(folder, int(key[8:])), **given(folder))
     if key == "logits_per_iteration":

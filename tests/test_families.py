@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FOLDERS, STORED, given, load, loops_for, ours, ran
+from families import FOLDERS, STORED, given, load, loops_for, ours, ran, stopped
 from helpers import expected, fired, hook_count, noise_like
 
 from tl_looped import InputError, LoopedModel
 from tl_looped.engine.schedule import DEAD_ENDS
 from tl_looped.report import check
 
-ABSOLUTE = 1e-4
+ABSOLUTE = 1e-4  # up to values of 50: those of more the reference itself, in float32, has rounded by more
 RELATIVE = 2e-5  # of the largest value
 LOOPS = 3
 
@@ -27,9 +27,9 @@ every_folder = pytest.mark.parametrize("folder", FOLDERS)
 def test_every_stored_number(folder: str, key: str):
     found, wanted = ours(folder, key), expected(folder)[key]
     assert found.shape == wanted.shape
-    error = float((found - wanted).abs().max())
-    assert error <= ABSOLUTE
-    assert error <= RELATIVE * max(1.0, float(wanted.abs().max()))
+    error, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
+    assert error <= ABSOLUTE * max(1.0, largest / 50)
+    assert error <= RELATIVE * max(1.0, largest)
 
 
 @every_folder
@@ -47,7 +47,7 @@ def test_stopping_after_each_loop_is_reading_out_each_state(folder: str):
     model, tokens = load(folder), expected(folder)["input_ids"]
     with torch.no_grad():
         state = model(tokens, n_loops=LOOPS, stop_at_loop=2)
-        assert torch.equal(model(tokens, n_loops=2), model.readout(state, tokens))
+        assert torch.equal(model(tokens, **stopped(model, LOOPS, 2)), model.readout(state, tokens))
         resumed = model(tokens, n_loops=LOOPS, initial_state=state, start_at_loop=2)
         assert torch.equal(resumed, model(tokens, n_loops=LOOPS))
 

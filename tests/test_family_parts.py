@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from helpers import PARITY, config, make, refuse, tokens_for
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tl_looped import InputError, LoopedModel
+from tl_looped import InputError, LoopedCache, LoopedModel
+from tl_looped.attention import attention_bound
 from tl_looped.lens import GateChanceRule, GateRule, logit_lens, trace_exits
-from tl_looped.patching import attribution_sweep
+from tl_looped.patching import attribution_sweep, patch_sweep
 from tl_looped.stages import neuron_shares
 from tl_looped.stages.neurons import logit_effects
 
@@ -224,3 +227,130 @@ def test_what_parcae_refuses(released, changes: dict[str, Any], message: str):
 def test_a_gate_without_a_table_is_never_read(released):
     model = LoopedModel.from_pretrained(released("parcae", {}, lambda weights: weights.pop("value_embeds.3.weight")))
     assert model.cfg.value_embeds == (False, True, False, False, False, True)
+
+
+# LoopFormer.
+
+
+@lru_cache
+def timed() -> LoopedModel:
+    """Two layers that the loop's time modulates, in float64."""
+    return make(torch.float64, loop_time=True, norm="weightless", final_norm_kind="rms")
+
+
+def test_layers_are_gated_and_scaled_by_the_time_of_the_loop():
+    model, steps = timed(), [0.5, 0.3, 0.1]
+    tokens, block = tokens_for(model), model.transformer.blocks[1]
+    _, cache = model.run_with_cache(tokens, 3, step_sizes=steps)
+    condition = model.transformer.time_embed(torch.tensor(0.8).double()) + model.transformer.step_embed(
+        torch.tensor(0.1).double()
+    )
+    torch.testing.assert_close(cache["condition", 2], condition.expand(2, 5, -1))
+    modulation = block.modulation(nn.functional.silu(condition))
+    torch.testing.assert_close(cache["modulation", 1, 2], modulation.expand(2, 5, -1))
+    gate_attn, gate_mlp, scale_attn, scale_mlp = modulation.chunk(4)
+    for ln, scale in (("ln1", scale_attn), ("ln2", scale_mlp)):
+        torch.testing.assert_close(cache[f"{ln}.modulated", 1, 2], cache[f"{ln}.normalized", 1, 2] * (1 + scale))
+    torch.testing.assert_close(cache["attn_out", 1, 2], gate_attn * block.attn.o(cache["z", 1, 2].flatten(2)))
+    torch.testing.assert_close(cache["mlp_out", 1, 2], gate_mlp * block.mlp.down(cache["post", 1, 2]))
+
+
+def test_the_waves_of_a_time():
+    embed, t = timed().transformer.time_embed, torch.tensor(0.3, dtype=torch.float64)
+    waves = [10000.0 ** (-j / 128) for j in range(128)]
+    read = torch.tensor([math.cos(0.3 * f) for f in waves] + [math.sin(0.3 * f) for f in waves], dtype=torch.float64)
+    torch.testing.assert_close(embed(t), embed.outer(nn.functional.silu(embed.inner(read))), rtol=1e-6, atol=1e-6)
+
+
+def test_edits_of_time_act_at_their_positions_and_loops():
+    model, tokens = timed(), tokens_for(timed())
+    plain = model(tokens, 3)
+
+    def late(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        x[:, 3:] += 1
+        return x
+
+    for name in ("loop.1.hook_condition", "blocks.0.loop.1.hook_modulation", "blocks.1.loop.0.ln2.hook_modulated"):
+        edited = model.run_with_hooks(tokens, 3, fwd_hooks=[(name, late)])
+        torch.testing.assert_close(edited[:, :3], plain[:, :3])
+        assert not torch.allclose(edited[:, 3:], plain[:, 3:]), name
+
+
+def test_steps_are_of_the_run_everywhere():
+    model, steps = timed(), [0.5, 0.3, 0.1]
+    tokens = tokens_for(model)
+    logits, cache = model.run_with_cache(tokens, 3, step_sizes=steps)
+    assert torch.equal(model(tokens, 3), model(tokens, 3, step_sizes=[1 / 3] * 3))
+    assert not torch.equal(model(tokens, 3), logits)
+    assert cache.run.step_sizes == (0.5, 0.3, 0.1) and cache.run.describe()["step_sizes"] == steps
+    state = model(tokens, 3, step_sizes=steps, stop_at_loop=1)
+    assert torch.equal(model(tokens, 3, step_sizes=steps, initial_state=state, start_at_loop=1), logits)
+    lens = logit_lens(model, tokens, 3, step_sizes=steps)
+    assert float(lens.kl_to_final[-1].abs().max()) < 1e-12 and lens.made_by["step_sizes"] == steps
+    prepared = model.prepare([[3, 4, 5], [6, 7, 8, 9]], 3, step_sizes=steps)
+    alone = model([[3, 4, 5]], 3, step_sizes=steps)
+    torch.testing.assert_close(model(prepared)[0, :3], alone[0])
+    found = model.generate(tokens, 3, n_loops=3, step_sizes=steps, do_sample=False, stop_at_eos=False, verbose=False)
+    whole = tokens
+    for _ in range(3):
+        whole = torch.cat((whole, model(whole, 3, step_sizes=steps)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(found.tokens if hasattr(found, "tokens") else found, whole)
+
+
+def test_patching_with_steps_is_patching_cell_by_cell():
+    model, steps = timed(), [0.5, 0.3, 0.1]
+    tokens = tokens_for(model)
+    _, source = model.run_with_cache(tokens.flip(1), 3, step_sizes=steps)
+    metric = lambda logits: logits[:, -1, 0].sum()  # noqa: E731
+    options: dict[str, Any] = {"source": source, "metric": metric, "axes": ("loop", "layer"), "progress": False}
+    found = patch_sweep(model, tokens, 3, step_sizes=steps, **options).values
+    for t in range(3):
+        for layer in range(2):
+            name = f"blocks.{layer}.loop.{t}.hook_resid_pre"
+            edit = [(name, lambda x, hook: source[hook.name])]
+            wanted = metric(model.run_with_hooks(tokens, 3, step_sizes=steps, fwd_hooks=edit))
+            torch.testing.assert_close(found.squeeze()[t, layer], wanted)
+    with pytest.raises(InputError, match=r"the source's loops took steps \(0.5, 0.3, 0.1\), this run's"):
+        patch_sweep(model, tokens, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([0.5, 0.5], "step_sizes has 2 step sizes, but the run has 3 loops: pass one for each, or n_loops=2"),
+        ([0.5, 0.5, "x"], "a step in step_sizes must be a finite number above 0, got 'x'"),
+        ([0.5, 0.5, 0.0], "a step in step_sizes must be a finite number above 0, got 0.0"),
+        (0.5, "step_sizes must be a list of step sizes, one for each loop, got 0.5"),
+    ],
+)
+def test_steps_that_can_not_be(as_a_user, steps: Any, message: str):
+    with pytest.raises(InputError, match=message):
+        timed()(tokens_for(timed()), 3, step_sizes=steps)
+
+
+def test_what_a_time_of_loops_breaks_is_refused():
+    model, tokens = timed(), tokens_for(timed())
+    with pytest.raises(InputError, match="the loops of custom have no time, so leave out step_sizes"):
+        make()(tokens, 2, step_sizes=[0.5, 0.5])
+    with pytest.raises(InputError, match="does not build .*layers that the loop's time modulates|other than"):
+        model.unrolled(2)
+    with pytest.raises(InputError, match="no one weight can be folded in: pass fold=False"):
+        neuron_shares(model, min_kurtosis=0.1)
+    assert "a gate that changes with the loop" in str(model.cfg.heads_mixed_by())
+    with pytest.raises(InputError, match="loop_time=True goes with norm_placement='pre'"):
+        config(loop_time=True, norm_placement="output")
+
+
+def test_a_cache_with_steps_is_kept_and_read_again(tmp_path):
+    model = timed()
+    _, cache = model.run_with_cache(tokens_for(model), 2, step_sizes=[0.5, 0.2])
+    cache.save(tmp_path / "cache")
+    assert LoopedCache.load(tmp_path / "cache", model).run.step_sizes == (0.5, 0.2)
+
+
+def test_the_bound_reads_what_the_queries_read():
+    model = timed()
+    bound = attention_bound(model, tokens_for(model, batch=1), 3)
+    assert bool((bound.plain[1:] <= bound.bound[1:] * (1 + 1e-9)).all()) and bound.breaks == (
+        "rotary position embedding",
+    )

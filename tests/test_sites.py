@@ -66,7 +66,7 @@ def test_every_line_is_a_point_of_some_family():
     rare = {"learned_positions": True, "embed_norm": True, "prelude_norm": True}
     rare |= {"loop_update": "gated", "gate_rank": 2}
     rarer = {"injection": "diagonal", "state_out": True, "value_embeds": (True, False), "value_gate_size": 8}
-    models = [make(**fields) for fields in (*TINY.values(), rare, rarer)]
+    models = [make(**fields) for fields in (*TINY.values(), rare, rarer, {"loop_time": True})]
     points = {point.site.component for model in models for point in model.hook_dict.points()}
     assert points == {*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES}
 

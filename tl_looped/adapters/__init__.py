@@ -7,7 +7,7 @@ from tl_looped.adapters.base import ConfigKeys as ConfigKeys
 from tl_looped.adapters.base import Json
 from tl_looped.adapters.base import Looping as Looping
 from tl_looped.adapters.base import Source as Source
-from tl_looped.adapters.base_loop import BaseLoopAdapter
+from tl_looped.adapters.base_loop import BaseLoopAdapter, LoopFormerAdapter
 from tl_looped.adapters.feedforward import FEEDFORWARD
 from tl_looped.adapters.gpt2 import GPT2Adapter
 from tl_looped.adapters.looped_gpt import LoopedGPTAdapter
@@ -28,6 +28,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     NanochatAdapter(),
     LoopedNanochatAdapter(),
     BaseLoopAdapter(),
+    LoopFormerAdapter(),
     LoopedGPTAdapter(),
     LoopUSAdapter(),
     ParcaeAdapter(),

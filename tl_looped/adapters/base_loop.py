@@ -1,8 +1,9 @@
-"""Base-Loop, the unconditioned model of LoopFormer (arXiv 2602.11451): (0, k⊗T, 0) with learned positions."""
+"""LoopFormer (arXiv 2602.11451), whose loops have a time, and Base-Loop, which it is compared with: (0, k⊗T, 0)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -64,10 +65,37 @@ class BaseLoopAdapter:
             ours, theirs = f"blocks.{layer}", f"transformer.h.blocks.{layer}"
             maps = gpt_layer(theirs, cfg.d_model, biased=cfg.mlp_bias)
             sources |= {f"{ours}.{name}": source for name, source in maps.items()}
-            for i in (1, 2):
-                sources[f"{ours}.ln{i}.weight"] = Source(f"{theirs}.norm_{i}.weight")
+            if not cfg.loop_time:
+                sources |= {f"{ours}.ln{i}.weight": Source(f"{theirs}.norm_{i}.weight") for i in (1, 2)}
+                continue
+            for kind in ("weight", "bias"):
+                sources[f"{ours}.modulation.{kind}"] = Source(f"{theirs}.adaLN_modulation.1.{kind}")
         return sources
 
     def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
         """Nothing beside the parameters is stored."""
         return {}
+
+
+class LoopFormerAdapter(BaseLoopAdapter):
+    """The same with layers modulated by the time and the step size of the loop, norms in them without weights."""
+
+    family = "loopformer"
+
+    def claims(self, config: Json) -> bool:
+        """Whether a config.json is LoopFormer's."""
+        return config.get("model_type") == "loopformer"
+
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
+        """Our config from theirs."""
+        base = super().config(config, names, model_name)
+        return replace(base, loop_time=True, norm="weightless", final_norm_kind="rms")
+
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        """Where each of our parameters comes from."""
+        sources = super().sources(cfg)
+        for ours, theirs in (("time_embed", "time_embedder"), ("step_embed", "dt_embedder")):
+            for kind in ("weight", "bias"):
+                sources[f"{ours}.inner.{kind}"] = Source(f"{theirs}.mlp.0.{kind}")
+                sources[f"{ours}.outer.{kind}"] = Source(f"{theirs}.mlp.2.{kind}")
+        return sources

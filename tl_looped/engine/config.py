@@ -92,6 +92,7 @@ class LoopedConfig:
 
     # The loop.
     injection: Injection = "none"
+    loop_time: bool = False  # the core's layers are modulated by the time and the step size of the loop (adaLN)
     loop_update: LoopUpdate = "replace"
     loop_step: float = 1.0  # of the damped update
     gate_rank: int | None = None  # of the gated update: rows of W₁
@@ -170,6 +171,11 @@ class LoopedConfig:
                 raise InputError(f"{name} must have one entry for each of {layers} layers, got {found}.")
         if not 1 <= self.value_gate_size <= self.d_model and any(self.value_embeds):
             raise InputError(f"value_gate_size must be in [1, {self.d_model}], got {self.value_gate_size}.")
+        if self.loop_time and (self.norm_placement != "pre" or self.coda_is_core):
+            raise InputError(
+                "loop_time=True goes with norm_placement='pre' and coda_is_core=False, got "
+                f"{self.norm_placement!r} and {self.coda_is_core}."
+            )
         if self.state_out and self.loop_norm != "none":
             raise InputError(f"state_out=True goes with loop_norm='none', got {self.loop_norm!r}.")
         for window in self.windows:
@@ -293,6 +299,8 @@ class LoopedConfig:
 
     def heads_mixed_by(self) -> str | None:
         """Why what attention adds is not the sum of its heads; None where it is (but for a bias)."""
+        if self.loop_time:
+            return "a gate that changes with the loop multiplies what attention adds"
         mixed = self.norm_placement in ("output", "output_sandwich")
         return "a norm after attention mixes the heads" if mixed else None
 
@@ -360,6 +368,7 @@ class LoopedConfig:
             "attention": "; ".join(self._attention_in_words()),
             "injection": words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}",
             "initial state": self.state_in_words(),
+            "time of the loop": _TIME if self.loop_time else "",
             "update of the state": "" if self.loop_update == "replace" else _update(self),
             "before the coda": "a linear map of the state, C x" if self.state_out else "",
             "coda": "the core's layers once more, outside of the loops" if self.coda_is_core else "",
@@ -445,6 +454,10 @@ def _update(cfg: LoopedConfig) -> str:
     return LOOP_UPDATES[cfg.loop_update][0].format(step=cfg.loop_step)
 
 
+_TIME = (
+    "x + g ⊙ f(N(x) ⊙ (1 + s)), with g and s a linear map of SiLU(c), and c an embedding of the loop's time plus one "
+    "of its step size"
+)
 ROTARY_TERM = "rotary position embedding"
 _CHOICES: dict[str, Mapping[Any, object]] = {
     "norm_placement": NORM_PLACEMENTS,

@@ -32,6 +32,7 @@ from tl_looped.engine.runs import (
     resolve_loops,
     resolve_positions,
     resolve_state,
+    resolve_steps,
     visibility,
     with_run_options,
 )
@@ -197,6 +198,7 @@ class Engine(HookedRootModule):
             return prompts
         total, start, stop = resolve_loops(n_loops, start_at_loop, stop_at_loop, self.cfg)
         state, seed, mask = (options.get(name) for name in ("initial_state", "seed", "attention_mask"))
+        step_sizes = resolve_steps(self.cfg, options.get("step_sizes"), total)
         if start and state is None:
             raise InputError(f"start_at_loop={start} needs initial_state: the state that a run stopped there returned.")
         if isinstance(prompts, Tensor) and prompts.ndim == 1:
@@ -215,8 +217,8 @@ class Engine(HookedRootModule):
         full = mask if mask is not None and mask.ndim != 2 else None
         if full is not None:
             check_full_mask(full, len(rows), rows.longest)
-        reads_out = stop_at_loop is None
-        return Runs(rows, total, start, stop, reads_out, state, seed, options.get("position_ids"), full)
+        ends = (total, start, stop, stop_at_loop is None)
+        return Runs(rows, *ends, state, seed, options.get("position_ids"), full, step_sizes)
 
     @with_run_options
     def batch(
@@ -262,7 +264,7 @@ class Engine(HookedRootModule):
         state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
         given = runs.initial_state is not None
         ends = (runs.n_loops, runs.start, runs.stop, runs.reads_out)
-        return Run(tokens, mask, visible, at, *ends, state, drawn, given)
+        return Run(tokens, mask, visible, at, *ends, state, drawn, given, runs.step_sizes)
 
     # Running.
 
@@ -356,7 +358,7 @@ class Engine(HookedRootModule):
 
     def frame(self, run: Run) -> Frame:
         """Rotary angles and visibility of a run, for the native model."""
-        return self.transformer.frame(run.visible, run.position_ids, run.tokens)
+        return self.transformer.frame(run.visible, run.position_ids, run.tokens, run.step_sizes)
 
     def reach(self, run: Run) -> Reach:
         """The sites that a run calls."""

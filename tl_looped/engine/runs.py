@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypedDict, TypeVar, Union, cast, get_type_hints
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.prompts import Rows
@@ -43,6 +44,7 @@ class Run:
         state: the state to start from, [batch, pos, d_model]; None where it is the prelude's output.
         seed: the seed of a drawn state; None where none was drawn from a seed.
         state_given: whether the caller gave the state.
+        step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -56,6 +58,7 @@ class Run:
     state: Float[Tensor, "batch pos d_model"] | None
     seed: int | None
     state_given: bool
+    step_sizes: tuple[float, ...] | None = None
 
     @property
     def last_positions(self) -> Int[Tensor, " batch"]:
@@ -71,6 +74,7 @@ class Run:
             "start_at_loop": self.start,
             "stop_at_loop": self.stop,
             "initial_state": source,
+            **({} if self.step_sizes is None else {"step_sizes": list(self.step_sizes)}),
         }
 
 
@@ -88,6 +92,7 @@ class RunOptions(TypedDict, total=False):
         padding_side: where prompts of different length are filled up; None: as the tokenizer says, else at the right.
         field: which field of a dataset's or a JSONL file's rows holds the prompt.
         limit: take the first so many prompts; None for all.
+        step_sizes: the step size of every loop, for a model whose loops have a time (LoopFormer); None for 1 / n_loops.
     """
 
     initial_state: Tensor | None
@@ -98,6 +103,7 @@ class RunOptions(TypedDict, total=False):
     padding_side: PaddingSide | None
     field: str | None
     limit: int | None
+    step_sizes: Sequence[float] | None
 
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -143,6 +149,7 @@ class Runs:
         seed: as given.
         position_ids: as given, in the layout of the padded rows.
         visible: who may attend to whom, as given, [batch, query, key].
+        step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
     """
 
     rows: Rows
@@ -154,6 +161,7 @@ class Runs:
     seed: int | None = None
     position_ids: Tensor | None = None
     visible: Tensor | None = None
+    step_sizes: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -245,6 +253,24 @@ def resolve_loops(
     if stop < start:
         raise InputError(f"stop_at_loop {stop} comes before start_at_loop {start}: no loop would run.")
     return total, start, stop
+
+
+def resolve_steps(cfg: LoopedConfig, given: object, n_loops: int) -> tuple[float, ...] | None:
+    """The step size of every loop; None for a model whose loops have no time."""
+    if not cfg.loop_time:
+        if given is not None:
+            raise InputError(f"the loops of {cfg.model_name} have no time, so leave out step_sizes.")
+        return None
+    if given is None:
+        return (1 / n_loops,) * n_loops
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InputError(f"step_sizes must be a list of step sizes, one for each loop, got {given!r}.")
+    if len(given) != n_loops:
+        raise InputError(
+            f"step_sizes has {len(given)} step sizes, but the run has {n_loops} loops: pass one for each, or "
+            f"n_loops={len(given)}."
+        )
+    return tuple(check_number("a step in step_sizes", one) for one in given)
 
 
 def check_state(cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtype: torch.dtype) -> None:

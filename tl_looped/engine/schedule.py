@@ -43,8 +43,10 @@ GRAD = "_grad"  # behind a name: the gradient of that activation
 # a hook point for each entry under its prefix, so a new line is a new point: the module then calls it.
 BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_pre": RESID,
+    "hook_modulation": ("batch", "pos", "modulation"),
     "ln1.hook_scale": SCALE,
     "ln1.hook_normalized": RESID,
+    "ln1.hook_modulated": RESID,
     "attn.hook_q": QUERY,
     "attn.hook_k": KEY,
     "attn.hook_value_gate": ("batch", "pos", "kv_head"),
@@ -62,6 +64,7 @@ BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_mid": RESID,
     "ln2.hook_scale": SCALE,
     "ln2.hook_normalized": RESID,
+    "ln2.hook_modulated": RESID,
     "mlp.hook_pre": NEURON,
     "mlp.hook_pre_linear": NEURON,
     "mlp.hook_post": NEURON,
@@ -76,6 +79,7 @@ LOOP_AXES: dict[str, tuple[str, ...]] = {
     "hook_injection_decay": RESID,
     "hook_injection_step": RESID,
     "hook_injection": RESID,
+    "hook_condition": RESID,
     "hook_core_out": RESID,
     "hook_update_gate": RESID,
     "ln_loop.hook_scale": SCALE,

@@ -119,7 +119,7 @@ class Decoder:
             ended: rows of which nobody needs either any more.
         """
         _, visible = visibility(self.tokens, self.real, None)
-        frame = self.transformer.frame(visible, self.positions, self.tokens)
+        frame = self.transformer.frame(visible, self.positions, self.tokens, self.prompt.step_sizes)
         x = self.transformer(self.tokens, frame, self.states, 0, self.n_loops)
         self.final = x[:, -1:]
         logits = self.transformer.unembed(self.transformer.finish(x, frame)[:, -1])
@@ -175,7 +175,9 @@ class CachedDecoder(Decoder):
             in_prompt = stop <= visible.shape[1]
             visible = visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
         places = slice(start, stop)
-        frame = self.transformer.frame(visible, self.positions[:, places], self.tokens[:, places])
+        frame = self.transformer.frame(
+            visible, self.positions[:, places], self.tokens[:, places], self.prompt.step_sizes
+        )
         return frame._replace(kv=self.kv)
 
     def _run_to(self, stop: int) -> State:

@@ -9,7 +9,7 @@ logits = unembed(final_norm(coda(loop_norm(x))))      loop_norm here only where 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import cast
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Angles, CappedLinear, Frame, Network, matrix
+from tl_looped.engine.network import Angles, CappedLinear, Condition, Frame, Network, matrix
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.block import Block
 from tl_looped.nn.injection import DiagonalInjection
 from tl_looped.nn.norm import NORMS, LayerNorm, Norm, PlusOneRMSNorm
 from tl_looped.nn.rotary import component_frequencies, rotary_angles
+from tl_looped.nn.time import TimeEmbed, clock
 from tl_looped.nn.update import UpdateGate
 
 EXIT_EPS = 1e-5  # of the LayerNorm before an exit gate
@@ -55,6 +56,7 @@ class LoopedTransformer(Network):
             self.ln_prelude = self._norm("ln_prelude")
         absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
         absent |= dict.fromkeys(("hook_injection_decay", "hook_injection_step"), cfg.injection != "diagonal")
+        absent |= {"hook_condition": not cfg.loop_time}
         absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_update_gate": cfg.loop_update != "gated"}
         without = [name for name, is_so in absent.items() if is_so]
         self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
@@ -62,6 +64,8 @@ class LoopedTransformer(Network):
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
         if cfg.injection == "diagonal":
             self.injection = DiagonalInjection(cfg.d_model)
+        if cfg.loop_time:
+            self.time_embed, self.step_embed = TimeEmbed(cfg.d_model), TimeEmbed(cfg.d_model)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
         if cfg.gate_rank is not None:
             self.update_gate = UpdateGate(cfg.d_model, cfg.gate_rank)
@@ -129,11 +133,13 @@ class LoopedTransformer(Network):
         visible: Bool[Tensor, "#batch pos key"] | None,
         positions: Int[Tensor, "rows pos"],
         tokens: Int[Tensor, "batch pos"],
+        step_sizes: Sequence[float] | None = None,
     ) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
         full, windowed = (self._angles(name, positions) for name in ("rotary", "rotary_windowed"))
         read = tokens if self.cfg.reads_tokens_in_layers else None
-        return Frame(positions, full, windowed, visible, tokens=read)
+        times = None if step_sizes is None else clock(step_sizes, self.embed.weight.dtype, positions.device)
+        return Frame(positions, full, windowed, visible, tokens=read, clock=times)
 
     def _angles(self, name: str, positions: Int[Tensor, "rows pos"]) -> Angles | None:
         rotary, frequencies = getattr(self.cfg, name), self._frequencies.get(name)
@@ -202,8 +208,7 @@ class LoopedTransformer(Network):
         if first_layer and not self.cfg.resumes_in_loop:
             raise ValueError(f"a {self.cfg.loop_update} update needs the state that entered the loop")
         x = self.enter(state, e, t) if first_layer == 0 else state
-        for block in islice(self.blocks, first_layer, None):  # a slice would be a new ModuleList
-            x = block(x, frame, t)
+        x = self.run_layers(x, frame, t, first_layer)
         if self.cfg.loop_update != "replace":
             x = self.update(state, x, t)
         if self.cfg.norms_each_loop:
@@ -212,6 +217,24 @@ class LoopedTransformer(Network):
         if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
             self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
         return x
+
+    def run_layers(
+        self, x: Float[Tensor, "batch pos d_model"], frame: Frame, t: int, first: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Core layers first, ..., stop - 1 (None: all) in loop t, from what the first of them reads."""
+        if self.cfg.loop_time:
+            frame = frame._replace(condition=self.condition(x, frame, t))
+        for block in islice(self.blocks, first, stop):  # a slice would be a new ModuleList
+            x = block(x, frame, t)
+        return x
+
+    def condition(self, x: Float[Tensor, "batch pos d_model"], frame: Frame, t: int) -> Condition:
+        """What tells the layers the time of loop t."""
+        if frame.clock is None:
+            raise ValueError("unreachable: a run of a model whose loops have a time has step_sizes")
+        begins, step = frame.clock[t]
+        found, hook = self.time_embed(begins) + self.step_embed(step), self.loop_hooks.hook_condition
+        return Condition(found, *hook.fire(found.expand_as(x), t)) if hook.wants(t) else Condition(found)
 
     def close(
         self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None

@@ -131,8 +131,7 @@ class _Sweep:
             t, layer = t + 1, 0
         if layer < stop:
             x = self.transformer.enter(x, e, t) if layer == 0 else x
-            for block in self.transformer.blocks[layer:stop]:
-                x = block(x, self.frame, t)
+            x = self.transformer.run_layers(x, self.frame, t, layer, stop)
         return (t, max(layer, stop)), x
 
     def _patched(

@@ -195,8 +195,8 @@ def neuron_shares(
         progress: show a bar over layers.
 
     Raises:
-        InputError: a threshold that is not a number, below 0, or above what the vocabulary's size allows; or weights
-            that are not finite.
+        InputError: a threshold that is not a number, below 0, or above what the vocabulary's size allows; weights that
+            are not finite; or `fold` of a model whose layers are gated by the loop's time.
 
     Source:
         Gurnee et al. 2024, arXiv 2401.12181 (kurtosis above 10, by the sign of the skew); arXiv 2604.11791.
@@ -208,6 +208,11 @@ def neuron_shares(
         raise InputError(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "
             f"{min_kurtosis:g}: pass a smaller min_kurtosis."
+        )
+    if fold and model.cfg.loop_time:
+        raise InputError(
+            f"a gate that changes with the loop multiplies what neurons of {model.cfg.model_name} write, so no one "
+            "weight can be folded in: pass fold=False."
         )
     transformer = model.transformer
     blocks: list[tuple[str, int, Any]] = []

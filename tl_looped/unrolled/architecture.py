@@ -57,6 +57,7 @@ class Architecture:
             "an injection of another kind": cfg.injection not in ("none", "add", "concat_linear"),
             "an update of the state that keeps a part of it": cfg.loop_update != "replace",
             "a linear map after the loops": cfg.state_out,
+            "layers that the loop's time modulates": cfg.loop_time,
             "value embeddings": any(cfg.value_embeds),
             "an exit gate that reads a norm of its own": cfg.exit_norm,
             "norms at the prelude or of the loop's own": cfg.embed_norm or cfg.prelude_norm or cfg.loop_norm == "own",
