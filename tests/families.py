@@ -16,6 +16,7 @@ from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
 FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3", "parcae", "loopformer")
+FOLDERS += ("hrm-text",)
 
 # Stored key -> what gives it.
 STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
@@ -25,12 +26,14 @@ HEAD_INPUT = ("final_norm_out", "norm_f_out", "ln_f_out")
 # Of a feedforward model as it is.
 UNLOOPED = ("logits", "hidden_states", "layer_resid_post", "layer_pattern", "layer0_in", *HEAD_INPUT)
 # What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
+# (And HRM-Text's gradients, which its public code cuts at the last cycles: ours are held to finite differences.)
 OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
 GIVEN = (
     "steps.",
     "input_ids",
     "input_states",
     "loop_layers",
+    "token_type_ids",
     "decode.prefill_len",
     "exit.threshold",
     "exit_cdf.threshold",
@@ -57,10 +60,35 @@ def load(folder: str, dtype: torch.dtype = torch.float32, looped: bool = True) -
 def ran(folder: str, looped: bool = True) -> tuple[LoopedModel, Tensor, LoopedCache]:
     """The model, its logits and everything in its cache, at the largest loop count stored."""
     model = load(folder, looped=looped)
-    loops = loops_for(folder, len(expected(folder)["resid_post"])) if looped else None
+    stored = expected(folder).get("resid_post") if looped else None
+    loops = None if stored is None else loops_for(folder, len(stored))
     with torch.no_grad():
         logits, cache = model.run_with_cache(expected(folder)["input_ids"], loops, **given(folder))
     return model, logits, cache
+
+
+@lru_cache
+def ran_with_prefix(folder: str) -> tuple[LoopedModel, Tensor, LoopedCache]:
+    """The same with the stored prefixes, whose tokens see each other in both directions."""
+    model, stored = load(folder), expected(folder)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(stored["input_ids"], token_type_ids=stored["token_type_ids"])
+    return model, logits, cache
+
+
+def of_two_stacks(folder: str, key: str) -> Tensor:
+    """What a model of two stacks computes for a stored key: "causal." or "prefix.", and "L_" or "H_" for the stack."""
+    how, _, key = key.partition(".")
+    model, logits, cache = {"causal": ran, "prefix": ran_with_prefix, "prefix_all": ran}[how](folder)
+    if key == "logits":
+        return logits
+    if key == "generated":
+        length = expected(folder)["input_ids"].shape[1]
+        new = expected(folder)["prefix_all.generated"].shape[1] - length
+        options: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+        return model.generate(expected(folder)["input_ids"][:1], new, prefix_length=length, **options)
+    stack, name = f"{key[0]}_blocks", {"stack_in": "injection", "stack_out": "state_post"}.get(key[2:], key[2:])
+    return cache.stack(f"{stack}.{name}")
 
 
 def given(folder: str, dtype: torch.dtype = torch.float32, rows: Any = slice(None)) -> dict[str, Any]:
@@ -196,7 +224,7 @@ STORED = [
     (folder, key)
     for folder in FOLDERS
     for key in expected(folder)
-    if (folder, key) in OWN or not key.startswith((*OTHER_CACHE, *GIVEN))
+    if (folder, key) in OWN or not (key.startswith((*OTHER_CACHE, *GIVEN)) or key.endswith("grad_embed_unscaled"))
 ]
 
 
@@ -207,6 +235,8 @@ def ours(folder: str, key: str) -> Tensor:
     model, logits, cache = ran(folder)
     if (folder, key) in OWN:
         return OWN[folder, key](model, cache)
+    if model.cfg.two_states is not None:
+        return of_two_stacks(folder, key)
     if key.startswith("noinject."):
         model, key = without_injection(model), key.removeprefix("noinject.")
         logits, cache = model.run_with_cache(tokens, 6)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped import LoadError, LoopedConfig, LoopedModel, QKNorm, Rotary
+from tl_looped import LoadError, LoopedConfig, LoopedModel, QKNorm, Rotary, TwoStates
 
 PARITY = Path(__file__).parent / "parity"
 # Ouro and the Raven family; those since have a battery of their own in test_families.py.
@@ -30,6 +30,14 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo2": {**_ENDS, **_DRAWN, "norm_placement": "output", "qk_norm": QKNorm()},
     "added": {**_ENDS, "injection": "add", "state_init": "prelude"},
 }
+# Two stacks that loop, as HRM-Text has them: L_blocks twice in each of two loops, then H_blocks once.
+TWO_STATES: dict[str, Any] = {
+    "two_states": TwoStates(2),
+    "norm": "weightless",
+    "loop_norm": "each",
+    "final_norm": False,
+}
+TWO_STATES |= {"attn_gate": True, "prefix_lm": True}
 WORDS = ["<pad>", "<bos>", "a", "b", "c", "d", "e", "f", "g", "h", "=", ";"]
 
 

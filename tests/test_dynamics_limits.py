@@ -12,15 +12,13 @@ import torch
 
 from tl_looped import InputError
 from tl_looped.dynamics import (
-    BEHAVIOURS,
     COSINE_TO_END,
     LimitBehaviour,
     LimitRule,
-    classify_limits,
     limit_behaviour,
     limits_of,
 )
-from tl_looped.dynamics.limits import limit_shares
+from tl_looped.dynamics.limits import BEHAVIOURS, classify_limits, limit_shares
 from tl_looped.dynamics.measures import cosine_to
 from tl_looped.observe import observe
 

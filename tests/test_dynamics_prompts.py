@@ -17,6 +17,7 @@ from tl_looped.dynamics import (
     cycle,
     jacobian_spectrum,
     limit_behaviour,
+    long_run,
     path_independence,
     similarity,
     state_motion,
@@ -35,6 +36,7 @@ MANY = {
     "convergence": convergence,
     "cycle": cycle,
     "limit_behaviour": limit_behaviour,
+    "long_run": long_run,
     "similarity": similarity,
     "state_motion": state_motion,
 }

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, fired, make, tokens_for
 
-from tl_looped import HookNameError, HookSite
+from tl_looped import HookNameError, HookSite, TwoStates
 from tl_looped.engine import schedule
 from tl_looped.engine.schedule import BLOCK_AXES, LOOP_AXES, MODEL_AXES, find_site
 from tl_looped.nn.block import MLP
@@ -66,7 +66,8 @@ def test_every_line_is_a_point_of_some_family():
     rare = {"learned_positions": True, "embed_norm": True, "prelude_norm": True}
     rare |= {"loop_update": "gated", "gate_rank": 2}
     rarer = {"injection": "diagonal", "state_out": True, "value_embeds": (True, False), "value_gate_size": 8}
-    models = [make(**fields) for fields in (*TINY.values(), rare, rarer, {"loop_time": True})]
+    gated = {"two_states": TwoStates(), "attn_gate": True}
+    models = [make(**fields) for fields in (*TINY.values(), rare, rarer, gated, {"loop_time": True})]
     points = {point.site.component for model in models for point in model.hook_dict.points()}
     assert points == {*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES}
 

@@ -17,6 +17,7 @@ from tl_looped.engine.parts import LinearRope as LinearRope
 from tl_looped.engine.parts import Llama3Rope as Llama3Rope
 from tl_looped.engine.parts import QKNorm as QKNorm
 from tl_looped.engine.parts import Rotary as Rotary
+from tl_looped.engine.parts import TwoStates as TwoStates
 from tl_looped.engine.runs import DEFAULT_SEED as DEFAULT_SEED
 from tl_looped.engine.schedule import HookSite as HookSite
 from tl_looped.engine.schedule import LoopSchedule as LoopSchedule

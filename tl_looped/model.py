@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -21,8 +21,9 @@ from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation import GeneratesText
-from tl_looped.nn import LoopedTransformer
+from tl_looped.nn import LoopedTransformer, NativeNetwork, build
 from tl_looped.unrolled import UnrolledModel
 
 Self = TypeVar("Self", bound="LoopedModel")
@@ -34,7 +35,8 @@ class LoopedModel(CachingHooks, GeneratesText):
     Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
     loop in them (`engine.schedule`), and every run takes:
 
-    - `n_loops`: how many loops; by default as many as the model was trained with.
+    - `n_loops`: how many loops; by default as many as the model was trained with. With two stacks that loop, a count
+      or a pair: see `prepare`.
     - `initial_state`, `seed`: the state that enters the first loop, or the seed that draws it. A model that draws
       its state (Huginn) uses seed 0 unless told otherwise, so runs repeat; in `train()` mode it draws afresh.
     - `start_at_loop`, `stop_at_loop`: run a part; negative numbers count from the end.
@@ -44,7 +46,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         tokenizer: a tokenizer of transformers, or None for token ids only.
     """
 
-    transformer: LoopedTransformer  # pyright: ignore[reportIncompatibleVariableOverride] - never set to another kind
+    transformer: NativeNetwork  # pyright: ignore[reportIncompatibleVariableOverride] - never set to another kind
 
     # Making and keeping models.
 
@@ -57,9 +59,9 @@ class LoopedModel(CachingHooks, GeneratesText):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
     ) -> Self:
-        """A model with random weights from a seed; see `LoopedTransformer.reset_parameters`."""
+        """A model with random weights from a seed; see `nn.ends.random_weights`."""
         place, kind = check_device(device), check_dtype(dtype)
-        transformer = LoopedTransformer(cfg)
+        transformer = build(cfg)
         transformer.reset_parameters(seed)
         return cls(transformer.to(device=place, dtype=kind), tokenizer).eval()
 
@@ -118,7 +120,7 @@ class LoopedModel(CachingHooks, GeneratesText):
 
     @with_run_options
     def last_logits(
-        self, prompts: Prompts, n_loops: int | None = None, **options: Unpack[RunOptions]
+        self, prompts: Prompts, n_loops: LoopCount | None = None, **options: Unpack[RunOptions]
     ) -> Float[Tensor, "batch d_vocab"]:
         """What the model says after each prompt: the logits at every row's last real token, wherever it stands.
 
@@ -132,7 +134,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         return self.transformer.unembed(out[torch.arange(len(out)), run.last_positions])
 
     def unrolled(
-        self, n_loops: int | None = None, *, initial_state: Tensor | None = None, seed: int | None = None
+        self, n_loops: LoopCount | None = None, *, initial_state: Tensor | None = None, seed: int | None = None
     ) -> UnrolledModel:
         """This model as one of realised depth p + k·T + c, for TransformerLens's own tools; the weights are shared.
 
@@ -140,7 +142,7 @@ class LoopedModel(CachingHooks, GeneratesText):
             n_loops: loops to unroll; None for the count it was trained with.
             initial_state, seed: what every run of the view starts from, as in `forward`.
         """
-        total, _, _ = resolve_loops(n_loops, None, None, self.cfg)
+        total, *_ = resolve_loops(n_loops, None, None, self.cfg)
         return UnrolledModel(self, total, initial_state, seed)
 
     # Caching.
@@ -149,7 +151,7 @@ class LoopedModel(CachingHooks, GeneratesText):
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride] - a cache with a loop axis
         self,
         input: Prompts,
-        n_loops: int | None = None,
+        n_loops: LoopCount | None = None,
         *,
         names_filter: NamesFilter = None,
         loops: Iterable[int] | None = None,
@@ -188,15 +190,31 @@ class LoopedModel(CachingHooks, GeneratesText):
         return run_with_cache(self, run, keep, return_type, loss_per_token)
 
 
-def check_looped(model: object) -> LoopedModel:
-    """The model, where it is a LoopedModel.
+def check_looped(model: object, *, several_stacks: bool = False) -> LoopedModel:
+    """The model, where it is a LoopedModel, and one core loops in it.
+
+    Args:
+        model: what was given.
+        several_stacks: whether the call knows of models in which two stacks loop.
 
     Raises:
-        InputError: it is another kind of model, as of TransformerLens, or the unrolled view.
+        InputError: it is another kind of model, as of TransformerLens, or the unrolled view; or one with two stacks.
     """
     if not isinstance(model, LoopedModel):
         raise InputError(
             f"this looks into loops, so it needs a LoopedModel, got {type(model).__name__}: for a feedforward model "
             "take tl_looped.observe, or the tensor functions on its cache."
         )
+    if not several_stacks:
+        one_core(model)
     return model
+
+
+def one_core(model: LoopedModel) -> LoopedTransformer:
+    """The network of a model in which one core loops.
+
+    Raises:
+        InputError: two stacks loop in it.
+    """
+    model.cfg.check_one_core()
+    return cast(LoopedTransformer, model.transformer)

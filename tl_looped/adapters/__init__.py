@@ -10,6 +10,7 @@ from tl_looped.adapters.base import Source as Source
 from tl_looped.adapters.base_loop import BaseLoopAdapter, LoopFormerAdapter
 from tl_looped.adapters.feedforward import FEEDFORWARD
 from tl_looped.adapters.gpt2 import GPT2Adapter
+from tl_looped.adapters.hrm_text import HrmTextAdapter
 from tl_looped.adapters.looped_gpt import LoopedGPTAdapter
 from tl_looped.adapters.loopus import LoopUSAdapter
 from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
@@ -28,6 +29,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     NanochatAdapter(),
     LoopedNanochatAdapter(),
     BaseLoopAdapter(),
+    HrmTextAdapter(),
     LoopFormerAdapter(),
     LoopedGPTAdapter(),
     LoopUSAdapter(),

@@ -29,7 +29,7 @@ from tl_looped.adapters.base import ConfigKeys, Json, without
 from tl_looped.adapters.native import to_json
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError, nearest
-from tl_looped.nn import LoopedTransformer
+from tl_looped.nn import NativeNetwork, build
 
 EMBEDDED = Path(__file__).parents[1] / "training" / "checkpoints"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -113,7 +113,7 @@ def load(
     dtype: torch.dtype | None,
     ignore_config_keys: Iterable[str] = (),
     looping: Looping | None = None,
-) -> LoopedTransformer:
+) -> NativeNetwork:
     """The model in a folder; nothing is loaded unless config, names, shapes and formats of all weights are right.
 
     Weights are read one tensor at a time, so peak memory is one copy of them and one tensor. All get one number format,
@@ -132,7 +132,7 @@ def load(
     cfg = _config(adapter, values, folder, frozenset(stored), name)
     cfg = cfg if looping is None else looping.applied(cfg, adapter)
     with torch.device("meta"):
-        model = LoopedTransformer(cfg)
+        model = build(cfg)
     sources, checks = adapter.sources(cfg), adapter.checked(cfg)
     stored = _as_the_family_names(stored, {source.name for source in sources.values()})
     head = sources.pop("unembed.weight", None) if cfg.tie_embeddings else None
@@ -219,7 +219,7 @@ def _assign(
     setattr(module, attribute, nn.Parameter(weight))
 
 
-def _tie(model: LoopedTransformer, head: Source | None, stored: dict[str, Stored]) -> None:
+def _tie(model: NativeNetwork, head: Source | None, stored: dict[str, Stored]) -> None:
     """Make a tied head the embedding itself; a head stored beside it must be equal."""
     model.unembed.weight = model.embed.weight
     if head is not None and head.name in stored:
@@ -229,9 +229,7 @@ def _tie(model: LoopedTransformer, head: Source | None, stored: dict[str, Stored
             raise LoadError(f"the config ties the head to the embedding, but the stored {head.name!r} differs from it.")
 
 
-def _check_stored(
-    model: LoopedTransformer, sources: dict[str, Source], stored: dict[str, Stored], extra: set[str]
-) -> None:
+def _check_stored(model: NativeNetwork, sources: dict[str, Source], stored: dict[str, Stored], extra: set[str]) -> None:
     """Raise unless the stored tensors are exactly those that make the model, and hold floating-point numbers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {ours: tuple(parameters[ours].shape)[:: -1 if one.transposed else 1] for ours, one in sources.items()}
@@ -345,7 +343,7 @@ def _reads_own_files(kind: object) -> TypeGuard[type[PreTrainedTokenizerBase]]:
     )
 
 
-def save(model: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save(model: NativeNetwork, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write config, weights and tokenizer in our own format: all of it, or nothing.
 
     Raises:
@@ -361,10 +359,10 @@ def save(model: LoopedTransformer, tokenizer: PreTrainedTokenizerBase | None, fo
             tokenizer.save_pretrained(str(partial))
 
 
-def _check_own(model: LoopedTransformer) -> None:
+def _check_own(model: NativeNetwork) -> None:
     """Raise unless modules and weights are those that the config alone makes, so that they load again."""
     with torch.device("meta"):
-        plain = LoopedTransformer(model.cfg)
+        plain = build(model.cfg)
     kinds = {name: type(module) for name, module in plain.named_modules()}
     foreign = [f"{n or 'model'} ({type(m).__name__})" for n, m in model.named_modules() if kinds.get(n) is not type(m)]
     shapes = [{(n, tuple(w.shape)) for n, w in one.named_parameters()} for one in (model, plain)]

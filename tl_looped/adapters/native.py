@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_looped.adapters.base import ConfigKeys, Json, Source
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
-from tl_looped.nn import LoopedTransformer
+from tl_looped.nn import build
 
 FORMAT = "tl_looped"
 VERSION = 2
@@ -52,7 +52,7 @@ class NativeAdapter:
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """Every parameter under its own name."""
         with torch.device("meta"):
-            return {name: Source(name) for name, _ in LoopedTransformer(cfg).named_parameters()}
+            return {name: Source(name) for name, _ in build(cfg).named_parameters()}
 
     def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
         """Nothing beside the parameters is stored."""

@@ -37,7 +37,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, check_one_prompt, check_whole_run, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite
-from tl_looped.model import LoopedModel, check_looped
+from tl_looped.model import LoopedModel, check_looped, one_core
 from tl_looped.nn.block import Block
 from tl_looped.observe.watching import naming_origin, watch
 from tl_looped.viz.stability import bound_scatter
@@ -210,11 +210,12 @@ def attention_bound(
         arXiv 2604.11791, Proposition 4.2; the bound for rotary embedding is this library's.
     """
     check_eval(check_looped(model))
+    core = one_core(model)
     run = model.batch_of(model.prepare(prompts, n_loops, **options))
     check_whole_run(run)
     check_one_prompt(run, tokens=2)
     cfg = model.cfg
-    layers = [_Layer(block, cfg, run) for block in model.transformer.blocks if isinstance(block, Block)]
+    layers = [_Layer(block, cfg, run) for block in core.blocks if isinstance(block, Block)]
     source = layers[0].source
 
     def see(site: HookSite, x: Tensor) -> None:

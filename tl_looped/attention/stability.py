@@ -19,7 +19,7 @@ from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.results import Result, pairs_of_calls
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
-from tl_looped.engine.schedule import CORE, HookSite
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe import Measure
 from tl_looped.observe.observation import BATCH_SIZE, observe
@@ -92,7 +92,9 @@ class AttentionStability(Result):
         return head_changes(getattr(self, change), self.settles_at, self.tolerance, label, title, top)
 
 
-def stability_of(observed: Observed, *, position: int | None = None, tolerance: float = 0.05) -> AttentionStability:
+def stability_of(
+    observed: Observed, *, position: int | None = None, tolerance: float = 0.05, stack: str | None = None
+) -> AttentionStability:
     """Whether attention comes to rest, of an observation.
 
     Args:
@@ -100,17 +102,18 @@ def stability_of(observed: Observed, *, position: int | None = None, tolerance: 
             STABILITY]`.
         position: that query, for the result to say.
         tolerance: total variation up to which a pattern counts as the last one.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: the measures are missing, or no prompt has two tokens.
     """
     check_number("tolerance", tolerance, low_too=True)
-    per_prompt = {name: observed.prompts_by_loop(one.name) for name, one in _MEASURES.items()}
+    per_prompt = {name: observed.prompts_by_loop(one.name, stack) for name, one in _MEASURES.items()}
     changes = {name: values.nanmean(0) for name, values in per_prompt.items()}
     if not bool(changes["tv_to_last"].isfinite().any()):
         raise InputError("no prompt has two tokens, and a single token can only look at itself: pass longer prompts.")
     return AttentionStability(
-        made_by=observed.made_by,
+        made_by=observed.made_by | ({} if stack is None else {"stack": stack}),
         position=position,
         tolerance=float(tolerance),
         **changes,
@@ -124,10 +127,11 @@ def stability_of(observed: Observed, *, position: int | None = None, tolerance: 
 def attention_stability(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     position: int | None = None,
     tolerance: float = 0.05,
+    stack: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -143,6 +147,7 @@ def attention_stability(
         n_loops: loops to run, two or more; None for the count the model was trained with.
         position: of one query, negative from each prompt's end; None for all, of which total variation is the mean.
         tolerance: total variation up to which a pattern counts as the last one.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: before the run, for a position that a prompt does not have, or prompts of one token; in it, for
@@ -151,7 +156,8 @@ def attention_stability(
     Source:
         arXiv 2604.11791, section 4 (Frobenius distances); score and settling loop are this library's.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
+    model.cfg.looping_stack(stack)
     check_number("tolerance", tolerance, low_too=True)
     runs = model.prepare(prompts, n_loops, **options)
     lengths = [int(real.sum()) for real in runs.rows.real]
@@ -162,7 +168,7 @@ def attention_stability(
         resolve_index("position", position, min(lengths))
         measures = [at_query(one, position) for one in STABILITY]
     observed = observe(model, runs, measures=measures, batch_size=batch_size, progress=progress)
-    return stability_of(observed, position=position, tolerance=tolerance)
+    return stability_of(observed, position=position, tolerance=tolerance, stack=stack)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -203,11 +209,12 @@ class PatternDistances(Result):
         return call_matrix(shown, self.loops, self.layers, title, *look)
 
 
-def pattern_distances_of(cache: LoopedCache) -> PatternDistances:
+def pattern_distances_of(cache: LoopedCache, *, stack: str | None = None) -> PatternDistances:
     """Frobenius distances between the patterns of every two (loop, layer) pairs of a cache.
 
     Args:
         cache: of one prompt, with "attn.hook_pattern" of the core layers, the same loops for each.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: several prompts, a single token, no patterns, or patterns that are not finite.
@@ -215,9 +222,10 @@ def pattern_distances_of(cache: LoopedCache) -> PatternDistances:
     Source:
         arXiv 2604.11791, similarity of attention patterns between all (loop, layer) pairs.
     """
-    component = "attn.hook_pattern"
-    layers = [i for i in range(cache.cfg.n_core) if cache.loops(HookSite(component, CORE, i).name)]
-    patterns = cache.stack("pattern", layers or None)  # [loop, layer, batch?, head, query, key]
+    stack = cache.cfg.looping_stack(stack)
+    name = cache.cfg.name_in(stack, "pattern")
+    layers = [i for i in range(cache.cfg.n_core) if cache.loops(name, i)]
+    patterns = cache.stack(name, layers or None)  # [loop, layer, batch?, head, query, key]
     if cache.has_batch_dim:
         if patterns.shape[2] != 1:
             raise InputError(
@@ -227,8 +235,8 @@ def pattern_distances_of(cache: LoopedCache) -> PatternDistances:
     if patterns.shape[-1] < 2:
         raise InputError("a single token can only look at itself: cache a prompt of two tokens or more.")
     return PatternDistances(
-        made_by={"model": cache.cfg.model_name, **cache.run.describe()},
-        loops=tuple(cache.loops("pattern", layers[0])),
+        made_by={"model": cache.cfg.model_name, **cache.run.describe(), **cache.cfg.made_of(stack)},
+        loops=tuple(cache.loops(name, layers[0])),
         layers=tuple(layers),
         distance=distance_matrix(patterns.flatten(0, 1)).cpu(),
     )

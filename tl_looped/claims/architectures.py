@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.dynamics import BEHAVIOURS, classify_limits, cycle_of, settled
-from tl_looped.dynamics.limits import FEWEST_LOOPS, limit_shares
+from tl_looped.dynamics import cycle_of, settled
+from tl_looped.dynamics.limits import BEHAVIOURS, FEWEST_LOOPS, classify_limits, limit_shares
 from tl_looped.dynamics.measures import cosine_to, distance_to
 from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.checks import check_number

@@ -10,10 +10,8 @@ from tl_looped.dynamics.layers import cycle as cycle
 from tl_looped.dynamics.layers import cycle_of as cycle_of
 from tl_looped.dynamics.layers import similarity as similarity
 from tl_looped.dynamics.layers import similarity_of as similarity_of
-from tl_looped.dynamics.limits import BEHAVIOURS as BEHAVIOURS
 from tl_looped.dynamics.limits import LimitBehaviour as LimitBehaviour
 from tl_looped.dynamics.limits import LimitRule as LimitRule
-from tl_looped.dynamics.limits import classify_limits as classify_limits
 from tl_looped.dynamics.limits import limit_behaviour as limit_behaviour
 from tl_looped.dynamics.limits import limits_of as limits_of
 from tl_looped.dynamics.measures import COSINE as COSINE
@@ -30,3 +28,7 @@ from tl_looped.dynamics.settling import Convergence as Convergence
 from tl_looped.dynamics.settling import convergence as convergence
 from tl_looped.dynamics.settling import convergence_of as convergence_of
 from tl_looped.dynamics.settling import settled as settled
+from tl_looped.dynamics.verdicts import SKETCH as SKETCH
+from tl_looped.dynamics.verdicts import LongRun as LongRun
+from tl_looped.dynamics.verdicts import long_run as long_run
+from tl_looped.dynamics.verdicts import long_run_of as long_run_of

@@ -20,7 +20,7 @@ from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import ratio, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
-from tl_looped.engine.schedule import CORE, HookSite
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import watch
 from tl_looped.viz.dynamics import trajectory_figure
@@ -124,10 +124,11 @@ class Trajectory(Result):
 def trajectory(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     position: int | Sequence[int] = -1,
     n_components: int = 2,
+    stack: str | None = None,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
     """The path of one token's latent state, or several tokens', through all core layers of all loops.
@@ -141,6 +142,7 @@ def trajectory(
         n_loops: two or more; None for the count the model was trained with.
         position: of the token, or several; by default the last.
         n_components: how many principal components.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: several prompts, one loop, a position that there is not, or more components than states can have,
@@ -149,23 +151,24 @@ def trajectory(
     Source:
         arXiv 2604.11791, PCA over all latent states of one token.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
+    chosen = model.cfg.looping_stack(stack)
     run = one_prompt(model, model.prepare(prompts, n_loops, **options), loops=2)
     wanted = list(position) if isinstance(position, Sequence) else [position]
     places = [resolve_index("position", one, run.tokens.shape[1]) for one in wanted]
     if not places or len(set(places)) < len(places):
         raise InputError(f"position must name one position or several different ones, got {position!r}.")
-    n_core = model.cfg.n_core
-    most = min(run.n_loops * n_core * len(places) - 1, model.cfg.d_model)
+    n_core, n_loops = model.cfg.n_core, model.cfg.schedule(run.counts).n_loops(chosen)
+    most = min(n_loops * n_core * len(places) - 1, model.cfg.d_model)
     if check_count("n_components", n_components) > most:
         raise InputError(f"these states have at most {most} principal components, got n_components={n_components}.")
     kept: list[Tensor] = []
-    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(n_core)]
+    names = [HookSite("hook_resid_post", chosen, layer).name for layer in range(n_core)]
     watch(model, run, names, lambda _, x: kept.append(x[0, places].cpu()), only_loops=True)
-    states = torch.stack(kept).unflatten(0, (run.n_loops, n_core))
+    states = torch.stack(kept).unflatten(0, (n_loops, n_core))
     check_finite(states, ("loop", "layer", "position"), {"position": places})
     return Trajectory(
-        made_by={"model": model.cfg.model_name, **run.describe()},
+        made_by={"model": model.cfg.model_name, **run.describe(), **model.cfg.made_of(chosen)},
         positions=tuple(places),
         str_tokens=model.token_texts(run.tokens[0, places]),
         **pca(states, n_components)._asdict(),

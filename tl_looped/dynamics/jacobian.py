@@ -22,6 +22,7 @@ from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import length, ratio
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, check_state, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe.watching import naming_origin
 from tl_looped.viz.dynamics import spectrum_plane
@@ -87,7 +88,7 @@ class JacobianSpectrum(Result):
 def jacobian_spectrum(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     loop: int = -1,
     state: Tensor | None = None,
@@ -116,7 +117,8 @@ def jacobian_spectrum(
         n_loops: loops to run for the state; None for 128.
         loop: take the state that enters this loop; by default the last, so the state is near the fixed point if there
             is one.
-        state: the state itself, [pos, d_model] or [1, pos, d_model]; then nothing is run before.
+        state: the state itself, [pos, d_model] or [1, pos, d_model]; then nothing is run before. (Of two states both,
+            side by side, as a stopped run returns them: the map is that of both.)
         position: of one position's block, negative from the end; None for the whole state.
         k: how many eigenvalues, at most the matrix's size less two; a complex pair may be cut by it.
         tolerance: relative accuracy that ARPACK stops at; None: 1e-9 in float64, 1e-4 in float32.
@@ -132,7 +134,7 @@ def jacobian_spectrum(
         Lehoucq, Sorensen and Yang 1998 (ARPACK). For the spectral radius at a fixed point as the rate of convergence:
         any text on fixed-point iteration (Ostrowski's theorem).
     """
-    runs = prepare_long(model, prompts, n_loops, options, least=1)
+    runs = prepare_long(model, prompts, n_loops, options, least=1, several_stacks=True)
     if model.dtype not in _TOLERANCES:
         raise InputError(f"the model is {model.dtype}: load it in float32, or better float64, for its Jacobian.")
     check_count("k", k)
@@ -146,7 +148,7 @@ def jacobian_spectrum(
     run = one_prompt(model, runs)
     at = resolve_index("loop", loop, run.n_loops)
     place = None if position is None else resolve_index("position", position, run.tokens.shape[1])
-    size = model.cfg.d_model * (run.tokens.shape[1] if place is None else 1)
+    size = model.cfg.d_state * (run.tokens.shape[1] if place is None else 1)
     if k > size - 2:
         raise InputError(f"the Jacobian has {size} rows, so k must be at most {size - 2}, got {k}.")
     run = replace(run, start=at if state is not None else 0, stop=at + 1, reads_out=False)
@@ -176,7 +178,7 @@ class _LoopMap(LinearOperator):
     def __init__(self, model: LoopedModel, run: Run, position: int | None):
         transformer, frame, loop = model.transformer, model.frame(run), run.stop - 1
         with torch.no_grad():
-            e = transformer.read(run.tokens, frame) if transformer.needs_input(run.state is not None) else None
+            _, e = transformer.begin(run.tokens, frame, run.state, run.start)
             state = transformer(run.tokens, frame, run.state, run.start, loop).clone()
         check_finite(state[0], (f"loop {loop}, entering: position",))
         with torch.enable_grad():

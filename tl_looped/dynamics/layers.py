@@ -26,7 +26,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import unit
 from tl_looped.engine.results import Result, pairs_of_calls
 from tl_looped.engine.runs import Prompts, RunOptions, check_whole_run, with_run_options
-from tl_looped.engine.schedule import CORE, HookSite
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.observation import BATCH_SIZE
 from tl_looped.observe.watching import watch
@@ -84,20 +84,23 @@ class Similarity(Result):
         return similarity_heatmap(self.matrix, self.loops, self.layers, title)
 
 
-def similarity_of(cache: LoopedCache) -> Similarity:
+def similarity_of(cache: LoopedCache, *, stack: str | None = None) -> Similarity:
     """`similarity_matrix` of the core layers' outputs in a cache, over all real tokens of all its prompts.
 
     Args:
         cache: has "resid_post" of the core layers, in the same loops and at all positions. For other tensors there is
             `similarity_matrix`.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: a cache without them, or states that are not finite, with loop, layer and position.
     """
-    layers = [i for i in range(cache.cfg.n_core) if cache.loops("resid_post", i)]
-    states = cache.stack("resid_post", layers or None)
+    stack = cache.cfg.looping_stack(stack)
+    name = cache.cfg.name_in(stack, "resid_post")
+    layers = [i for i in range(cache.schedule.n_layers(stack)) if cache.loops(name, i)]
+    states = cache.stack(name, layers or None)
     states = states if cache.has_batch_dim else states[:, :, None]
-    loops = cache.loops("resid_post", layers[0]) if layers else []
+    loops = cache.loops(name, layers[0]) if layers else []
     check_finite(states, ("loop", "layer", "prompt", "position"), {"loop": loops, "layer": layers})
     mask = cache.run.attention_mask.to(states.device)
     if mask.shape != states.shape[2:4]:
@@ -106,7 +109,7 @@ def similarity_of(cache: LoopedCache) -> Similarity:
             "all positions (without pos_slice), or call similarity_matrix on the states."
         )
     return Similarity(
-        made_by={"model": cache.cfg.model_name, **cache.run.describe()},
+        made_by={"model": cache.cfg.model_name, **cache.run.describe(), **cache.cfg.made_of(stack)},
         loops=tuple(loops),
         layers=tuple(layers),
         matrix=similarity_matrix(states[:, :, mask].flatten(0, 1)).cpu(),
@@ -116,7 +119,12 @@ def similarity_of(cache: LoopedCache) -> Similarity:
 @torch.no_grad()
 @with_run_options
 def similarity(
-    model: LoopedModel, prompts: Prompts, n_loops: int | None = None, **options: Unpack[RunOptions]
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: LoopCount | None = None,
+    *,
+    stack: str | None = None,
+    **options: Unpack[RunOptions],
 ) -> Similarity:
     """`similarity_of` a run that is made for it.
 
@@ -125,16 +133,18 @@ def similarity(
     Args:
         model, prompts, options: as in `LoopedModel.forward`; prompts run as one batch.
         n_loops: two or more; None for the count the model was trained with.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: one loop, or what `forward` refuses, before the run; states that are not finite.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
+    chosen = model.cfg.looping_stack(stack)
     run = model.batch_of(model.prepare(prompts, n_loops, **options))
     check_whole_run(run)
-    names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
+    names = [HookSite(RESID_POST, chosen, layer).name for layer in range(model.cfg.n_core)]
     _, cache = run_with_cache(model, replace(run, reads_out=False), Keep(names))
-    return similarity_of(cache)
+    return similarity_of(cache, stack=chosen)
 
 
 # Fixed points of the layers.
@@ -222,11 +232,12 @@ def cycle_of(
 def cycle(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     threshold: float = 0.99,
     tolerance: float = 1e-2,
     hold: float = 0.25,
+    stack: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -242,6 +253,7 @@ def cycle(
         n_loops: None for 128, as in the paper.
         threshold: as in `cycle_of`.
         tolerance, hold: when a state has converged, as in `settled`.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: one core layer, or what `cycle_of`, `settled` and `observe` refuse.
@@ -250,17 +262,19 @@ def cycle(
         arXiv 2604.11791, Prop. 4.1.
     """
     check_number("threshold", threshold, -1.0, 1.0)
-    runs = prepare_long(model, prompts, n_loops, options)
+    runs = prepare_long(model, prompts, n_loops, options, several_stacks=True)
+    chosen = model.cfg.looping_stack(stack)
     if model.cfg.n_core < 2:
         raise InputError("this model has one core layer, so its cycle has one point: nothing to tell apart.")
-    judged = convergence(model, runs, tolerance=tolerance, hold=hold, batch_size=batch_size, progress=progress)
-    names = [HookSite(RESID_POST, CORE, layer).name for layer in range(model.cfg.n_core)]
+    how = {"tolerance": tolerance, "hold": hold, "stack": stack}
+    judged = convergence(model, runs, **how, batch_size=batch_size, progress=progress)
+    last = model.cfg.schedule(runs.counts).n_loops(chosen) - 1
+    names = [HookSite(RESID_POST, chosen, layer, last).name for layer in range(model.cfg.n_core)]
     cosines: dict[int, Tensor] = {}
     for rows in runs.equal_lengths(batch_size):
         ends: list[Tensor] = []
         run = model.batch_of(runs, rows)
-        last = frozenset({runs.n_loops - 1})
-        watch(model, run, names, lambda _, x, ends=ends: ends.append(x), loops=last, only_loops=True)
+        watch(model, run, names, lambda _, x, ends=ends: ends.append(x), only_loops=True)
         cosines |= zip(rows, _to_first(torch.stack(ends)).cpu().unbind(1), strict=True)
     found = torch.cat([cosines[row] for row in range(len(runs))], dim=-1)
     found = found.where((judged.converged == 1).all(0), float("nan"))

@@ -20,6 +20,7 @@ from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe.observation import BATCH_SIZE, observe
 from tl_looped.observe.observed import Observed
@@ -275,22 +276,25 @@ class LimitBehaviour(Result):
         return limit_curves(self.cosines[:, index], self.labels[index], BEHAVIOURS, threshold, names, title)
 
 
-def limits_of(observed: Observed, *, rule: LimitRule | None = None, name: str = COSINE_TO_END.name) -> LimitBehaviour:
+def limits_of(
+    observed: Observed, *, rule: LimitRule | None = None, name: str = COSINE_TO_END.name, stack: str | None = None
+) -> LimitBehaviour:
     """The limit behaviour of every token of an observation, in every core layer.
 
     Args:
         observed: from `observe(..., measures=[COSINE_TO_END], per_token=["cosine_to_end"])`.
         rule: the thresholds.
         name: of another measure of the cosine to the last loop.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: what `classify_limits` refuses; or the measure was not kept for every token.
     """
     rule = LimitRule() if rule is None else rule
-    cosines, places = observed.tokens_by_loop(name)
+    cosines, places = observed.tokens_by_loop(name, stack)
     labels, period, amplitude = classify_limits(cosines, rule)
     return LimitBehaviour(
-        made_by={**observed.made_by, "rule": dataclasses.asdict(rule)},
+        made_by={**observed.made_by, "rule": dataclasses.asdict(rule), **({} if stack is None else {"stack": stack})},
         cosines=cosines,
         places=places,
         labels=labels,
@@ -303,9 +307,10 @@ def limits_of(observed: Observed, *, rule: LimitRule | None = None, name: str = 
 def limit_behaviour(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     rule: LimitRule | None = None,
+    stack: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -319,6 +324,7 @@ def limit_behaviour(
         model, prompts, batch_size, progress, options: as in `observe`.
         n_loops: at least 16; None for 128, as in the paper.
         rule: the thresholds of the algorithm, which `LimitRule` describes.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: what `observe` refuses; too few loops; states that are not finite, with layer and loop.
@@ -326,7 +332,8 @@ def limit_behaviour(
     Source:
         arXiv 2604.11791.
     """
-    runs = prepare_long(model, prompts, n_loops, options, least=FEWEST_LOOPS)
+    runs = prepare_long(model, prompts, n_loops, options, least=FEWEST_LOOPS, several_stacks=True)
+    model.cfg.looping_stack(stack)
     measures, per_token = [COSINE_TO_END], [COSINE_TO_END.name]
     found = observe(model, runs, measures=measures, per_token=per_token, batch_size=batch_size, progress=progress)
-    return limits_of(found, rule=rule)
+    return limits_of(found, rule=rule, stack=stack)

@@ -15,6 +15,7 @@ from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.errors import resolve_index
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe.observation import BATCH_SIZE, observe
 from tl_looped.observe.observed import Observed
@@ -53,30 +54,33 @@ class StateMotion(Result):
         return motion_curves(self.step, self.angle, last, title)
 
 
-def motion_of(observed: Observed, *, layer: int = -1) -> StateMotion:
+def motion_of(observed: Observed, *, layer: int = -1, stack: str | None = None) -> StateMotion:
     """The steps of a core layer's output, of an observation.
 
     Args:
         observed: from `observe(..., measures=MOTION, per_token=[measure.name for measure in MOTION])`.
         layer: the core layer, by default the last.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: no such layer, or a measure was not kept for every token.
     """
-    values = {one.name: observed.tokens_by_loop(one.name) for one in MOTION}
+    values = {one.name: observed.tokens_by_loop(one.name, stack) for one in MOTION}
     places = values["step"][1]
     index = resolve_index("layer", layer, values["step"][0].shape[1])
     steps = {name: series[:, index] for name, (series, _) in values.items()}
-    return StateMotion(made_by=observed.made_by, layer=index, places=places, **steps)
+    made_by = observed.made_by | ({} if stack is None else {"stack": stack})
+    return StateMotion(made_by=made_by, layer=index, places=places, **steps)
 
 
 @with_run_options
 def state_motion(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     layer: int = -1,
+    stack: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -89,6 +93,7 @@ def state_motion(
         model, prompts, batch_size, progress, options: as in `observe`.
         n_loops: three or more; None for 128.
         layer: the core layer, by default the last.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: too few loops, no such layer, or what `observe` refuses.
@@ -96,8 +101,9 @@ def state_motion(
     Source:
         arXiv 2509.23314: step norms, angles between steps, acceleration.
     """
-    runs = prepare_long(model, prompts, n_loops, options, least=3)
+    runs = prepare_long(model, prompts, n_loops, options, least=3, several_stacks=True)
+    model.cfg.looping_stack(stack)
     index = resolve_index("layer", layer, model.cfg.n_core)
     names = [one.name for one in MOTION]
     found = observe(model, runs, measures=MOTION, per_token=names, batch_size=batch_size, progress=progress)
-    return motion_of(found, layer=index)
+    return motion_of(found, layer=index, stack=stack)

@@ -23,6 +23,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import held_to_end, met_from, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe.observation import BATCH_SIZE, observe
 from tl_looped.observe.observed import Observed
@@ -158,7 +159,12 @@ def settled(
 
 
 def convergence_of(
-    observed: Observed, *, tolerance: float = 1e-2, hold: float = 0.25, name: str = DISTANCE.name
+    observed: Observed,
+    *,
+    tolerance: float = 1e-2,
+    hold: float = 0.25,
+    name: str = DISTANCE.name,
+    stack: str | None = None,
 ) -> Convergence:
     """`settled` for every core layer and token of an observation.
 
@@ -166,13 +172,14 @@ def convergence_of(
         observed: from `observe(..., measures=[DISTANCE], per_token=["distance"])`.
         tolerance, hold: as in `settled`.
         name: of another measure of distance to the last loop.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: what `settled` refuses; or the measure was not kept for every token.
     """
-    values, places = observed.tokens_by_loop(name)
+    values, places = observed.tokens_by_loop(name, stack)
     found = settled(values, tolerance, hold=hold, axes=("layer", "token"))
-    made_by = {**observed.made_by, "tolerance": tolerance, "hold": hold}
+    made_by = {**observed.made_by, "tolerance": tolerance, "hold": hold} | ({} if stack is None else {"stack": stack})
     return replace(found, made_by=made_by, places=places)
 
 
@@ -180,10 +187,11 @@ def convergence_of(
 def convergence(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     tolerance: float = 1e-2,
     hold: float = 0.25,
+    stack: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -197,6 +205,7 @@ def convergence(
         model, prompts, batch_size, progress, options: as in `observe`.
         n_loops: T; None for 128, as in the paper.
         tolerance, hold: as in `settled`.
+        stack: whose layers and loops; None for the only one that loops.
 
     Raises:
         InputError: what `settled` and `observe` refuse; states that are not finite, with layer and loop.
@@ -205,10 +214,11 @@ def convergence(
         arXiv 2604.11791, distance to the approximate fixed point.
     """
     _check(tolerance, hold)
-    runs = prepare_long(model, prompts, n_loops, options)
+    runs = prepare_long(model, prompts, n_loops, options, several_stacks=True)
+    model.cfg.looping_stack(stack)
     per_token = [DISTANCE.name]
     found = observe(model, runs, measures=[DISTANCE], per_token=per_token, batch_size=batch_size, progress=progress)
-    return convergence_of(found, tolerance=tolerance, hold=hold)
+    return convergence_of(found, tolerance=tolerance, hold=hold, stack=stack)
 
 
 def _check(tolerance: float, hold: float) -> None:

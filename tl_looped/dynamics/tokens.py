@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import check_count
 from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs, check_one_prompt, check_whole_run
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel, check_looped
 
 N_LOOPS = 128
@@ -19,14 +20,19 @@ N_LOOPS = 128
 
 
 def prepare_long(
-    model: LoopedModel, prompts: Prompts, n_loops: int | None, options: Mapping[str, object], least: int = 2
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: LoopCount | None,
+    options: Mapping[str, object],
+    least: int = 2,
+    several_stacks: bool = False,
 ) -> Runs:
     """`model.prepare`, but 128 loops where neither `n_loops` nor prepared runs say how many.
 
     Raises:
         InputError: a model without loops or in training mode, fewer than `least` loops, or what `prepare` refuses.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=several_stacks))
     loops = N_LOOPS if n_loops is None and not isinstance(prompts, Runs) else n_loops
     runs = model.prepare(prompts, loops, **cast(RunOptions, options))
     check_count("n_loops", runs.n_loops, minimum=least)

@@ -96,6 +96,7 @@ class LoopedCache(AnyResult, ActivationCache):
     cache["blocks.2.loop.3.attn.hook_z"]      any full name
     cache.stack("pattern", layer)             all loops, [loop, ...]
     cache.stack("resid_post")                 all loops and core layers, [loop, layer, ...]
+    cache["L_blocks.resid_post", layer, loop] where two stacks loop: one must be named; loops are that stack's own
     ========================================  =================================================================
 
     Reading a site of a loop without saying which raises, and names the loops that are cached. Gradients have the same
@@ -104,8 +105,8 @@ class LoopedCache(AnyResult, ActivationCache):
     Attributes:
         run: what made it: tokens, mask, loop count, seed and initial state.
         cfg: the model's config.
-        kept_loops: the loops that it is of, in order: those that ran, or those asked for (`loops=` of
-            `run_with_cache`, `apply_slice_to_loops`).
+        kept_loops: the loops of the run that it is of, in order: those that ran, or those asked for (`loops=` of
+            `run_with_cache`, `apply_slice_to_loops`). Of a stack that runs several times in a loop, all of these.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class LoopedCache(AnyResult, ActivationCache):
         super().__init__(cache_dict, cast(Any, model), has_batch_dim)  # TransformerLens asks for its own config
         self.run = run
         self.cfg: LoopedConfig = model.cfg
+        self.schedule = model.cfg.schedule(run.counts)
         kept = range(run.start, run.stop) if loops is None else {resolve_index("loop", t, run.n_loops) for t in loops}
         self.kept_loops = tuple(sorted(kept))
 
@@ -164,8 +166,9 @@ class LoopedCache(AnyResult, ActivationCache):
         Raises:
             HookNameError: it is not cached at any loop.
         """
-        table, component = self.to_dataframe(), find_site(name).component
-        table = table.query(f"component == {component!r} and loop.notna()").sort_values("loop")
+        table, site = self.to_dataframe(), self.cfg.own_site(find_site(name))
+        table = table.query(f"component == {site.component!r} and loop.notna()").sort_values("loop")
+        table = table if site.stack is None else table[table["stack"] == site.stack]
         if table.empty:
             raise HookNameError(f"{name!r} is not cached at any loop, so there is nothing to draw over loops.")
         by_layer = None if table.layer.isna().all() else "layer"
@@ -258,7 +261,7 @@ class LoopedCache(AnyResult, ActivationCache):
         name, *rest = (key,) if isinstance(key, str) else key
         if not isinstance(name, str) or len(rest) > 3:
             raise HookNameError(f"{key!r} is no key: read as cache[name, layer, loop], see LoopedCache.")
-        site = find_site(name, rest.pop(2) if len(rest) > 2 else None)
+        site = self.cfg.own_site(find_site(name, rest.pop(2) if len(rest) > 2 else None))
         if site.layer is not None or site.loop is not None:
             if rest:
                 raise HookNameError(f"{name!r} says its place itself: read it as cache[{name!r}].")
@@ -269,18 +272,15 @@ class LoopedCache(AnyResult, ActivationCache):
                 raise HookNameError(f"{site.component!r} fires once in a run: read it as cache[{name!r}].")
             if len(rest) > 1:
                 raise HookNameError(f"{site.component!r} belongs to no layer: read it as cache[{name!r}, loop].")
-            return site if layer is None else site.at(self._index("loop", layer, self.run.n_loops))
+            return site if layer is None else site.at(self._index("loop", layer, self.schedule.n_loops(site.stack)))
         if layer is None:
             raise HookNameError(
                 f"{name!r} belongs to a layer: read it as cache[{name!r}, layer{', loop' if site.looped else ''}]."
             )
         if not site.looped and loop is not None:
             raise HookNameError(f"the {site.stack} runs once: leave the loop out of {key!r}.")
-        site = dataclasses.replace(site, layer=self._index("layer", layer, self._n_layers(site)))
-        return site if loop is None else site.at(self._index("loop", loop, self.run.n_loops))
-
-    def _n_layers(self, site: HookSite) -> int:
-        return self.cfg.schedule().n_layers(site.stack or "")
+        site = dataclasses.replace(site, layer=self._index("layer", layer, self.schedule.n_layers(site.stack or "")))
+        return site if loop is None else site.at(self._index("loop", loop, self.schedule.n_loops(site.stack)))
 
     @staticmethod
     def _index(name: str, value: object, size: int) -> int:
@@ -290,8 +290,7 @@ class LoopedCache(AnyResult, ActivationCache):
             raise HookNameError(str(error)) from None
 
     def _loops(self, site: HookSite) -> list[int]:
-        n = self.run.n_loops
-        return [t for t in range(n) if site.at(t).name in self.cache_dict]
+        return [t for t in range(self.schedule.n_loops(site.stack)) if site.at(t).name in self.cache_dict]
 
     def loops(self, name: str, layer: int | None = None) -> list[int]:
         """The loops at which a site is cached, in order."""
@@ -316,14 +315,15 @@ class LoopedCache(AnyResult, ActivationCache):
         Raises:
             HookNameError: a loop or a layer of it is not cached, or no gradient reached it.
         """
-        site = find_site(name, layer_type)
-        chosen = [*self.kept_loops] if loops is None else [self._index("loop", t, self.run.n_loops) for t in loops]
+        site = self.cfg.own_site(find_site(name, layer_type))
         if not site.looped:
             raise HookNameError(f"{site.component!r} fires once in a run, so it has no loops: read it as cache[name].")
+        chosen = self.schedule.loops_in(site.stack, self.kept_loops)
+        chosen = chosen if loops is None else [self._index("loop", t, self.schedule.n_loops(site.stack)) for t in loops]
         if not site.in_layer or site.layer is not None or isinstance(layer, int):
             key = name if layer is None else (name, layer, None, layer_type)
             return self._stack_loops(self._site(key).at(None), chosen)
-        layers = range(self._n_layers(site)) if layer is None else layer
+        layers = range(self.schedule.n_layers(site.stack or "")) if layer is None else layer
         sites = [self._site((name, one, None, layer_type)) for one in layers]
         if not any(map(self._loops, sites)):
             raise HookNameError(f"{name!r} is not cached at any loop.{nearest(site.component, self.cache_dict)}")
@@ -351,8 +351,8 @@ class LoopedCache(AnyResult, ActivationCache):
         chosen = {self._index("loop", loop, self.run.n_loops) for loop in wanted}
         kept = {}
         for name, tensor in self.cache_dict.items():
-            loop = HookSite.parse(name).loop
-            if loop is None or loop in chosen:
+            site = HookSite.parse(name)
+            if site.loop is None or site.loop in self.schedule.loops_in(site.stack, chosen):
                 kept[name] = tensor
         return self._with(kept, kept_loops=tuple(sorted(chosen)))
 

@@ -19,8 +19,6 @@ from tl_looped.engine.parts import (
     STATE_INITS,
     ActFn,
     Injection,
-    LinearRope,
-    Llama3Rope,
     LoopNorm,
     LoopUpdate,
     NormKind,
@@ -28,13 +26,17 @@ from tl_looped.engine.parts import (
     QKNorm,
     Rotary,
     StateInit,
+    TwoStates,
     check_choice,
+    read_fields,
+    read_rotary,
 )
-from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, LoopSchedule
+from tl_looped.engine.schedule import CODA, PRELUDE, HookSite, LoopCount, LoopSchedule
+from tl_looped.engine.stacks import Stacks
 
 
 @dataclass(frozen=True)
-class LoopedConfig:
+class LoopedConfig(Stacks):
     """A decoder with `n_prelude` layers, `n_core` layers run `n_loops` times, and `n_coda` layers.
 
     Names are TransformerLens's where it has one. What a choice computes stands in the tables of `engine.parts`. With x
@@ -44,6 +46,8 @@ class LoopedConfig:
         x = initial state
         n_loops times:  x = N(update(x, core(inject(x, e))))   N as `loop_norm` says
         logits = cap(U N(coda(N(C x))))                        the coda's layers may be the core's, once more
+
+    With `two_states` two stacks of `n_core` layers loop in place of the core: see `TwoStates`.
 
     What asks how a model is built asks the methods here (`sum_broken_by`, `score_terms`, ...), not the fields.
     """
@@ -84,6 +88,8 @@ class LoopedConfig:
     value_embeds: tuple[bool, ...] = ()
     value_gate_size: int = 32  # how many components
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
+    attn_gate: bool = False  # every channel of every head's z times sigmoid(G x), x being what queries are made of
+    prefix_lm: bool = False  # trained on prompts whose tokens see each other in both directions
 
     # Position.
     rotary: Rotary | None = dataclasses.field(default_factory=Rotary)
@@ -103,6 +109,7 @@ class LoopedConfig:
     state_init_scale: float = 1.0  # the drawn state is multiplied by this
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
     exit_norm: bool = False  # whether it reads the state through a LayerNorm (LoopUS)
+    two_states: TwoStates | None = None  # two stacks that loop, each with a state; None: one core with one state
 
     # Embedding and head.
     embed_scale: float = 1.0
@@ -153,6 +160,15 @@ class LoopedConfig:
             )
         if self.loop_step > 1 or (self.loop_step != 1 and self.loop_update != "damped"):
             raise InputError(f"loop_step={self.loop_step} must be in (0, 1], and 1 unless loop_update='damped'.")
+        if self.two_states is not None:
+            others = [one for one in dataclasses.fields(self) if one.name in _OF_ONE_STATE]
+            given = [one.name for one in others if getattr(self, one.name) != one.default]
+            if given or self.loop_norm not in ("none", "each"):
+                name = given[0] if given else "loop_norm"
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} does not go with two_states, where every loop adds one state to "
+                    "the other: leave it out."
+                )
         if (self.gate_rank is None) != (self.loop_update != "gated"):
             raise InputError(f"gate_rank={self.gate_rank} belongs to loop_update='gated', got {self.loop_update!r}.")
         if self.gate_rank is not None:
@@ -164,7 +180,7 @@ class LoopedConfig:
                 f"coda_is_core=True runs the {self.n_core} core layers once more, so n_coda must be {self.n_core}, got "
                 f"{self.n_coda}."
             )
-        layers = self.n_prelude + self.n_core + self.n_coda
+        layers = len(self.layers())
         for name in ("windows", "value_embeds"):
             found = len(getattr(self, name))
             if found not in (0, layers):
@@ -197,14 +213,16 @@ class LoopedConfig:
             "or model.schedule.depth for the realised depth."
         )
 
-    def schedule(self, n_loops: int | None = None) -> LoopSchedule:
+    def schedule(self, n_loops: LoopCount | None = None) -> LoopSchedule:
         """The schedule of a run with `n_loops` loops (default: the count the model was trained with)."""
-        loops = self.n_loops if n_loops is None else n_loops
+        loops, inner = self.counts(n_loops)
+        if inner is not None:
+            return LoopSchedule.nested(self.n_core, loops, inner)
         return LoopSchedule.looped(self.n_prelude, self.n_core, self.n_coda, loops)
 
     def layers(self) -> list[tuple[str, int]]:
         """Every distinct layer as (stack, index in it), in the order in which one loop runs them."""
-        counts = ((PRELUDE, self.n_prelude), (CORE, self.n_core), (CODA, self.n_coda))
+        counts = [(PRELUDE, self.n_prelude), *((stack, self.n_core) for stack in self.looping), (CODA, self.n_coda)]
         return [(stack, layer) for stack, n in counts for layer in range(n)]
 
     def window(self, stack: str | None, layer: int | None) -> int | None:
@@ -252,7 +270,7 @@ class LoopedConfig:
     @property
     def resumes_in_loop(self) -> bool:
         """Whether a loop can go on from what one of its layers reads, without the state that entered it."""
-        return self.loop_update == "replace"
+        return self.loop_update == "replace" and self.two_states is None
 
     # Norms around the loop and the head.
 
@@ -277,10 +295,12 @@ class LoopedConfig:
             return None
         if self.final_norm:
             return HookSite("ln_final.")
-        return HookSite("ln_loop.", loop=last_loop) if self.norms_each_loop else HookSite("ln_coda.")
+        return HookSite("ln_loop.", self.head_stack, loop=last_loop) if self.norms_each_loop else HookSite("ln_coda.")
 
     def sum_broken_by(self, n_loops: int) -> str | None:
         """Why the last state is not the embedding plus the layers' outputs; None where it is."""
+        if self.two_states is not None:
+            return "in every loop one of two states is added to the other"
         if self.norm_placement == "residual_sandwich":
             return "its layers normalise the residual stream itself"
         if self.embed_norm or self.prelude_norm:
@@ -350,6 +370,8 @@ class LoopedConfig:
 
     def state_in_words(self) -> str:
         """What enters the first loop."""
+        if self.two_states is not None:
+            return "z_H: the embedding; z_L: a learned vector, the same at every position"
         std = self.state_init_std * self.state_init_scale
         return STATE_INITS[self.state_init][1].format(source=self.source, std=std)
 
@@ -357,6 +379,7 @@ class LoopedConfig:
         """The choices that make up the model, each as (name, what it is); what a model does not have is left out."""
         formula, words = INJECTIONS[self.injection]
         act = ACT_FNS[self.act_fn]
+        mixed = words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}"
         mlp = f"{act}(gate) · up" if self.gated_mlp else f"{act}, not gated"
         biases = {"queries and keys": self.qk_bias, "values": self.v_bias, "attention's output": self.o_bias}
         biased = [name for name, is_so in {**biases, "the MLP": self.mlp_bias}.items() if is_so]
@@ -366,7 +389,8 @@ class LoopedConfig:
             "MLP": mlp,
             "biases": ", ".join(biased),
             "attention": "; ".join(self._attention_in_words()),
-            "injection": words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}",
+            "injection": mixed if self.two_states is None else "",
+            "states": "" if self.two_states is None else self.two_states.in_words(),
             "initial state": self.state_in_words(),
             "time of the loop": _TIME if self.loop_time else "",
             "update of the state": "" if self.loop_update == "replace" else _update(self),
@@ -379,6 +403,7 @@ class LoopedConfig:
             "position": self._position_in_words(),
             "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
             "exit gate": self._gate_in_words(),
+            "prompts": "tokens of a prefix see each other in both directions" if self.prefix_lm else "",
         }
         return [(name, text) for name, text in parts.items() if text]
 
@@ -387,6 +412,8 @@ class LoopedConfig:
         if self.qk_norm is not None:
             each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
             words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
+        if self.attn_gate:
+            words.append("a gate on every channel of every head's output")
         if any(self.value_embeds):
             words.append(
                 f"in {sum(self.value_embeds)} of {len(self.value_embeds)} layers 2σ(W y) E[token] joins values"
@@ -422,32 +449,16 @@ class LoopedConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoopedConfig:
         """The config with these values; an unknown or missing field is an error that names it."""
-        given = dict(_fields(cls, values, "LoopedConfig"))
+        given = dict(read_fields(cls, values, "LoopedConfig"))
         for name in ("rotary", "rotary_windowed"):
             if given.get(name) is not None:
-                rotary = dict(_fields(Rotary, given[name], name))
-                if rotary.get("scaling") is not None:
-                    llama3 = isinstance(rotary["scaling"], Mapping) and "low_freq_factor" in rotary["scaling"]
-                    kind = Llama3Rope if llama3 else LinearRope
-                    rotary["scaling"] = kind(**_fields(kind, rotary["scaling"], f"{name}.scaling"))
-                given[name] = Rotary(**rotary)
-        if given.get("qk_norm") is not None:
-            given["qk_norm"] = QKNorm(**_fields(QKNorm, given["qk_norm"], "qk_norm"))
+                given[name] = read_rotary(given[name], name)
+        for name, kind in (("qk_norm", QKNorm), ("two_states", TwoStates)):
+            if given.get(name) is not None:
+                given[name] = kind(**read_fields(kind, given[name], name))
         for name in ("windows", "value_embeds", "eos_token_ids"):
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
-
-
-def _fields(kind: Any, values: Any, what: str) -> Mapping[str, Any]:
-    """The values, where they are the fields of a class."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(values, Mapping):
-        raise InputError(f"{what} must have the fields {sorted(fields)}, got {values!r}.")
-    unknown = sorted(set(values) - set(fields))
-    missing = sorted({n for n, f in fields.items() if f.default is dataclasses.MISSING} - set(values))
-    if unknown or missing:
-        raise InputError(f"not a {what}: unknown fields {unknown}, missing fields {missing}.")
-    return values
 
 
 def _update(cfg: LoopedConfig) -> str:
@@ -471,4 +482,6 @@ _CHOICES: dict[str, Mapping[Any, object]] = {
 }
 _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "state_init_scale", "embed_scale")
 _NUMBERS += ("logit_cap",)
+_OF_ONE_STATE = ("n_prelude", "n_coda", "injection", "loop_update", "state_init", "exit_gate", "final_norm_kind")
+_OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions", "coda_is_core", "loop_time", "state_out")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

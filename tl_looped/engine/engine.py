@@ -31,12 +31,14 @@ from tl_looped.engine.runs import (
     check_state,
     resolve_loops,
     resolve_positions,
+    resolve_prefix,
     resolve_state,
     resolve_steps,
+    tell_of_prefixes,
     visibility,
     with_run_options,
 )
-from tl_looped.engine.schedule import HookSite, LoopSchedule
+from tl_looped.engine.schedule import HookSite, LoopCount, LoopSchedule
 from tl_looped.engine.tokens import Ids, PaddingSide, single_token, to_str_tokens, to_string
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -70,6 +72,7 @@ class Engine(HookedRootModule):
         self.transformer = transformer
         self.tokenizer = tokenizer
         self._compiled: _Compiled | None = None
+        self._told_of_prefixes = not self.cfg.prefix_lm
         self.setup()
 
     def setup(self) -> None:
@@ -171,7 +174,7 @@ class Engine(HookedRootModule):
     def prepare(
         self,
         prompts: Prompts,
-        n_loops: int | None = None,
+        n_loops: LoopCount | None = None,
         *,
         start_at_loop: int | None = None,
         stop_at_loop: int | None = None,
@@ -182,7 +185,8 @@ class Engine(HookedRootModule):
         Args:
             prompts: text, token ids, a BatchEncoding, chat messages, a list of these, a Path, a dataset; see
                 `engine.prompts.read_rows`. Or what this call made, as it is.
-            n_loops: number of loops; None for the count the model was trained with.
+            n_loops: number of loops; None for the count the model was trained with. With two stacks that loop, loops or
+                the pair (H, L): so many loops, and in each the fast stack so often.
             start_at_loop: first loop to run; needs `initial_state`.
             stop_at_loop: stop before this loop and return its state.
             options: see `RunOptions`.
@@ -196,7 +200,7 @@ class Engine(HookedRootModule):
             if more:
                 raise InputError(f"these runs are prepared already: pass {more[0]} to model.prepare instead.")
             return prompts
-        total, start, stop = resolve_loops(n_loops, start_at_loop, stop_at_loop, self.cfg)
+        total, start, stop, l_cycles = resolve_loops(n_loops, start_at_loop, stop_at_loop, self.cfg)
         state, seed, mask = (options.get(name) for name in ("initial_state", "seed", "attention_mask"))
         step_sizes = resolve_steps(self.cfg, options.get("step_sizes"), total)
         if start and state is None:
@@ -217,14 +221,18 @@ class Engine(HookedRootModule):
         full = mask if mask is not None and mask.ndim != 2 else None
         if full is not None:
             check_full_mask(full, len(rows), rows.longest)
-        ends = (total, start, stop, stop_at_loop is None)
-        return Runs(rows, *ends, state, seed, options.get("position_ids"), full, step_sizes)
+        ends, places = (total, start, stop, stop_at_loop is None), options.get("position_ids")
+        prefix = resolve_prefix(self.cfg, prompts, rows, options, full)
+        if prefix is None and full is None and not self._told_of_prefixes:
+            self._told_of_prefixes = True
+            tell_of_prefixes(self.cfg)
+        return Runs(rows, *ends, state, seed, places, full, l_cycles, prefix, step_sizes)
 
     @with_run_options
     def batch(
         self,
         prompts: Prompts,
-        n_loops: int | None = None,
+        n_loops: LoopCount | None = None,
         *,
         start_at_loop: int | None = None,
         stop_at_loop: int | None = None,
@@ -239,11 +247,11 @@ class Engine(HookedRootModule):
         """Some of the rows (or all) as one batch. Rows that are named are of one length, and lose their padding."""
         if rows is None:
             tokens, real = runs.rows.padded()
-            positions, state, full = runs.position_ids, runs.initial_state, runs.visible
+            positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
         else:
             tokens = torch.stack([runs.rows.unpadded(row) for row in rows])
             real = torch.ones_like(tokens, dtype=torch.bool)
-            positions, state, full = runs.position_ids, runs.initial_state, runs.visible
+            positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
             kept = [(row, runs.rows.places(row)) for row in rows]
             if positions is not None:
                 positions = torch.stack([positions[row, at.to(positions.device)] for row, at in kept])
@@ -251,8 +259,11 @@ class Engine(HookedRootModule):
                 state = torch.stack([state[row, at.to(state.device)] for row, at in kept])
             if full is not None:
                 full = torch.stack([full[row, at.to(full.device)][:, at.to(full.device)] for row, at in kept])
+            if prefix is not None:
+                prefix = torch.stack([prefix[row, at] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
-        mask, visible = visibility(tokens, full, real)
+        prefix = None if prefix is None else prefix.to(self.device)
+        mask, visible = visibility(tokens, full, real, prefix)
         at = resolve_positions(mask, positions, self.cfg.n_ctx if self.cfg.learned_positions else None)
         if state is not None and state.ndim == 2:
             if int(at.max()) >= len(state):
@@ -264,7 +275,7 @@ class Engine(HookedRootModule):
         state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
         given = runs.initial_state is not None
         ends = (runs.n_loops, runs.start, runs.stop, runs.reads_out)
-        return Run(tokens, mask, visible, at, *ends, state, drawn, given, runs.step_sizes)
+        return Run(tokens, mask, visible, at, *ends, state, drawn, given, runs.l_cycles, prefix, runs.step_sizes)
 
     # Running.
 
@@ -272,7 +283,7 @@ class Engine(HookedRootModule):
     def forward(
         self,
         input: Prompts,
-        n_loops: int | None = None,
+        n_loops: LoopCount | None = None,
         *,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
@@ -358,11 +369,12 @@ class Engine(HookedRootModule):
 
     def frame(self, run: Run) -> Frame:
         """Rotary angles and visibility of a run, for the native model."""
-        return self.transformer.frame(run.visible, run.position_ids, run.tokens, run.step_sizes)
+        return self.transformer.frame(run.visible, run.position_ids, run.tokens, run.l_cycles, run.step_sizes)
 
     def reach(self, run: Run) -> Reach:
         """The sites that a run calls."""
-        return Reach(self.hook_dict, run, self.transformer.needs_input(run.state is not None))
+        schedule = self.cfg.schedule(run.counts)
+        return Reach(self.hook_dict, run, schedule, self.transformer.needs_input(run.state is not None))
 
     @with_run_options
     def readout(
@@ -375,12 +387,14 @@ class Engine(HookedRootModule):
 
         Args:
             state: a state leaving a loop (`hook_state_post`, or what `stop_at_loop` returned), [batch, pos, d_model].
+                Of two states the one that the head reads, or both.
             prompts: those of that run, for positions and padding.
             options: `attention_mask`, `position_ids`, `prepend_bos`, `padding_side`: see `RunOptions`.
         """
         runs = self.prepare(prompts, **options) if not isinstance(prompts, Runs) else prompts
-        check_state(self.cfg, runs.rows, state, None, self.dtype)
-        run = self.batch_of(replace(runs, initial_state=state, seed=None))
+        check_state(self.cfg, runs.rows, state, None, self.dtype, to_read=True)
+        whole = state if state.shape[-1] == self.cfg.d_state else None
+        run = self.batch_of(replace(runs, initial_state=whole, seed=None))
         return self.transformer.readout(state.to(self.device), self.frame(run))
 
     # Hooks.

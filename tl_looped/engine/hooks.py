@@ -397,11 +397,19 @@ class HookGroup:
         site: stack and layer of the group; its component is the prefix of theirs ("attn." for "attn.hook_q").
         looped: whether they fire once in every loop.
         without: points that this model does not have.
+        only: those of the table that it has; None for all.
     """
 
-    def __init__(self, registry: HookDict, site: HookSite, looped: bool, without: Container[str] = ()):
+    def __init__(
+        self,
+        registry: HookDict,
+        site: HookSite,
+        looped: bool,
+        without: Container[str] = (),
+        only: Container[str] | None = None,
+    ):
         for name in points_under(site, looped):
-            if name not in without:
+            if name not in without and (only is None or name in only):
                 there = HookSite(site.component + name, site.stack, site.layer)
                 point = SharedHookPoint(there, looped, registry.progress)
                 registry[point.name] = point

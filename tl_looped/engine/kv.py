@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.engine.schedule import LoopSchedule
+
 Layer = tuple[str | None, int | None]  # stack, index in it
 
 
@@ -17,15 +19,15 @@ class KVCache:
     several loop ends: what runs last stays. For runs without gradients.
 
     Args:
-        n_loops: loops of the core.
+        schedule: which stack runs in which loops.
         limit: the most positions that it will hold. Memory grows up to that, by doubling.
 
     Attributes:
         length: how many positions are done.
     """
 
-    def __init__(self, n_loops: int, limit: int):
-        self.n_loops = n_loops
+    def __init__(self, schedule: LoopSchedule, limit: int):
+        self.schedule = schedule
         self.limit = limit
         self.length = 0
         self._stores: dict[Layer, Float[Tensor, "kv loop batch kv_head room d_head"]] = {}
@@ -48,14 +50,19 @@ class KVCache:
         """Count the positions that ran last as done."""
         self.length += n_positions
 
-    def share(self, stack: str, last_loop: Int[Tensor, " batch"]) -> None:
-        """Give every later loop of a stack, at the newest position, the keys and values of each row's last loop."""
-        loops = torch.arange(self.n_loops, device=last_loop.device)[:, None].minimum(last_loop)
+    def share(self, last_loop: Int[Tensor, " batch"]) -> None:
+        """Give every later loop, at the newest position, the keys and values of each row's last loop.
+
+        A stack that runs several times in a loop of the run gives each pass those of the same pass of that loop.
+        """
         rows = torch.arange(len(last_loop), device=last_loop.device)
-        for (name, _), store in self._stores.items():
-            if name == stack:
+        for (stack, _), store in self._stores.items():
+            each = self.schedule.per_loop(stack)
+            if each:
+                passes = torch.arange(self.schedule.n_loops(stack), device=last_loop.device)[:, None]
+                last = (passes // each).minimum(last_loop) * each + passes % each
                 newest = store[..., self.length, :]
-                newest.copy_(newest[:, loops, rows])
+                newest.copy_(newest[:, last, rows])
 
     def _store(
         self, layer: Layer, loop: int | None, k: Float[Tensor, "batch pos kv_head d_head"], end: int
@@ -65,7 +72,7 @@ class KVCache:
         room = 0 if store is None else store.shape[-2]
         if store is None or room < end:
             batch, _, heads, size = k.shape
-            loops = 1 if loop is None else self.n_loops
+            loops = 1 if loop is None else self.schedule.n_loops(layer[0])
             larger = k.new_empty(2, loops, batch, heads, min(self.limit, max(end, 2 * room)), size)
             if store is not None:
                 larger[..., :room, :] = store

@@ -43,6 +43,7 @@ class Frame(NamedTuple):
     angles_windowed: Angles | None = None  # of layers with a window
     visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
     kv: KVCache | None = None  # keys and values of earlier positions
+    l_cycles: int | None = None  # of two stacks that loop, how often the fast one runs in each loop
     tokens: Int[Tensor, "batch pos"] | None = None  # where layers read them
     clock: Float[Tensor, "loop 2"] | None = None  # where layers know it: at which time each loop begins, and its step
     condition: Condition | None = None  # what the loop that is running makes of that
@@ -56,11 +57,15 @@ class Frame(NamedTuple):
         full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
         visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
         tokens = None if self.tokens is None else self.tokens.repeat(times, 1)
-        return Frame(repeated(self.positions), full, windowed, visible, tokens=tokens, clock=self.clock)
+        rest = {"l_cycles": self.l_cycles, "tokens": tokens, "clock": self.clock}
+        return Frame(repeated(self.positions), full, windowed, visible, **rest)
 
 
 class Network(nn.Module, ABC):
     """A network of `cfg`'s schedule.
+
+    Its state, [batch, pos, d_state], is what goes from loop to loop: d_state is d_model, or where there are two states,
+    side by side, twice that; the one that the head reads comes first.
 
     Attributes:
         cfg: what it was built from.
@@ -90,9 +95,14 @@ class Network(nn.Module, ABC):
         visible: Bool[Tensor, "#batch pos key"] | None,
         positions: Int[Tensor, "rows pos"],
         tokens: Int[Tensor, "batch pos"],
+        l_cycles: int | None = None,
         step_sizes: Sequence[float] | None = None,
     ) -> Frame:
-        """Prepare what all layers of a run share; `step_sizes` are those of the loops, where they have a time."""
+        """Prepare what all layers of a run share; `l_cycles` and `step_sizes` are those of the run."""
+
+    def read_part(self, state: Float[Tensor, "*rows d_state"]) -> Float[Tensor, "*rows d_model"]:
+        """The part of a state that the head reads: all of it, or one of two states."""
+        return state
 
     @abstractmethod
     def needs_input(self, state_given: bool) -> bool:
@@ -103,30 +113,30 @@ class Network(nn.Module, ABC):
         self,
         tokens: Int[Tensor, "batch pos"],
         frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
+        state: Float[Tensor, "batch pos d_state"] | None,
         start: int = 0,
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+    ) -> tuple[Float[Tensor, "batch pos d_state"], Float[Tensor, "batch pos d_model"] | None]:
         """(the state entering loop `start`, what the loops read of the tokens or None where they read nothing)."""
 
     @abstractmethod
     def loop(
         self,
-        state: Float[Tensor, "batch pos d_model"],
+        state: Float[Tensor, "batch pos d_state"],
         e: Float[Tensor, "batch pos d_model"] | None,
         frame: Frame,
         t: int,
         first_layer: int = 0,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_state"]:
         """One pass through the core: the state entering loop t to the state leaving it.
 
         With `first_layer` above 0 it goes on from the middle: `state` is what that layer reads.
         """
 
     @abstractmethod
-    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """What the unembedding reads if the model stops with this state."""
 
-    def readout(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
+    def readout(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the model if it stops with this state."""
         return self.unembed(self.finish(state, frame))
 
@@ -134,10 +144,10 @@ class Network(nn.Module, ABC):
         self,
         tokens: Int[Tensor, "batch pos"],
         frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
+        state: Float[Tensor, "batch pos d_state"] | None,
         start: int,
         stop: int,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_state"]:
         """The state after loops start, ..., stop - 1, from `state`, or from what the tokens give without one."""
         x, e = self.begin(tokens, frame, state, start)
         for t in range(start, stop):

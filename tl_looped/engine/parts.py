@@ -6,6 +6,7 @@ the residual stream, e what comes out of the prelude, f a sub-layer (attention, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -184,7 +185,51 @@ class QKNorm:
             check_number("qk_norm.eps", self.eps)
 
 
+@dataclass(frozen=True)
+class TwoStates:
+    """Two stacks of layers on two timescales, each with a state of its own: L (`L_blocks`) and H (`H_blocks`).
+
+    z_H starts as e and z_L as a learned vector, the same at every position. A loop runs L several times, then H once:
+    z_L ← N(L(z_L + z_H)), `l_cycles` times; z_H ← N(H(z_H + z_L)). The head reads z_H.
+
+    Attributes:
+        l_cycles: how often L runs in a loop, in the model as it was trained; a run may ask for another count.
+    """
+
+    l_cycles: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("two_states.l_cycles", self.l_cycles)
+
+    def in_words(self) -> str:
+        """What a loop does, as a report says it."""
+        each = f"{self.l_cycles} times z_L ← N(L(z_L + z_H)), then z_H ← N(H(z_H + z_L))"
+        return f"two, on two timescales: in every loop {each}"
+
+
 def check_choice(name: str, value: object, table: Mapping[Any, object]) -> None:
     """Raise for a choice that is not in its table."""
     if value not in table:
         raise InputError(f"{name} must be one of {tuple(table)}, got {value!r}.")
+
+
+def read_fields(kind: Any, values: Any, what: str) -> Mapping[str, Any]:
+    """The values, where they are the fields of a class."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping):
+        raise InputError(f"{what} must have the fields {sorted(fields)}, got {values!r}.")
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted({n for n, f in fields.items() if f.default is dataclasses.MISSING} - set(values))
+    if unknown or missing:
+        raise InputError(f"not a {what}: unknown fields {unknown}, missing fields {missing}.")
+    return values
+
+
+def read_rotary(values: Any, name: str) -> Rotary:
+    """Rotary embedding from its fields as plain values."""
+    rotary = dict(read_fields(Rotary, values, name))
+    if rotary.get("scaling") is not None:
+        llama3 = isinstance(rotary["scaling"], Mapping) and "low_freq_factor" in rotary["scaling"]
+        kind = Llama3Rope if llama3 else LinearRope
+        rotary["scaling"] = kind(**read_fields(kind, rotary["scaling"], f"{name}.scaling"))
+    return Rotary(**rotary)

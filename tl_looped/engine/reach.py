@@ -9,7 +9,7 @@ import torch
 from tl_looped.engine.errors import HookNameError, InputError, resolve_index
 from tl_looped.engine.hooks import HookDict, SharedHookPoint
 from tl_looped.engine.runs import Run
-from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, READS_TOKENS, HookSite
+from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, READS_TOKENS, HookSite, LoopSchedule
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]
@@ -23,12 +23,14 @@ class Reach:
     Args:
         hook_dict: the model's hook points.
         run: the run.
+        schedule: of its stacks.
         reads_tokens: whether it runs the embedding and the prelude.
     """
 
-    def __init__(self, hook_dict: HookDict, run: Run, reads_tokens: bool):
+    def __init__(self, hook_dict: HookDict, run: Run, schedule: LoopSchedule, reads_tokens: bool):
         self.hook_dict = hook_dict
         self.run = run
+        self.schedule = schedule
         self.loops = range(run.start, run.stop)
         self.reads_tokens = reads_tokens
 
@@ -45,7 +47,11 @@ class Reach:
         """The point's sites in this run: one for each loop, or one."""
         if point not in self:
             return []
-        return [point.site.at(t) for t in self.loops] if point.looped else [point.site]
+        return [point.site.at(t) for t in self.loops_of(point)] if point.looped else [point.site]
+
+    def loops_of(self, point: SharedHookPoint, loops: Iterable[int] | None = None) -> list[int]:
+        """The loops of the point's stack that lie in some loops of the run; None for all that run."""
+        return self.schedule.loops_in(point.site.stack, self.loops if loops is None else sorted(loops))
 
     def _ran(self) -> str:
         return f"loops {self.loops.start} to {self.loops.stop - 1} run" if self.loops else "no loop runs"
@@ -68,7 +74,7 @@ class Reach:
                         f"a backward hook is on {name!r}, which no output of the model reads, so no gradient comes "
                         "there: take a forward hook, or hook what it is computed from."
                     )
-                elif point not in self or (isinstance(where, int) and where not in self.loops):
+                elif point not in self or (isinstance(where, int) and where not in self.loops_of(point)):
                     raise HookNameError(f"a hook is on {name!r}, which this run does not reach: {self._ran()}.")
         for function, found in matched.items():
             if not found:
@@ -92,7 +98,7 @@ class Reach:
         for point in self.hook_dict.points():
             if point not in self or (names_filter is None and point.site.component == HEAVY):
                 continue
-            at: Iterable[int | None] = kept if point.looped else (None,)
+            at: Iterable[int | None] = self.loops_of(point, kept) if point.looped else (None,)
             found = [t for t in at if names_filter is None or names_filter(point.at(t).name)]
             if found:
                 chosen.append((point, frozenset(t for t in found if t is not None) or None))
@@ -112,7 +118,8 @@ class Reach:
         chosen: dict[SharedHookPoint, frozenset[int] | None] = {}
         for name, point in points.items():
             loop = HookSite.parse(name).loop
-            loops = kept if loop is None else kept & {loop}
+            loops = frozenset(self.loops_of(point, kept)) if point.looped else kept
+            loops = loops if loop is None else loops & {loop}
             if point not in self or (point.looped and not loops):
                 raise HookNameError(f"nothing to cache at {name!r}: {self._ran()}, and {sorted(kept)} are kept.")
             chosen[point] = (chosen.get(point) or frozenset()) | loops if point.looped else None

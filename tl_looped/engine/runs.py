@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -17,6 +18,7 @@ from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.prompts import Rows
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.engine.state import own_state
 from tl_looped.engine.tokens import PaddingSide
 
@@ -41,9 +43,11 @@ class Run:
         start: the first loop that runs.
         stop: the loop after the last one that runs.
         reads_out: whether the run goes on to logits.
-        state: the state to start from, [batch, pos, d_model]; None where it is the prelude's output.
+        state: the state to start from, [batch, pos, d_state]; None where it is the prelude's output.
         seed: the seed of a drawn state; None where none was drawn from a seed.
         state_given: whether the caller gave the state.
+        l_cycles: of two stacks that loop, how often the fast one runs in each loop; None where one does.
+        prefix: tokens that see each other in both directions, [batch, pos]; None where none do.
         step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
     """
 
@@ -55,10 +59,17 @@ class Run:
     start: int
     stop: int
     reads_out: bool
-    state: Float[Tensor, "batch pos d_model"] | None
+    state: Float[Tensor, "batch pos d_state"] | None
     seed: int | None
     state_given: bool
+    l_cycles: int | None = None
+    prefix: Tensor | None = None
     step_sizes: tuple[float, ...] | None = None
+
+    @property
+    def counts(self) -> LoopCount:
+        """What `n_loops` stands for this run: its loops, and with two stacks that loop both counts."""
+        return self.n_loops if self.l_cycles is None else (self.n_loops, self.l_cycles)
 
     @property
     def last_positions(self) -> Int[Tensor, " batch"]:
@@ -69,12 +80,16 @@ class Run:
     def describe(self) -> dict[str, object]:
         """Plain values that say what made a result."""
         source = "given" if self.state_given else "model" if self.seed is None else f"seed {self.seed}"
+        more: dict[str, object] = {} if self.l_cycles is None else {"l_cycles": self.l_cycles}
+        if self.prefix is not None:
+            more["prefix_lengths"] = tuple(self.prefix.sum(-1).tolist())
         return {
             "n_loops": self.n_loops,
             "start_at_loop": self.start,
             "stop_at_loop": self.stop,
             "initial_state": source,
             **({} if self.step_sizes is None else {"step_sizes": list(self.step_sizes)}),
+            **more,
         }
 
 
@@ -83,11 +98,15 @@ class RunOptions(TypedDict, total=False):
 
     Attributes:
         initial_state: the state that enters the first loop, in the model's dtype: [batch, pos, d_model], or
-            [pos, d_model] for the same in all rows, counted over their real tokens.
+            [pos, d_model] for the same in all rows, counted over their real tokens. (Of two states both, side by side:
+            what a stopped run returns.)
         seed: seed of the drawn initial state, where the model draws one; None for 0. Every position has its own draw,
             the same in all rows, so a prompt's numbers do not depend on its batch.
         attention_mask: which tokens are real, [batch, pos]; or who may attend to whom in full, [batch, query, key].
         position_ids: positions for rotary, [batch, pos]; None: counted over real tokens.
+        prefix_length: of a model trained with prefixes: so many tokens of every prompt, or of each, see each other in
+            both directions; those behind see what comes before them. None: none do.
+        token_type_ids: the same token by token, [batch, pos]: 1 for those that see each other.
         prepend_bos: whether text begins with a beginning-of-text token; None: as the tokenizer does it.
         padding_side: where prompts of different length are filled up; None: as the tokenizer says, else at the right.
         field: which field of a dataset's or a JSONL file's rows holds the prompt.
@@ -99,6 +118,8 @@ class RunOptions(TypedDict, total=False):
     seed: int | None
     attention_mask: Tensor | None
     position_ids: Tensor | None
+    prefix_length: int | Sequence[int] | None
+    token_type_ids: Tensor | None
     prepend_bos: bool | None
     padding_side: PaddingSide | None
     field: str | None
@@ -145,10 +166,12 @@ class Runs:
         start: the first loop that runs.
         stop: the loop after the last one that runs.
         reads_out: whether runs go on to logits.
-        initial_state: as given, [batch, pos, d_model] in the layout of the padded rows, or [pos, d_model]; else None.
+        initial_state: as given, [batch, pos, d_state] in the layout of the padded rows, or [pos, d_state]; else None.
         seed: as given.
         position_ids: as given, in the layout of the padded rows.
         visible: who may attend to whom, as given, [batch, query, key].
+        l_cycles: of two stacks that loop, how often the fast one runs in each loop; None where one does.
+        prefix: tokens that see each other in both directions, [batch, pos] in the layout of the padded rows.
         step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
     """
 
@@ -161,6 +184,8 @@ class Runs:
     seed: int | None = None
     position_ids: Tensor | None = None
     visible: Tensor | None = None
+    l_cycles: int | None = None
+    prefix: Tensor | None = None
     step_sizes: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
@@ -168,7 +193,13 @@ class Runs:
 
     def __repr__(self) -> str:
         loops = f"loops {self.start} to {self.stop - 1} of {self.n_loops}" if self.stop > self.start else "no loop"
+        loops += "" if self.l_cycles is None else f" with {self.l_cycles} L cycles"
         return f"Runs({len(self)} prompts, up to {self.rows.longest} tokens, {loops})"
+
+    @property
+    def counts(self) -> LoopCount:
+        """See `Run`."""
+        return self.n_loops if self.l_cycles is None else (self.n_loops, self.l_cycles)
 
     @property
     def whole(self) -> bool:
@@ -194,12 +225,13 @@ def check_full_mask(mask: Tensor, batch: int, pos: int) -> None:
 
 
 def visibility(
-    tokens: Int[Tensor, "batch pos"], given: Tensor | None, padding: Tensor | None
+    tokens: Int[Tensor, "batch pos"], given: Tensor | None, padding: Tensor | None, prefix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(attention_mask [batch, pos], visible [batch, query, key] or None where the causal triangle does).
 
     `given` is the caller's mask, [batch, pos], or [batch, query, key] to say who sees whom in full; `padding`, True for
-    real tokens, what is known without it, and beside a full mask what still tells which tokens count. A mask of
+    real tokens, what is known without it, and beside a full mask what still tells which tokens count; `prefix`, True
+    for tokens that see each other in both directions. A mask of
     [batch, query, key] costs memory and the fastest kernels, so it is made only where real tokens would else see
     padding: where that comes before them. Behind them it is nothing that they see. A query that would see nothing, as
     padding at the left, sees itself: patterns stay finite and sum to one.
@@ -208,18 +240,80 @@ def visibility(
     if given is not None and not bool(((given == 0) | (given == 1)).all()):
         raise InputError("attention_mask must be of zeros and ones: 1 for tokens that are seen, 0 for others.")
     mask = padding if given is None else given.to(tokens.device).bool()
-    if mask is None:
+    if mask is None and prefix is None:
         return torch.ones_like(tokens, dtype=torch.bool), None
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
     if mask.ndim != 2:
         check_full_mask(mask, batch, pos)
         real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
         visible = mask.clone()
     else:
-        if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # no real token behind one that is not
+        if prefix is None and not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # no real token behind one that is not
             return mask, None
-        real, visible = mask, torch.ones(pos, pos, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
+        sees = torch.ones(pos, pos, dtype=torch.bool, device=mask.device).tril()[None]
+        if prefix is not None:
+            sees = sees | (prefix[:, :, None] & prefix[:, None, :])
+        real, visible = mask, sees & mask[:, None, :]
     visible.diagonal(dim1=1, dim2=2).logical_or_(~visible.any(-1))
     return real, visible
+
+
+def resolve_prefix(
+    cfg: LoopedConfig, prompts: Prompts, rows: Rows, options: RunOptions, full: Tensor | None
+) -> Bool[Tensor, "batch pos"] | None:
+    """Which tokens see each other in both directions, in the layout of the padded rows; None where none do.
+
+    Raises:
+        InputError: the model was not trained so, or what is given is not of these rows; the message says which prompt.
+    """
+    length, kinds = options.get("prefix_length"), options.get("token_type_ids")
+    given = [name for name, value in (("prefix_length", length), ("token_type_ids", kinds)) if value is not None]
+    if given and not cfg.prefix_lm:
+        raise InputError(
+            f"{cfg.model_name} was not trained with prefixes (cfg.prefix_lm): leave out {given[0]}, or say who sees "
+            "whom with attention_mask=, [batch, query, key]."
+        )
+    if given and full is not None:
+        raise InputError(f"attention_mask says who sees whom in full: leave out {given[0]}.")
+    if len(given) == 2:
+        raise InputError("prefix_length and token_type_ids say the same: leave one out.")
+    _, real = rows.padded()
+    if length is not None:
+        prefix = _leading(real, [length] * len(rows) if isinstance(length, int) else list(length))
+    else:
+        if kinds is None and cfg.prefix_lm and isinstance(prompts, Mapping):
+            kinds = prompts.get("token_type_ids")
+        if kinds is None:
+            return None
+        prefix = torch.as_tensor(kinds).cpu()
+        prefix = prefix[None] if prefix.ndim == 1 else prefix
+        if prefix.shape != real.shape or not bool(((prefix == 0) | (prefix == 1)).all()):
+            raise InputError(
+                f"token_type_ids must be of zeros and ones and of shape {tuple(real.shape)} = [batch, pos], 1 for "
+                f"tokens that see each other, got shape {tuple(prefix.shape)}."
+            )
+        prefix = prefix.bool() & real
+    return prefix if bool(prefix.any()) else None
+
+
+def tell_of_prefixes(cfg: LoopedConfig) -> None:
+    """Say that a model that was trained with prefixes runs without one."""
+    warnings.warn(
+        f"{cfg.model_name} was trained with a prefix whose tokens see each other in both directions, and none is "
+        "given, so it runs causally: pass prefix_length= or token_type_ids=.",
+        stacklevel=4,
+    )
+
+
+def _leading(real: Bool[Tensor, "batch pos"], lengths: Sequence[int]) -> Bool[Tensor, "batch pos"]:
+    """The first so many real tokens of every row."""
+    if len(lengths) != len(real):
+        raise InputError(f"prefix_length has {len(lengths)} lengths for {len(real)} prompts: pass one for each.")
+    for index, (length, tokens) in enumerate(zip(lengths, real.sum(-1).tolist(), strict=True)):
+        if check_count("prefix_length", length, minimum=0) > tokens:
+            raise InputError(f"prefix_length is {length}, but prompt {index} has {tokens} tokens: pass no more.")
+    return real & (real.long().cumsum(-1) <= torch.tensor(lengths)[:, None])
 
 
 def resolve_positions(
@@ -242,17 +336,17 @@ def resolve_positions(
 
 
 def resolve_loops(
-    n_loops: int | None, start_at_loop: int | None, stop_at_loop: int | None, cfg: LoopedConfig
-) -> tuple[int, int, int]:
-    """(n_loops, start, stop) as counts from 0, or an error."""
-    total = cfg.n_loops if n_loops is None else check_count("n_loops", n_loops)
+    n_loops: LoopCount | None, start_at_loop: int | None, stop_at_loop: int | None, cfg: LoopedConfig
+) -> tuple[int, int, int, int | None]:
+    """(n_loops, start, stop, l_cycles) as counts from 0, or an error."""
+    total, l_cycles = cfg.counts(n_loops)
     start = 0 if start_at_loop is None else resolve_index("start_at_loop", start_at_loop, total)
     stop = total
     if stop_at_loop is not None and (stop_at_loop != total or isinstance(stop_at_loop, bool)):
         stop = resolve_index("stop_at_loop", stop_at_loop, total)
     if stop < start:
         raise InputError(f"stop_at_loop {stop} comes before start_at_loop {start}: no loop would run.")
-    return total, start, stop
+    return total, start, stop, l_cycles
 
 
 def resolve_steps(cfg: LoopedConfig, given: object, n_loops: int) -> tuple[float, ...] | None:
@@ -273,8 +367,13 @@ def resolve_steps(cfg: LoopedConfig, given: object, n_loops: int) -> tuple[float
     return tuple(check_number("a step in step_sizes", one) for one in given)
 
 
-def check_state(cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtype: torch.dtype) -> None:
-    """Raise for an initial state or a seed that can't be that of these rows."""
+def check_state(
+    cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtype: torch.dtype, to_read: bool = False
+) -> None:
+    """Raise for an initial state or a seed that can't be that of these rows.
+
+    With `to_read` the state is one that the head reads: of two states that one alone will do.
+    """
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         bound = " and below 2**63" if type(seed) is int and seed > 0 else ""
         raise InputError(f"seed must be an integer of at least 0{bound}, got {seed!r}.")
@@ -282,16 +381,19 @@ def check_state(cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtyp
         return
     if seed is not None and cfg.draws_state:
         raise InputError("initial_state and seed both given: the state is either given or drawn, so leave one out.")
-    shape = (len(rows), rows.longest, cfg.d_model)
+    width, axis = cfg.d_state, "d_model" if cfg.d_state == cfg.d_model else f"{cfg.d_state // cfg.d_model} * d_model"
+    if to_read and isinstance(state, Tensor) and state.shape[-1:] == (cfg.d_model,):
+        width, axis = cfg.d_model, "d_model"
+    shape = (len(rows), rows.longest, width)
     if not isinstance(state, Tensor):
         raise InputError(
-            f"initial_state must be a tensor of shape {shape} = [batch, pos, d_model], got {type(state).__name__}."
+            f"initial_state must be a tensor of shape {shape} = [batch, pos, {axis}], got {type(state).__name__}."
         )
-    by_position = state.ndim == 2 and state.shape[0] >= rows.longest and state.shape[1] == cfg.d_model
+    by_position = state.ndim == 2 and state.shape[0] >= rows.longest and state.shape[1] == width
     if tuple(state.shape) != shape and not by_position:
         raise InputError(
-            f"initial_state must be a tensor of shape {shape} = [batch, pos, d_model], got {tuple(state.shape)}; or "
-            f"[pos, d_model] for all rows alike, with at least {rows.longest} positions."
+            f"initial_state must be a tensor of shape {shape} = [batch, pos, {axis}], got {tuple(state.shape)}; or "
+            f"[pos, {axis}] for all rows alike, with at least {rows.longest} positions."
         )
     if state.dtype != dtype:
         raise InputError(f"initial_state is {state.dtype}, the model {dtype}: pass state.to({dtype}).")
@@ -300,7 +402,7 @@ def check_state(cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtyp
 def resolve_state(
     cfg: LoopedConfig,
     positions: Int[Tensor, "batch pos"],
-    given: Float[Tensor, "batch pos d_model"] | None,
+    given: Float[Tensor, "batch pos d_state"] | None,
     seed: int | None,
     dtype: torch.dtype,
     training: bool,

@@ -12,12 +12,13 @@ A name has TransformerLens's own component, with the loop between the layer and 
     hook_state_post                 the state leaving every loop
     prelude.0.hook_resid_post       a layer that runs once
     hook_embed                      a site that fires once
+    L_blocks.loop.3.hook_state_post the state of one stack, where several stacks loop
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -28,6 +29,11 @@ from tl_looped.engine.errors import HookNameError, InputError, check_count, near
 CORE = "blocks"
 PRELUDE = "prelude"
 CODA = "coda"
+FAST = "L_blocks"  # of two stacks on two timescales, the one that runs several times in a loop
+SLOW = "H_blocks"  # the one that runs once, and whose state the head reads
+
+LoopCount = int | tuple[int, int]
+"""How many loops to run; with two stacks that loop, also (loops, how often the fast stack runs in each)."""
 
 RESID = ("batch", "pos", "d_model")
 SCALE = ("batch", "pos", "one")
@@ -56,6 +62,7 @@ BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "attn.hook_rot_k": KEY,
     "attn.hook_attn_scores": PATTERN,
     "attn.hook_pattern": PATTERN,
+    "attn.hook_gate": QUERY,
     "attn.hook_z": QUERY,
     "attn.hook_result": ("batch", "pos", "head", "d_model"),
     "ln1_post.hook_scale": SCALE,
@@ -110,6 +117,7 @@ DEAD_ENDS = frozenset({"hook_exit_gate"})
 _NAME = re.compile(
     r"(?:(?P<stack>\w*blocks|prelude|coda)\.(?:(?P<layer>\d+)\.)?)?(?:loop\.(?P<loop>\d+)\.)?(?P<component>.+)"
 )
+_STACKS = (PRELUDE, CORE, CODA, FAST, SLOW)
 _COMPONENT = re.compile(r"(?:(?:attn|mlp|ln\w*)\.)?hook_[a-z_]+")
 
 
@@ -119,9 +127,9 @@ class HookSite:
 
     Attributes:
         component: TransformerLens's component name, such as "attn.hook_pattern".
-        stack: "blocks" (the core), "prelude", "coda", TransformerLens's name of another stack ("L_blocks"), or None for
-            a site that belongs to no stack of layers (the state, the embedding, the final norm).
-        layer: index in the stack, from 0; None with a stack means the stack's own state.
+        stack: "blocks" (the core), "prelude", "coda"; "L_blocks" or "H_blocks", where two stacks loop; or None for a
+            site that belongs to no stack of layers (the state of the only core, the embedding, the final norm).
+        layer: index in the stack, from 0; None with a stack means a site of its loop, such as its own state.
         loop: index of the loop, from 0; None means every loop, or a site that fires once.
     """
 
@@ -187,8 +195,8 @@ def find_site(name: str, layer_type: str | None = None) -> HookSite:
     """The site that a short or full name means; what the name does not say of layer and loop is None in it.
 
     A short name is what comes behind "hook_" ("pattern", "state_post"), with the module where several have one
-    ("ln1.scale"); TransformerLens's other words ("attn", "mlp_post") are read too. "prelude." or "coda." may stand in
-    front, "_grad" behind.
+    ("ln1.scale"); TransformerLens's other words ("attn", "mlp_post") are read too. "prelude.", "coda." or another stack
+    may stand in front, "_grad" behind.
 
     Args:
         name: short or full name.
@@ -198,7 +206,7 @@ def find_site(name: str, layer_type: str | None = None) -> HookSite:
         HookNameError: there is no such site, with the nearest names; or there are several.
     """
     first, _, rest = name.partition(".")
-    stack, short = (first, rest) if first in (PRELUDE, CORE, CODA) else (None, name)
+    stack, short = (first, rest) if first in _STACKS else (None, name)
     base = short.removesuffix(GRAD)
     grad = short[len(base) :]
     site = HookSite.parse(name) if "hook_" in name else HookSite(_full(base, layer_type) + grad, stack)
@@ -208,7 +216,7 @@ def find_site(name: str, layer_type: str | None = None) -> HookSite:
         raise HookNameError(f"there is no site {name!r}.{nearest(component if 'hook_' in name else base, spelled)}")
     if site.in_layer:
         return site if site.stack is not None else replace(site, stack=CORE)
-    if site.stack in (PRELUDE, CORE, CODA):
+    if site.stack in (PRELUDE, CORE, CODA) or (site.stack is not None and not site.looped):
         raise HookNameError(f"{component!r} belongs to no layer: leave {site.stack!r} out of {name!r}.")
     return site
 
@@ -273,7 +281,10 @@ def _at(site: HookSite, loop: int | None) -> HookSite:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through all layers of a stack. `loop` is None for a stack that runs once."""
+    """One pass through all layers of a stack. `loop` is None for a stack that runs once.
+
+    `coordinates` are its place in nested loops; the first of them is the loop of the run that it belongs to.
+    """
 
     stack: str
     n_layers: int
@@ -292,6 +303,7 @@ class LoopSchedule:
     passes: tuple[Pass, ...]
 
     @classmethod
+    @lru_cache(maxsize=256, typed=True)
     def looped(cls, n_prelude: int, n_core: int, n_coda: int, n_loops: int) -> LoopSchedule:
         """The (p, k⊗T, c) family: prelude, the core `n_loops` times, coda."""
         check_count("n_loops", n_loops)
@@ -301,6 +313,7 @@ class LoopSchedule:
         return cls((*once, *(Pass(CORE, n_core, t, (t,)) for t in range(n_loops)), *end))
 
     @classmethod
+    @lru_cache(maxsize=256, typed=True)
     def nested(cls, n_layers: int, h_cycles: int, l_cycles: int) -> LoopSchedule:
         """Two timescales, as HRM-Text has them: in every H cycle, the L stack `l_cycles` times, then the H stack once.
 
@@ -310,8 +323,8 @@ class LoopSchedule:
             check_count(name, value)
         passes = []
         for h in range(h_cycles):
-            passes += [Pass("L_blocks", n_layers, h * l_cycles + i, (h, i)) for i in range(l_cycles)]
-            passes.append(Pass("H_blocks", n_layers, h, (h,)))
+            passes += [Pass(FAST, n_layers, h * l_cycles + i, (h, i)) for i in range(l_cycles)]
+            passes.append(Pass(SLOW, n_layers, h, (h,)))
         return cls(tuple(passes))
 
     @cached_property
@@ -335,9 +348,38 @@ class LoopSchedule:
         """Number of layers of a stack; 0 when the schedule does not run it."""
         return next((run.n_layers for run in self.passes if run.stack == stack), 0)
 
-    def n_loops(self, stack: str = CORE) -> int:
-        """How often a stack runs as a loop; 0 for one that runs once or not at all."""
-        return sum(run.stack == stack and run.loop is not None for run in self.passes)
+    def n_loops(self, stack: str | None = CORE) -> int:
+        """How often a stack runs as a loop; 0 for one that runs once or not at all. With None, the loops of the run."""
+        if stack is None:
+            return 1 + max((run.coordinates[0] for run in self.passes if run.loop is not None), default=-1)
+        return self._counts.get(stack, 0)
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for run in self.passes:
+            counts[run.stack] = counts.get(run.stack, 0) + (run.loop is not None)
+        return counts
+
+    def looping(self) -> tuple[str, ...]:
+        """The stacks that loop, in the order of their first pass."""
+        return tuple(stack for stack in self.stacks() if self.n_loops(stack))
+
+    def loops_in(self, stack: str | None, loops: Iterable[int]) -> list[int]:
+        """Which loops of a stack lie in some loops of the run, in their order; of no stack, those themselves."""
+        if stack is None:
+            return list(loops)
+        per = self.per_loop(stack)
+        return [t * per + i for t in loops for i in range(per)]
+
+    def per_loop(self, stack: str | None) -> int:
+        """How often a stack runs in each loop of the run; 0 for one that does not loop."""
+        return 1 if stack is None else self.n_loops(stack) // max(1, self.n_loops(None))
+
+    def around(self, stack: str | None, loops: Iterable[int]) -> list[int]:
+        """The loops of the run in which some loops of a stack lie."""
+        per = self.per_loop(stack)
+        return sorted({t // per for t in loops})
 
     def coordinates(self, stack: str, loop: int) -> tuple[int, ...]:
         """Where a loop lies in nested cycles: (H, L) or (H,) for HRM-Text, (loop,) otherwise."""

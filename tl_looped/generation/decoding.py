@@ -15,15 +15,14 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.kv import KVCache
 from tl_looped.engine.network import Frame
 from tl_looped.engine.runs import Run, Runs, visibility
-from tl_looped.engine.schedule import CORE
 from tl_looped.engine.state import draw_noise
 from tl_looped.generation.loop_end import ExitRule, LoopEnd
 
 StatePolicy = Literal["fresh", "zeros", "carry"]
 Watch = Callable[[LoopEnd, int], object]
 Logits = Float[Tensor, "batch d_vocab"]
-State = Float[Tensor, "batch pos d_model"]
-NewState = Float[Tensor, "batch 1 d_model"]
+State = Float[Tensor, "batch pos d_state"]
+NewState = Float[Tensor, "batch 1 d_state"]
 
 
 class NewStates:
@@ -81,6 +80,7 @@ class Decoder:
         self.n_loops = run.n_loops
         self.tokens, self.real, self.positions = run.tokens, run.attention_mask, run.position_ids
         self.states = run.state  # the initial states of all positions
+        self.prefix = run.prefix  # tokens that see each other in both directions
         self.final: NewState  # the final state of the newest position
 
     @property
@@ -93,10 +93,12 @@ class Decoder:
         self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)
         self.real = torch.cat((self.real, torch.ones_like(self.real[:, :1])), dim=1)
         self.positions = torch.cat((self.positions, self.positions[:, -1:] + 1), dim=1)
+        if self.prefix is not None:
+            self.prefix = torch.nn.functional.pad(self.prefix, (0, 1))
         if self.states is not None:
             self.states = self._with_new(self.states, self.new_states.of(self.positions[:, -1:], self.final))
 
-    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_model"]:
+    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_state"]:
         return torch.cat((states, new), dim=1)
 
     def whole_run(self) -> Run | None:
@@ -108,9 +110,9 @@ class Decoder:
             places = self.positions[:, start:]
             new = self.new_states.of(places, states.new_zeros(*places.shape, states.shape[-1]))
             states = torch.cat((states, new), dim=1)
-        _, visible = visibility(self.tokens, self.real, None)
+        _, visible = visibility(self.tokens, self.real, None, self.prefix)
         rows = {"tokens": self.tokens, "attention_mask": self.real, "position_ids": self.positions}
-        return replace(self.prompt, **rows, visible=visible, state=states)
+        return replace(self.prompt, **rows, visible=visible, state=states, prefix=self.prefix)
 
     def next_logits(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
         """(the logits that follow the newest tokens, the loops that these ran).
@@ -118,8 +120,9 @@ class Decoder:
         Args:
             ended: rows of which nobody needs either any more.
         """
-        _, visible = visibility(self.tokens, self.real, None)
-        frame = self.transformer.frame(visible, self.positions, self.tokens, self.prompt.step_sizes)
+        _, visible = visibility(self.tokens, self.real, None, self.prefix)
+        run = self.prompt
+        frame = self.transformer.frame(visible, self.positions, self.tokens, run.l_cycles, run.step_sizes)
         x = self.transformer(self.tokens, frame, self.states, 0, self.n_loops)
         self.final = x[:, -1:]
         logits = self.transformer.unembed(self.transformer.finish(x, frame)[:, -1])
@@ -151,19 +154,20 @@ class CachedDecoder(Decoder):
         super().__init__(model, run, new_states)
         self.model = model
         self.progress = model.hook_dict.progress
-        self.kv = KVCache(run.n_loops, n_positions)
+        self.kv = KVCache(model.cfg.schedule(run.counts), n_positions)
         self.exit_rule = exit_rule
         self.watch = watch
         self.by_loop = exit_rule is not None or watch is not None
 
-    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_model"]:
+    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_state"]:
         return new  # those of positions that are done are not needed again
 
     def next_logits(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
         """As in `Decoder`."""
         if self.by_loop:
             if self.n_positions - self.kv.length > 1:
-                self._run_to(self.n_positions - 1)
+                newest_is_seen = self.prefix is not None and bool(self.prefix[:, -1].any())
+                self._run_to(self.n_positions - 1, with_next=newest_is_seen)
             return self._newest_by_loop(ended)
         out = self._run_to(self.n_positions)
         return self.transformer.unembed(out[:, -1]), torch.full_like(self.tokens[:, 0], self.n_loops)
@@ -174,22 +178,26 @@ class CachedDecoder(Decoder):
         if visible is not None:
             in_prompt = stop <= visible.shape[1]
             visible = visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
-        places = slice(start, stop)
+        places, run = slice(start, stop), self.prompt
         frame = self.transformer.frame(
-            visible, self.positions[:, places], self.tokens[:, places], self.prompt.step_sizes
+            visible, self.positions[:, places], self.tokens[:, places], run.l_cycles, run.step_sizes
         )
         return frame._replace(kv=self.kv)
 
-    def _run_to(self, stop: int) -> State:
-        """Run what is new up to a position, all loops; what the unembedding would read."""
-        start = self.kv.length
+    def _run_to(self, stop: int, with_next: bool = False) -> State:
+        """Run what is new up to a position, all loops; what the unembedding would read.
+
+        With `with_next` the position behind them runs along, as they see it, and is run again by who asks.
+        """
+        start, done = self.kv.length, stop
+        stop = stop + 1 if with_next else stop
         frame = self._frame(start, stop)
         states = None if self.states is None else self.states[:, : stop - start]
         with self.progress.at(start):
             x = self.transformer(self.tokens[:, start:stop], frame, states, 0, self.n_loops)
             out = self.transformer.finish(x, frame)
         self.final = x[:, -1:]
-        self.kv.commit(stop - start)
+        self.kv.commit(done - start)
         return out
 
     def _newest_by_loop(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
@@ -215,7 +223,7 @@ class CachedDecoder(Decoder):
             if not bool(going_on.any()):
                 break
         if bool((last_loop < self.n_loops - 1).any()):
-            self.kv.share(CORE, last_loop)
+            self.kv.share(last_loop)
         with self.progress.at(start):
             out = self.transformer.finish(x, frame)
         self.final = x
@@ -234,7 +242,8 @@ class CachedDecoder(Decoder):
             with torch.no_grad(), self.progress.at(start):
                 return transformer.readout(after, frame)[:, -1]
 
-        return LoopEnd(t, after[:, -1], before[:, -1], read, transformer.exit_logit)
+        said, said_before = transformer.read_part(after[:, -1]), transformer.read_part(before[:, -1])
+        return LoopEnd(t, said, said_before, read, transformer.exit_logit)
 
 
 def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:

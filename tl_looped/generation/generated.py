@@ -19,6 +19,7 @@ from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run, RunOptions, Runs, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
 from tl_looped.generation.loop_end import ExitRule
 from tl_looped.generation.sampling import Sampling
@@ -89,7 +90,7 @@ class GeneratesText(Engine):
         self,
         input: Prompts,
         max_new_tokens: int = 10,
-        n_loops: int | None = None,
+        n_loops: LoopCount | None = None,
         *,
         do_sample: bool = True,
         temperature: float = 1.0,
@@ -185,7 +186,7 @@ class GeneratesText(Engine):
         self,
         input: Prompts,
         max_new_tokens: int = 10,
-        n_loops: int | None = None,
+        n_loops: LoopCount | None = None,
         *,
         return_type: GenerateReturn = "input",
         verbose: bool = True,
@@ -262,7 +263,7 @@ def _is_one(prompts: Prompts) -> bool:
     return isinstance(prompts, (str, Tensor, Mapping, Runs))
 
 
-def _prepare(model: Engine, prompts: Prompts, n_loops: int | None, options: RunOptions) -> Runs:
+def _prepare(model: Engine, prompts: Prompts, n_loops: LoopCount | None, options: RunOptions) -> Runs:
     """Prompts that end together, with the seed of their draws."""
     side = options.get("padding_side")
     if side not in (None, "left"):
@@ -278,6 +279,7 @@ def _prepare(model: Engine, prompts: Prompts, n_loops: int | None, options: RunO
             "does not say what new tokens see."
         )
     laid_out = runs.position_ids is not None or (runs.initial_state is not None and runs.initial_state.ndim == 3)
+    laid_out = laid_out or runs.prefix is not None
     rows = runs.rows if laid_out else replace(runs.rows, padding_side="left")
     return replace(runs, rows=rows, seed=DEFAULT_SEED if runs.seed is None else runs.seed)
 

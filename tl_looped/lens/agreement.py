@@ -17,6 +17,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import (
     LensKind,
@@ -71,7 +72,7 @@ class ReadoutAgreement(Result):
 def readout_agreement(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     kind: LensKind = "exact",
     loops: Iterable[int] | None = None,
@@ -90,7 +91,7 @@ def readout_agreement(
     Raises:
         InputError: fewer than two loops, or what `logit_lens` refuses.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     runs = model.prepare(prompts, n_loops, **options)
     if kind == "tuned":
         raise InputError("agreement compares what the model itself says: pass kind='exact', 'direct' or 'coda'.")

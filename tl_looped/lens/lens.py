@@ -14,6 +14,7 @@ from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.lens.measures import entropy, kl_divergence, token_rank, top_ids
 from tl_looped.lens.reads import (
     LensKind,
@@ -39,7 +40,7 @@ from tl_looped.viz.tokens import LoopTokens, token_log_probs
 def logit_lens(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     kind: LensKind = "exact",
     site: LensSite = "state",
@@ -49,6 +50,7 @@ def logit_lens(
     targets: Targets = None,
     top_k: int = 5,
     translator: TunedLens | None = None,
+    stack: str | None = None,
     **options: Unpack[RunOptions],
 ) -> LogitLens:
     """What the model would say at every loop (and layer), measured against what it says in the end.
@@ -77,6 +79,8 @@ def logit_lens(
             [batch] or [batch, pos] (of the positions read), one for each row; None: what the run itself says at last.
         top_k: how many of the most probable tokens to keep.
         translator: for kind "tuned".
+        stack: which of two stacks that loop to read, and whose loops and layers count; None for the one whose state the
+            head reads, or the only core.
         options: see `RunOptions`.
 
     Raises:
@@ -86,10 +90,10 @@ def logit_lens(
         Logit lens: nostalgebraist 2020; coda lens and rank trajectories over loops: arXiv 2507.02199; exact read-outs:
         arXiv 2502.05171, 2510.25741.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=kind != "tuned"))
     runs = model.prepare(prompts, n_loops, **options)
-    check_kind(model, kind, translator is not None)
-    reads = choose_reads(model, runs, site, loops, layers, positions)
+    reads = choose_reads(model, runs, site, loops, layers, positions, stack)
+    check_kind(model, kind, translator is not None, reads.stack)
     if translator is not None:
         if not isinstance(translator, TunedLens):
             raise InputError(f"translator must be a TunedLens, as fit_tuned_lens gives it, got {translator!r}.")
@@ -114,7 +118,7 @@ def logit_lens(
         padding = (~real).view(*real.shape, *(1,) * (value.ndim - len(reads.shape) - 2))
         values[name] = value.masked_fill(padding, float("nan") if value.is_floating_point() else -1).cpu()
     return LogitLens(
-        made_by={"model": model.cfg.model_name, **run.describe(), "kind": kind},
+        made_by={"model": model.cfg.model_name, **run.describe(), "kind": kind, **model.cfg.made_of(reads.stack)},
         site=site,
         loops=reads.loops,
         layers=reads.layers,
@@ -194,7 +198,7 @@ def _texts(model: LoopedModel, *ids: Tensor) -> dict[str, str]:
 def view_prompt(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     loop: int = -1,
     kind: LensKind = "exact",
@@ -214,7 +218,7 @@ def view_prompt(
     Raises:
         InputError: several prompts, one that is too short or padded, or what `logit_lens` refuses.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=kind != "tuned"))
     runs = model.prepare(prompts, n_loops, **options)
     run = model.batch_of(runs)
     check_one_prompt(run)

@@ -35,21 +35,23 @@ class Reads:
     """The states that a lens reads in a run.
 
     Attributes:
-        site: "state" (leaving a loop), or a residual stream of the core layers.
+        site: "state" (leaving a loop), or a residual stream of the layers that loop.
         loops, layers, positions: in the order asked for; layers is None for the state.
+        stack: whose state, or layers.
     """
 
     site: LensSite
     loops: tuple[int, ...]
     layers: tuple[int, ...] | None
     positions: tuple[int, ...]
+    stack: str = CORE
 
     @property
     def streams(self) -> dict[int | None, HookSite]:
         """What is read in every loop: a site for each layer, or under None the state's."""
         if self.layers is None:
-            return {None: HookSite("hook_state_post")}
-        return {layer: HookSite(f"hook_{self.site}", CORE, layer) for layer in self.layers}
+            return {None: HookSite("hook_state_post", None if self.stack == CORE else self.stack)}
+        return {layer: HookSite(f"hook_{self.site}", self.stack, layer) for layer in self.layers}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,11 +66,14 @@ def choose_reads(
     loops: Iterable[int] | None = None,
     layers: Iterable[int] | None = None,
     positions: Positions = None,
+    stack: str | None = None,
 ) -> Reads:
     """Check what is asked for and count negative numbers from the end; None is all of them.
 
+    Where two stacks loop, a `stack` of None is the one whose state the head reads.
+
     Raises:
-        InputError: runs of a part, a site, loop, layer or position that there is not, or layers of the state.
+        InputError: runs of a part, a site, stack, loop, layer or position that there is not, or layers of the state.
     """
     if site not in get_args(LensSite):
         raise InputError(f"site must be one of {', '.join(map(repr, get_args(LensSite)))}, got {site!r}.")
@@ -76,10 +81,11 @@ def choose_reads(
         raise InputError("a lens reads whole runs: leave out start_at_loop and stop_at_loop.")
     if site == "state" and layers is not None:
         raise InputError("the state leaves the whole loop, not a layer: leave out layers, or pass site='resid_post'.")
-    chosen_layers = None if site == "state" else _indices("layers", layers, model.cfg.n_core)
-    return Reads(
-        site, _indices("loops", loops, runs.n_loops), chosen_layers, choose_positions(positions, runs.rows.longest)
-    )
+    stack = model.cfg.looping_stack(model.cfg.head_stack if stack is None else stack)
+    schedule = model.cfg.schedule(runs.counts)
+    chosen_layers = None if site == "state" else _indices("layers", layers, schedule.n_layers(stack))
+    chosen_loops = _indices("loops", loops, schedule.n_loops(stack))
+    return Reads(site, chosen_loops, chosen_layers, choose_positions(positions, runs.rows.longest), stack)
 
 
 def choose_positions(given: Positions, size: int) -> tuple[int, ...]:
@@ -103,12 +109,17 @@ def _indices(name: str, given: Iterable[int] | None, size: int) -> tuple[int, ..
     return chosen
 
 
-def check_kind(model: LoopedModel, kind: LensKind, translated: bool) -> None:
-    """An error for a lens that there is not, or that the model can't have."""
+def check_kind(model: LoopedModel, kind: LensKind, translated: bool, stack: str | None = None) -> None:
+    """An error for a lens that there is not, or that the model (or a stack of it) can't have."""
     if kind not in get_args(LensKind):
         raise InputError(f"kind must be one of {', '.join(map(repr, get_args(LensKind)))}, got {kind!r}.")
     if kind == "coda" and not model.cfg.n_coda:
         raise InputError(f"{model.cfg.model_name} has no coda: pass kind='exact' or kind='direct'.")
+    if kind == "exact" and stack is not None and stack not in (CORE, model.cfg.head_stack):
+        raise InputError(
+            f"the head of {model.cfg.model_name} reads the state of {model.cfg.head_stack}, so that of {stack} has no "
+            "exact read-out: pass kind='direct', which reads it as if it were that."
+        )
     if (kind == "tuned") != translated:
         raise InputError(
             "kind='tuned' needs translator=: fit one with tl_looped.lens.fit_tuned_lens."
@@ -149,10 +160,12 @@ def read_states(
 
     def see(site: HookSite, x: Tensor) -> None:
         place = cast(int, site.loop), site.layer
-        kept[place] = convert(x, place)
+        if site.loop in loops:
+            kept[place] = convert(x, place)
 
     names = [site.name for site in reads.streams.values()]
-    logits = cast(Tensor, watch(model, run, names, see, loops=frozenset(loops), read_out=True))
+    around = model.cfg.schedule(run.counts).around(reads.stack, loops)
+    logits = cast(Tensor, watch(model, run, names, see, loops=around, read_out=True))
     return kept, logits[:, list(reads.positions)].flatten(0, 1)
 
 

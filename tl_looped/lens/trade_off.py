@@ -18,7 +18,7 @@ from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.numbers import first_met, log_probs_of
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
-from tl_looped.engine.schedule import HookSite
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.generation import LoopEnd
 from tl_looped.lens.exits import RULES, GateRule, Meter, StableTopRule, ThresholdRule
 from tl_looped.lens.measures import kl_divergence
@@ -29,7 +29,7 @@ from tl_looped.observe.measure import READOUT
 from tl_looped.observe.watching import watch
 from tl_looped.viz.readout import exit_curves
 
-_WATCHED = ("hook_state_pre", "hook_state_post", READOUT)
+_STATES = ("hook_state_pre", "hook_state_post")
 _THRESHOLDS = 24  # how many a curve has
 _LEAST = 1e-30  # as a threshold: one is above 0, a statistic may be 0
 
@@ -191,7 +191,7 @@ class ExitCurves(Result):
 def trace_exits(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     rules: Sequence[type[ThresholdRule]] | None = None,
     positions: Positions = None,
@@ -213,7 +213,7 @@ def trace_exits(
     Raises:
         InputError: fewer than two loops, no rule, a rule that the model can't have, or a position that there is not.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     runs = model.prepare(prompts, n_loops, **options)
     if runs.n_loops < 2 or not runs.whole:
         raise InputError(
@@ -286,7 +286,7 @@ def _trace(
                 values.append(torch.cat([end[name] for end in ends], dim=-1).cpu())
 
     def judge(loop: int, piece: slice, last: Tensor, meters: Sequence[Meter]) -> dict[str, Tensor]:
-        before, state, out = (latest[name][piece] for name in _WATCHED)
+        before, state, out = (latest[name][piece] for name in (*_STATES, READOUT))
         end = LoopEnd(
             loop=loop,
             state=state,
@@ -300,5 +300,6 @@ def _trace(
             "same_top": end.log_probs.argmax(-1) == last.argmax(-1),
         }
 
-    watch(model, run, _WATCHED, see, only_loops=True)
+    names = [HookSite(name, model.cfg.head_stack).name for name in _STATES]
+    watch(model, run, [*names, READOUT], see, only_loops=True)
     return {name: torch.stack(values, dim=-2) for name, values in found.items()}

@@ -20,6 +20,8 @@ from tl_looped.nn.rotary import rotate
 class Attention(nn.Module):
     r"""o(softmax(scale · cap(q kᵀ)) v), with norms and rotary on q and k as the config says.
 
+    With a gate, every channel of a head's values is multiplied by sigmoid(G x) before o, and `hook_z` is behind it.
+
     The fused attention of torch computes the output. Scores and patterns are formed beside it only at the loops where
     they are hooked, scores in float32 at least, and take its place only where a hook changed them; so watching changes
     nothing, to the bit. (With a soft cap, which the fused one does not know, they are formed always.)
@@ -39,12 +41,15 @@ class Attention(nn.Module):
         self.embeds_values = cfg.has_value_embed(*self.layer)
         without = [] if rotary is not None else ["hook_rot_q", "hook_rot_k"]
         without += [] if self.embeds_values else ["hook_value_gate", "hook_value_embed"]
+        without += [] if cfg.attn_gate else ["hook_gate"]
         self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, without)
         n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
         self.k = nn.Linear(cfg.d_model, n_key, bias=cfg.qk_bias)
         self.v = nn.Linear(cfg.d_model, n_key, bias=cfg.v_bias)
         self.o = nn.Linear(n_query, cfg.d_model, bias=cfg.o_bias)
+        if cfg.attn_gate:
+            self.gate = nn.Linear(cfg.d_model, n_query, bias=False)
         if self.embeds_values:
             self.value_embed = nn.Embedding(cfg.d_vocab, n_key)
             self.value_gate = nn.Linear(cfg.value_gate_size, cfg.kv_heads, bias=False)
@@ -98,7 +103,10 @@ class Attention(nn.Module):
             q, k = hooks.hook_rot_q(q, loop), hooks.hook_rot_k(k, loop)
         if frame.kv is not None:
             k, v = frame.kv.extend(self.layer, loop, k, v)
-        z = hooks.hook_z(self._mix(q, k, v, frame, loop), loop)
+        z = self._mix(q, k, v, frame, loop)
+        if self.cfg.attn_gate:
+            z = z * hooks.hook_gate(self.gate(x).view(heads).sigmoid(), loop)
+        z = hooks.hook_z(z, loop)
         out = self.o(z.flatten(-2))
         return self._through_result(out, z, loop) if hooks.hook_result.wants(loop) else out
 

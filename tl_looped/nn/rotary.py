@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.network import Angles
 from tl_looped.engine.parts import LinearRope, Llama3Rope, Rotary, RotaryStyle
 
@@ -46,6 +47,27 @@ def rotary_angles(
     """Cosine and sine for every position and component, broadcast over heads; computed in float32."""
     angles = positions[:, :, None, None] * frequencies
     return Angles(angles.cos().to(rounded_to).to(dtype), angles.sin().to(rounded_to).to(dtype))
+
+
+class Turns:
+    """The rotary angles of a config's layers: of those that see all, and of those with a window."""
+
+    def __init__(self, cfg: LoopedConfig):
+        self._kinds = {name: one for name in ("rotary", "rotary_windowed") if (one := getattr(cfg, name)) is not None}
+        self._frequencies = {name: component_frequencies(one, cfg.d_head) for name, one in self._kinds.items()}
+
+    def angles(self, positions: Int[Tensor, "rows pos"], dtype: torch.dtype) -> tuple[Angles | None, Angles | None]:
+        """Those of all layers but the ones with a window, and of these; None where there is no such embedding."""
+        return self._of("rotary", positions, dtype), self._of("rotary_windowed", positions, dtype)
+
+    def _of(self, name: str, positions: Int[Tensor, "rows pos"], dtype: torch.dtype) -> Angles | None:
+        frequencies = self._frequencies.get(name)
+        if frequencies is None:
+            return None
+        if frequencies.device != positions.device:
+            frequencies = self._frequencies[name] = frequencies.to(positions.device)
+        rounded_to = torch.bfloat16 if self._kinds[name].bfloat16 else torch.float32
+        return rotary_angles(frequencies, positions, dtype, rounded_to)
 
 
 def rotate(

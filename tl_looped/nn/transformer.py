@@ -8,7 +8,6 @@ logits = unembed(final_norm(coda(loop_norm(x))))      loop_norm here only where 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import cast
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Angles, CappedLinear, Condition, Frame, Network, matrix
+from tl_looped.engine.network import Condition, Frame, Network, matrix
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.block import Block
+from tl_looped.nn.ends import head, random_weights
 from tl_looped.nn.injection import DiagonalInjection
-from tl_looped.nn.norm import NORMS, LayerNorm, Norm, PlusOneRMSNorm
-from tl_looped.nn.rotary import component_frequencies, rotary_angles
+from tl_looped.nn.norm import NORMS, LayerNorm, Norm
+from tl_looped.nn.rotary import Turns
 from tl_looped.nn.time import TimeEmbed, clock
 from tl_looped.nn.update import UpdateGate
 
@@ -89,14 +89,8 @@ class LoopedTransformer(Network):
             self.ln_final = NORMS[cfg.final_norm_kind or cfg.norm](cfg.d_model, cfg.eps)
         if cfg.final_norm:
             self._hook_norm("ln_final")
-        if cfg.logit_cap is None:
-            self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
-        else:
-            self.unembed = CappedLinear(cfg.d_model, cfg.d_vocab, cfg.logit_cap)
-        if cfg.tie_embeddings:
-            self.unembed.weight = self.embed.weight
-        kinds = {"rotary": cfg.rotary, "rotary_windowed": cfg.rotary_windowed}
-        self._frequencies = {name: component_frequencies(one, cfg.d_head) for name, one in kinds.items() if one}
+        self.unembed = head(cfg, self.embed)
+        self._turns = Turns(cfg)
 
     def _norm(self, name: str) -> Norm:
         if name:
@@ -111,44 +105,23 @@ class LoopedTransformer(Network):
         sites = (HookSite("", name, layer) for layer in range(n_layers))
         return nn.ModuleList(Block(self.cfg, self.hook_dict, site, looped) for site in sites)
 
-    @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Random weights from a seed, the same on every device.
-
-        Matrices N(0, 1/fan_in), embedding N(0, 1), norms one, biases zero: streams of order one at any width. Embedding
-        and head stay one tensor where they are tied.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        offsets = [m.weight for m in self.modules() if isinstance(m, PlusOneRMSNorm)]
-        for name, weight in self.named_parameters():
-            if weight.ndim == 1:
-                at_zero = name.endswith("bias") or any(weight is one for one in offsets)
-                weight.fill_(0.0 if at_zero else 1.0)
-            else:
-                std = 1.0 if name in ("embed.weight", "pos_embed.weight") else 1 / math.sqrt(weight.shape[1])
-                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        """Random weights from a seed: see `random_weights`."""
+        random_weights(self, seed)
 
     def frame(
         self,
         visible: Bool[Tensor, "#batch pos key"] | None,
         positions: Int[Tensor, "rows pos"],
         tokens: Int[Tensor, "batch pos"],
+        l_cycles: int | None = None,
         step_sizes: Sequence[float] | None = None,
     ) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
-        full, windowed = (self._angles(name, positions) for name in ("rotary", "rotary_windowed"))
+        full, windowed = self._turns.angles(positions, self.embed.weight.dtype)
         read = tokens if self.cfg.reads_tokens_in_layers else None
         times = None if step_sizes is None else clock(step_sizes, self.embed.weight.dtype, positions.device)
         return Frame(positions, full, windowed, visible, tokens=read, clock=times)
-
-    def _angles(self, name: str, positions: Int[Tensor, "rows pos"]) -> Angles | None:
-        rotary, frequencies = getattr(self.cfg, name), self._frequencies.get(name)
-        if frequencies is None:
-            return None
-        if frequencies.device != positions.device:
-            frequencies = self._frequencies[name] = frequencies.to(positions.device)
-        rounded_to = torch.bfloat16 if rotary.bfloat16 else torch.float32
-        return rotary_angles(frequencies, positions, self.embed.weight.dtype, rounded_to)
 
     def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""

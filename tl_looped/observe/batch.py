@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import HookSite
 from tl_looped.observe.measure import READOUT, Measure
-from tl_looped.observe.places import Places
+from tl_looped.observe.places import Places, key_of
 from tl_looped.observe.runners import Runner
 from tl_looped.observe.watching import SCORES
 
@@ -52,7 +52,7 @@ class Batch:
         bar: moves with the loops.
 
     Attributes:
-        measures: by the component that they read.
+        measures: by the key of the places that they read.
         values: of each measure, [row, place, *axes].
         per_token: of those kept, [row, place, *axes, pos].
     """
@@ -75,8 +75,8 @@ class Batch:
         self.places: dict[str, Places] = {}
         for measure in measures:
             of = places[measure.name]
-            self.measures.setdefault(of.component, []).append(measure)
-            self.places[of.component] = of
+            self.measures.setdefault(of.key, []).append(measure)
+            self.places[of.key] = of
         self.values: dict[str, Tensor] = {}
         self.per_token: dict[str, Tensor] = {}
         self._sites = {name: of.sites for name, of in places.items()}
@@ -87,6 +87,9 @@ class Batch:
         self._seen: set[HookSite] = set()
         self._extremes: list[tuple[HookSite, Tensor, Tensor]] = []  # looked at when all is done: one wait for a device
         self._loop = -1
+        self._around: dict[tuple[str | None, int | None], int] = {
+            (one.stack, one.loop): one.coordinates[0] for one in runner.schedule.passes if one.coordinates
+        }
 
     def keep(self, site: HookSite, x: Tensor) -> None:
         """Keep an activation of the last loop, in the run to the end."""
@@ -102,15 +105,18 @@ class Batch:
             )
         self._seen.add(site)
         self._note_extremes(site, x)
-        if site.loop is not None and site.loop > self._loop:
-            self._loop = site.loop
+        loop = self._around.get((site.stack, site.loop), site.loop)
+        if loop is not None and loop > self._loop:
+            self._loop = loop
             self.bar.update()
-        pending = self._pending[site.component]
+        key = key_of(site)
+        pending = self._pending[key]
         if pending and pending[0].x.shape != x.shape:
-            self._measure(site.component)
-        pending.append(_Call(self._index[site.component][site], x, self._others(site, x)))
-        if len(pending) * x.numel() >= _AT_ONCE or site.component == READOUT:
-            self._measure(site.component)
+            self._measure(key)
+            pending = self._pending[key]
+        pending.append(_Call(self._index[key][site], x, self._others(site, x)))
+        if len(pending) * x.numel() >= _AT_ONCE or key == READOUT:
+            self._measure(key)
 
     def _note_extremes(self, site: HookSite, x: Tensor) -> None:
         if x.is_floating_point():
@@ -122,7 +128,7 @@ class Batch:
         if site.loop is None:
             return {}
         of, found = site.at(None), {}
-        most = max((_BEFORE.get(measure.compare, 0) for measure in self.measures[site.component]), default=0)
+        most = max((_BEFORE.get(measure.compare, 0) for measure in self.measures[key_of(site)]), default=0)
         if most:
             earlier = self._earlier.setdefault(of, deque(maxlen=most))
             found = {name: tuple(earlier)[:n] for name, n in _BEFORE.items() if len(earlier) >= n}
@@ -133,9 +139,9 @@ class Batch:
 
     def finish(self) -> None:
         """Take the measures that are left; raise for a place that was not seen, whose numbers would be missing."""
-        for component in self.measures:
-            self._measure(component)
-            for site in self.places[component].sites:
+        for key in self.measures:
+            self._measure(key)
+            for site in self.places[key].sites:
                 if site not in self._seen:
                     raise InputError(f"{site.name!r} did not fire in a forward of this model.")
 
@@ -153,16 +159,16 @@ class Batch:
         place, row = wrong.nonzero()[0].tolist()
         return self._extremes[place][0].name, row
 
-    def _measure(self, component: str) -> None:
+    def _measure(self, key: str) -> None:
         """Take the measures of the pending calls of a component, all in one batch."""
-        pending, self._pending[component] = self._pending[component], []
-        for measure in self.measures[component]:
+        pending, self._pending[key] = self._pending[key], []
+        for measure in self.measures[key]:
             calls = [call for call in pending if measure.compare == "none" or measure.compare in call.others]
             if not calls:
                 continue
             compared = [call.others.get(measure.compare, ()) for call in calls]
             inputs = [_joined([call.x for call in calls]), *(_joined(list(one)) for one in zip(*compared, strict=True))]
-            if component == READOUT:
+            if key == READOUT:
                 result = self._of_readouts(measure, inputs, self.places[READOUT].sites[calls[0].place])
             else:
                 result = self._apply(measure, inputs, self.next_tokens.repeat(len(calls), 1))

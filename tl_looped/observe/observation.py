@@ -22,6 +22,7 @@ from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import digest, weights_digest
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.observe.batch import Batch
 from tl_looped.observe.measure import Measure, check_measures
 from tl_looped.observe.observed import Observed, Store
@@ -37,7 +38,7 @@ BATCH_SIZE = 16
 def observe(
     model: Engine | TransformerLensModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     measures: Sequence[Measure],
     per_token: Sequence[str] = (),
@@ -104,6 +105,7 @@ def observe(
         labels={measure.name: measure.label for measure in chosen},
         units={measure.name: measure.unit for measure in chosen},
         kinds={measure.name: places[measure.name].kind for measure in chosen},
+        stacks={measure.name: places[measure.name].stack or "" for measure in chosen},
         axes={measure.name: tuple(axis for axis in measure.axes if axis != "pos") for measure in chosen},
         values={},
         per_token={name: (None,) * len(tokens) for name in kept},
@@ -152,7 +154,7 @@ def _take(
 ) -> Batch:
     """Run one batch and take its measures."""
     batch = Batch(runner, rows, measures, places, kept, bar)
-    to_end = sorted({places[measure.name].component for measure in measures if measure.compare == "last"})
+    to_end = sorted({places[measure.name].key for measure in measures if measure.compare == "last"})
     try:
         if to_end:
             runner.run(rows, to_end, batch.keep, only_end=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from tl_looped.engine.files import check_output
 from tl_looped.engine.identity import differences
 from tl_looped.engine.numbers import quantile
 from tl_looped.engine.results import Result
-from tl_looped.engine.schedule import CORE, LoopSchedule
+from tl_looped.engine.schedule import LoopSchedule
 from tl_looped.viz.curves import Group, grouped_curves
 
 _SAVE_EVERY = 5.0  # seconds; and whenever a call ends
@@ -41,6 +41,7 @@ class Observed(Result):
         done: which prompts have run: all of them, but in the file of a run that was interrupted.
         labels, units: of each measure, by its name.
         kinds: what a measure's places are: "depth", every layer call; "loop", every loop; "once".
+        stacks: of those of every loop, whose loops they are, where two stacks loop; "" for the loops of the run.
         axes: what each measure has besides prompt and place, such as ("head",).
         values: each measure, averaged over the positions where it is defined.
         per_token: for measures that were asked for, each prompt's numbers, [place, *axes, pos]; None for a prompt that
@@ -56,6 +57,7 @@ class Observed(Result):
     axes: dict[str, tuple[str, ...]]
     values: dict[str, Float[Tensor, "prompt place *axes"]]
     per_token: dict[str, tuple[Tensor | None, ...]]
+    stacks: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Float[Tensor, "prompt place *axes"]:
         """One measure's values.
@@ -90,27 +92,37 @@ class Observed(Result):
         """
         return quantile(self[name], check_number("q", q, 0.0, 1.0, low_too=True, high_too=True), dim=0)
 
-    def by_loop(self, name: str) -> Float[Tensor, "loop *axes"]:
+    def by_loop(self, name: str, stack: str | None = None) -> Float[Tensor, "loop *axes"]:
         """Mean over prompts by loop: [loop, *axes], or for what layers have [loop, layer, *axes] of the core.
 
-        Raises:
-            InputError: no such measure, one that fires once, or a model without loops.
-        """
-        return self._loops(self.mean(name), name, 0)
+        Args:
+            name: of the measure.
+            stack: of what layers have, whose layers and loops; None for the only stack that loops.
 
-    def prompts_by_loop(self, name: str) -> Float[Tensor, "prompt loop *axes"]:
+        Raises:
+            InputError: no such measure, one that fires once, a model without loops, or with two stacks and none named.
+        """
+        return self._loops(self.mean(name), name, 0, stack)
+
+    def prompts_by_loop(self, name: str, stack: str | None = None) -> Float[Tensor, "prompt loop *axes"]:
         """Each prompt's numbers by loop: [prompt, loop, *axes], or for what layers have [prompt, loop, layer, *axes].
+
+        Args:
+            name, stack: as in `by_loop`.
 
         Raises:
             InputError: what `by_loop` refuses.
         """
-        return self._loops(self[name], name, 1)
+        return self._loops(self[name], name, 1, stack)
 
-    def tokens_by_loop(self, name: str) -> tuple[Float[Tensor, "loop *axes token"], dict[str, Int[Tensor, " token"]]]:
+    def tokens_by_loop(
+        self, name: str, stack: str | None = None
+    ) -> tuple[Float[Tensor, "loop *axes token"], dict[str, Int[Tensor, " token"]]]:
         """A measure for every token of every prompt, and each token's "prompt" and "pos".
 
         Args:
             name: of a measure kept for every token, with `per_token`.
+            stack: as in `by_loop`.
 
         Returns:
             [loop, *axes, token], or for what layers have [loop, layer, *axes, token] of the core.
@@ -132,18 +144,26 @@ class Observed(Result):
             "prompt": torch.repeat_interleave(torch.arange(len(kept)), lengths),
             "pos": torch.cat([torch.arange(int(length)) for length in lengths]),
         }
-        return self._loops(torch.cat(kept, dim=-1), name, 0), places
+        return self._loops(torch.cat(kept, dim=-1), name, 0, stack), places
 
-    def _loops(self, values: Tensor, name: str, axis: int) -> Tensor:
-        """Places as loops, or as loops and layers of the core."""
-        loops, layers, kind = self.schedule.n_loops(), self.schedule.n_layers(CORE), self.kinds[name]
-        if loops == 0:
+    def _loops(self, values: Tensor, name: str, axis: int, stack: str | None) -> Tensor:
+        """Places as loops, or as loops and layers of a stack."""
+        looping, kind = self.schedule.looping(), self.kinds[name]
+        if not looping:
             raise InputError(f"this model has no loops ({self.schedule.describe()}): take mean({name!r}).")
         if kind == "once":
             raise InputError(f"{name!r} reads what fires once in a run: take mean({name!r}).")
         if kind == "loop":
             return values
-        depths = [self.schedule.realised_depth(CORE, layer, t) for t in range(loops) for layer in range(layers)]
+        if stack is None and len(looping) == 1:
+            (stack,) = looping
+        if stack is None or stack not in looping:
+            said = "" if stack is None else f", got {stack!r}"
+            raise InputError(
+                f"what loops is {' and '.join(looping)}: pass stack={' or '.join(map(repr, looping))}{said}."
+            )
+        loops, layers = self.schedule.n_loops(stack), self.schedule.n_layers(stack)
+        depths = [self.schedule.realised_depth(stack, layer, t) for t in range(loops) for layer in range(layers)]
         return values.index_select(axis, torch.tensor(depths)).unflatten(axis, (loops, layers))
 
     def to_dataframe(self, name: str | None = None) -> pd.DataFrame:
@@ -169,10 +189,10 @@ class Observed(Result):
 
     def _where(self, name: str) -> pd.DataFrame:
         """What each place of a measure is: depth, stack, layer and loop."""
-        calls = list(self.schedule.layer_calls())
+        calls, owner = list(self.schedule.layer_calls()), self.stacks.get(name) or None
         rows: dict[str, list[tuple[int | None, str | None, int | None, int | None]]] = {
             "depth": [(depth, *call) for depth, call in enumerate(calls)],
-            "loop": [(None, None, None, t) for t in range(self.schedule.n_loops())],
+            "loop": [(None, owner, None, t) for t in range(self.schedule.n_loops(owner))],
             "once": [(None, None, None, None)],
         }
         depth, stack, layer, loop = zip(*rows[self.kinds[name]], strict=True)
@@ -206,7 +226,7 @@ class Observed(Result):
         quartiles = (quantile(values, 0.25, dim=0), quantile(values, 0.75, dim=0)) if prompts > 1 else None
         return grouped_curves(
             values.nanmean(0),
-            LoopSchedule.looped(0, 1, 0, self.schedule.n_loops()) if over_loops else self.schedule,
+            LoopSchedule.looped(0, 1, 0, values.shape[1]) if over_loops else self.schedule,
             "layer" if over_loops else group,
             label=self.labels[name],
             unit=self.units[name],

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
+from tl_looped.engine.schedule import HookSite, LoopSchedule
 
 PlaceKind = Literal["depth", "loop", "once"]
+
+
+def key_of(site: HookSite) -> str:
+    """The component; with the stack, of what every loop of one of two stacks has."""
+    return site.component if site.stack is None or site.layer is not None else f"{site.stack}.{site.component}"
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,33 @@ class Places:
     component: str
     kind: PlaceKind
     sites: tuple[HookSite, ...]
+    stack: str | None = None  # of a site of loops, whose they are, where two stacks loop
+
+    @property
+    def key(self) -> str:
+        """What tells it from the places of other sites: `key_of` each of its own."""
+        return key_of(self.sites[0])
 
     @classmethod
-    def of(cls, component: str, schedule: LoopSchedule) -> Places:
-        """The places of a component in a schedule."""
+    def of_key(cls, key: str, schedule: LoopSchedule) -> Places:
+        """The places that have a key."""
+        site = HookSite.parse(key)
+        return cls.of(site.component, schedule, site.stack)
+
+    @classmethod
+    def of(cls, component: str, schedule: LoopSchedule, stack: str | None = None) -> Places:
+        """The places of a component in a schedule; with a stack, of what every loop of it has."""
         if HookSite(component).in_layer:
             return cls(component, "depth", tuple(HookSite(component, *call) for call in schedule.layer_calls()))
         if HookSite(component).looped:
-            return cls.of_loops(component, schedule)
+            return cls.of_loops(component, schedule, stack)
         return cls(component, "once", (HookSite(component),))
 
     @classmethod
-    def of_loops(cls, component: str, schedule: LoopSchedule) -> Places:
-        """One place for every loop."""
-        return cls(component, "loop", tuple(HookSite(component, loop=t) for t in range(schedule.n_loops(CORE))))
+    def of_loops(cls, component: str, schedule: LoopSchedule, stack: str | None = None) -> Places:
+        """One place for every loop, of the run or of a stack."""
+        sites = tuple(HookSite(component, stack, loop=t) for t in range(schedule.n_loops(stack)))
+        return cls(component, "loop", sites, stack)
 
     @property
     def names(self) -> tuple[str, ...]:

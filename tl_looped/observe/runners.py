@@ -16,7 +16,7 @@ from tl_looped.engine.identity import digest, identity
 from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.prompts import Rows, read_rows
 from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs
-from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule, Pass, find_component
+from tl_looped.engine.schedule import CORE, HookSite, LoopCount, LoopSchedule, Pass, find_component, find_site
 from tl_looped.observe.measure import READOUT
 from tl_looped.observe.places import Places
 from tl_looped.observe.watching import See, first_not_finite, watch
@@ -48,7 +48,7 @@ class Runner(Protocol):
         """Where a site fires; an InputError where it does not, in every layer if it is a layer's."""
         ...
 
-    def run(self, rows: Sequence[int], components: Collection[str], see: See, only_end: bool = False) -> None:
+    def run(self, rows: Sequence[int], keys: Collection[str], see: See, only_end: bool = False) -> None:
         """Run some prompts of one length; with `only_end` show what loops in its last loop alone, and nothing else."""
         ...
 
@@ -68,7 +68,7 @@ class LoopedRunner:
         self.engine, self.runs = engine, runs
         if not runs.whole:
             raise InputError("an observation looks at whole runs: leave out start_at_loop and stop_at_loop.")
-        self.schedule = engine.cfg.schedule(runs.n_loops)
+        self.schedule = engine.cfg.schedule(runs.counts)
         self.n_loops = runs.n_loops
         self.one_loop = "this run has one: pass n_loops of at least 2"
         self.vocabulary = engine.cfg.d_vocab
@@ -85,6 +85,7 @@ class LoopedRunner:
             "initial_state": self.runs.initial_state,
             "position_ids": self.runs.position_ids,
             "attention_mask": self.runs.visible,
+            "prefix": self.runs.prefix,
         }
         made_by |= {name: f"given, {digest(value)}" for name, value in given.items() if value is not None}
         dtype = str(self.engine.dtype).removeprefix("torch.")
@@ -94,21 +95,28 @@ class LoopedRunner:
         """See `Runner`."""
         if site == READOUT:
             return Places.of_loops(READOUT, self.schedule)
-        places = Places.of(find_component(site), self.schedule)
+        named = find_site(site)
+        if named.looped and not named.in_layer:  # of the only core's loops, or of those of one of two stacks
+            component = find_component(site.removeprefix(f"{named.stack}."))
+            named = self.engine.cfg.own_site(HookSite(component, named.stack))
+            places = Places.of(component, self.schedule, named.stack)
+        else:
+            places = Places.of(find_component(site), self.schedule)
         for name in places.names:
             self.engine.hook_dict.shared(name)
         return places
 
-    def run(self, rows: Sequence[int], components: Collection[str], see: See, only_end: bool = False) -> None:
+    def run(self, rows: Sequence[int], keys: Collection[str], see: See, only_end: bool = False) -> None:
         """See `Runner`."""
         names: list[str] = []
-        for component in components:
-            if component == READOUT:
+        for key in keys:
+            if key == READOUT:
                 names.append(READOUT)
             else:
-                places = Places.of(component, self.schedule)
-                names += [name for name in places.names if places.kind != "depth" or not only_end or CORE in name]
-        loops = frozenset({self.n_loops - 1}) if only_end else None
+                sites = Places.of_key(key, self.schedule).sites
+                kept = [site for site in sites if site.loop is not None or site.layer is None or not only_end]
+                names += dict.fromkeys(site.at(None).name for site in kept)
+        loops = [self.n_loops - 1] if only_end else None
         watch(self.engine, self._batch(rows), names, see, loops=loops, only_loops=only_end)
 
     def _batch(self, rows: Sequence[int]) -> Run:
@@ -126,7 +134,7 @@ class LoopedRunner:
 class FeedforwardRunner:
     """Runs a model of TransformerLens whose layers run once."""
 
-    def __init__(self, model: TransformerLensModel, prompts: Prompts, n_loops: int | None, options: RunOptions):
+    def __init__(self, model: TransformerLensModel, prompts: Prompts, n_loops: LoopCount | None, options: RunOptions):
         self.model = model
         refused = {"n_loops": n_loops} | {
             name: options.get(name)
@@ -174,7 +182,7 @@ class FeedforwardRunner:
                 raise InputError(f"there is no hook point {name!r}.{nearest(name, known)}")
         return places
 
-    def run(self, rows: Sequence[int], components: Collection[str], see: See, only_end: bool = False) -> None:
+    def run(self, rows: Sequence[int], keys: Collection[str], see: See, only_end: bool = False) -> None:
         """See `Runner`."""
         latest: list[Tensor] = []
 
@@ -186,7 +194,7 @@ class FeedforwardRunner:
 
             return look
 
-        names = [name for component in components for name in Places.of(component, self.schedule).names]
+        names = [name for key in keys for name in Places.of_key(key, self.schedule).names]
         hooks = [(name, look_at(HookSite.parse(name))) for name in names]
         tokens = torch.stack([self.runs.rows.unpadded(row) for row in rows])
         if isinstance(self.model, nn.Module):

@@ -28,7 +28,7 @@ def watch(
     names: Collection[str],
     see: See,
     *,
-    loops: frozenset[int] | None = None,
+    loops: Collection[int] | None = None,
     read_out: bool = False,
     only_loops: bool = False,
 ) -> Tensor | None:
@@ -43,7 +43,7 @@ def watch(
             if the model stopped after a loop, [batch, pos, d_model]. It costs a coda for every loop. The hooks on coda
             and final norm act in it, but what is watched there is shown in the run's own end only.
         see: called with each site and activation; what it keeps it must not write to.
-        loops: show sites that loop in these loops only; None for all.
+        loops: show sites that loop in these loops of the run only; None for all.
         read_out: whether to form the run's logits.
         only_loops: end the run with the last loop: no coda, no logits.
 
@@ -68,17 +68,19 @@ def watch(
             reading = False
         see(HookSite(READOUT, loop=hook.loop), out)
 
-    frame = engine.frame(run)
+    frame, reach = engine.frame(run), engine.reach(run)
     with engine.hooks():
         for name in names:
-            site = HookSite("hook_state_post") if name == READOUT else HookSite.parse(name)
+            site = HookSite("hook_state_post", engine.cfg.head_stack) if name == READOUT else HookSite.parse(name)
             point = engine.hook_dict.shared(site.at(None).name)
-            where = site.loop if site.loop is not None else loops if point.looped else None
+            where = site.loop
+            if where is None and loops is not None and point.looped:
+                where = frozenset(reach.loops_of(point, loops))
             hook = look_ahead if name == READOUT else look
             point.add_hook(hook, level=engine.context_level, where=where, reads_only=True)
         if not only_loops:
             return engine.execute(run, return_type="logits" if read_out else None)
-        engine.reach(run).check_hooks()
+        reach.check_hooks()
         engine.transformer(run.tokens, engine.frame(run), run.state, run.start, run.stop)
     return None
 

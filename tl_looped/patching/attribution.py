@@ -17,10 +17,10 @@ from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
-from tl_looped.engine.schedule import HookSite
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe.watching import watch
-from tl_looped.patching.cells import Axis, Group, Plan
+from tl_looped.patching.cells import Axis, Group, Plan, When
 from tl_looped.patching.checks import check_sites, prepare_patch
 from tl_looped.patching.results import LoopPatchingResult, Metric, Metrics, Reduce
 from tl_looped.patching.sources import Given, Source
@@ -30,13 +30,14 @@ from tl_looped.patching.sources import Given, Source
 def attribution_sweep(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     source: Given,
     metric: Metric,
     site: str = "resid_pre",
     axes: Sequence[Axis] = ("loop", "layer", "pos"),
     n_steps: int | None = None,
+    stack: str | None = None,
     reduce: Reduce = "scalar",
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -58,6 +59,7 @@ def attribution_sweep(
         metric: a differentiable function of logits, to a scalar or [batch], see `reduce`.
         site, axes: as in `patch_sweep`, without "source_loop".
         n_steps: steps of the integral; None for one gradient at the corrupted run.
+        stack: as in `patch_sweep`.
         reduce: as in `patch_sweep`.
         progress: show a bar over steps.
 
@@ -76,7 +78,7 @@ def attribution_sweep(
             "attribution needs gradients: call it outside torch.inference_mode(); torch.no_grad() is fine."
         )
     metrics = Metrics(metric, reduce, only_one="attribution_sweep")
-    run, given = prepare_patch(model, prompts, n_loops, source, options)
+    run, given = prepare_patch(model, prompts, n_loops, source, options, several_stacks=True)
     if "source_loop" in axes:
         raise InputError("attribution pairs each loop with itself: leave 'source_loop' out, or use patch_sweep.")
     if n_steps is not None and given.cache is None:
@@ -87,7 +89,8 @@ def attribution_sweep(
             "tokens themselves, by value embeddings: leave out n_steps."
         )
     steps = 1 if n_steps is None else check_count("n_steps", n_steps)
-    plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, "at" if "loop" in axes else "every", None)
+    when: When = "at" if "loop" in axes else "every"
+    plan = Plan(model.cfg, run.counts, run.tokens.shape[1], site, axes, when, None, stack)
     groups = plan.groups()
     sites = [written for group in groups for written, _ in group.sites]
     names = [one.name for one in sites] + (["hook_embed"] if n_steps is not None else [])
@@ -104,10 +107,8 @@ def attribution_sweep(
     products = {one.name: _product(given.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites}
     effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
     method = "attribution" if n_steps is None else f"integrated gradients, {steps} steps"
-    ran = (model, run, given)
-    return LoopPatchingResult.of(
-        metrics, (effects + baseline[0])[None], baseline, plan.index(), site, ran, method=method
-    )
+    how, ran = {"method": method, **model.cfg.made_of(plan.stack)}, (model, run, given)
+    return LoopPatchingResult.of(metrics, (effects + baseline[0])[None], baseline, plan.index(), site, ran, **how)
 
 
 def _product(clean: Tensor, corrupted: Tensor, grad: Tensor) -> Tensor:

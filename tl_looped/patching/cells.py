@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, resolve_index
-from tl_looped.engine.schedule import CORE, HookSite, find_component
+from tl_looped.engine.schedule import HookSite, LoopCount, find_component
 
 Axis = Literal["source_loop", "loop", "layer", "pos", "head", "neuron", "key"]
 When = Literal["at", "from", "clamp", "every"]
@@ -55,6 +55,7 @@ class Plan:
         when: "at": at the cell's loop only. "from": at it and every later loop, each from its own loop of the source.
             "clamp": at it and every later loop, all from the cell's loop of the source. "every": at every loop.
         source_loop: the source's loop for all cells; None: the loop that is written.
+        stack: whose layers and loops are meant; None for the only one that loops.
 
     Raises:
         InputError: an axis that the site does not have, or options that contradict each other.
@@ -63,21 +64,28 @@ class Plan:
     def __init__(
         self,
         cfg: LoopedConfig,
-        n_loops: int,
+        n_loops: LoopCount,
         pos: int,
         site: str,
         axes: Sequence[str],
         when: When,
         source_loop: int | None,
+        stack: str | None = None,
     ):
-        self.cfg, self.n_loops, self.when = cfg, n_loops, when
+        self.cfg, self.when = cfg, when
+        self.schedule = cfg.schedule(n_loops)
         self.component = component(site)
         there = HookSite(self.component)
         self.layered, self.looped, self.inner_axes = there.in_layer, there.looped, there.axes
+        if stack is not None and not there.looped:
+            raise InputError(f"site {site!r} belongs to no stack that loops: leave out stack={stack!r}.")
+        self.stack = cfg.looping_stack(stack) if there.looped else cfg.looping[0]
+        n_loops, n_layers = self.schedule.n_loops(self.stack), self.schedule.n_layers(self.stack)
+        self.n_loops = n_loops
         self.axes = tuple(axes)
         self.source_loop = None if source_loop is None else resolve_index("source_loop", source_loop, n_loops)
         self._check(site)
-        sizes = {"loop": n_loops, "source_loop": n_loops, "layer": cfg.n_core, "pos": pos, "key": pos}
+        sizes = {"loop": n_loops, "source_loop": n_loops, "layer": n_layers, "pos": pos, "key": pos}
         sizes |= {"head": cfg.kv_heads if "kv_head" in self.inner_axes else cfg.n_heads, "neuron": cfg.d_mlp}
         self.sizes = tuple(sizes[axis] for axis in self.axes)
         self.outer = tuple(axis for axis in self.axes if axis not in _INNER)
@@ -127,18 +135,22 @@ class Plan:
             site = HookSite(self.component)
             begins = (0, 0) if self.component == "hook_state_init" else None
             after = self.component.startswith(("hook_state_out", "ln_coda", "ln_final"))
-            return Group(((site, site),), (self.n_loops - 1, self._last_layer) if after else begins, outer)
+            end = (self.schedule.n_loops(None) - 1, self._last_layer)
+            return Group(((site, site),), end if after else begins, outer)
         t = at.get("loop", 0)
         loops = {"at": range(t, t + 1), "every": range(self.n_loops)}.get(self.when, range(t, self.n_loops))
-        layers = [at["layer"]] if "layer" in at else range(self.cfg.n_core) if self.layered else [None]
+        every = range(self.schedule.n_layers(self.stack)) if self.layered else [None]
+        layers = [at["layer"]] if "layer" in at else every
         source = at.get("source_loop", self.source_loop)
+        of_loop = not self.layered and len(self.cfg.looping) == 1
         pairs = []
         for loop in loops:
             origin = source if source is not None else t if self.when == "clamp" else loop
             for layer in layers:
-                site = HookSite(self.component, CORE if self.layered else None, layer, loop)
+                site = HookSite(self.component, None if of_loop else self.stack, layer, loop)
                 pairs.append((site, site.at(origin)))
-        return Group(tuple(pairs), (loops.start, self._first_layer(layers[0])), outer)
+        first = self.schedule.around(self.stack, [loops.start])[0]
+        return Group(tuple(pairs), (first, self._first_layer(layers[0])), outer)
 
     def _first_layer(self, layer: int | None) -> int:
         """The layer from which a run must be repeated for a patch at this layer, or at the loop's own site."""

@@ -11,6 +11,7 @@ from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.runs import Prompts, Run, RunOptions
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.patching.sources import Given, Source, as_source
 
@@ -19,14 +20,19 @@ _SHARE = 0.5  # of the free memory that one batch may take
 
 
 def prepare_patch(
-    model: LoopedModel, prompts: Prompts, n_loops: int | None, source: Given, options: RunOptions
+    model: LoopedModel,
+    prompts: Prompts,
+    n_loops: LoopCount | None,
+    source: Given,
+    options: RunOptions,
+    several_stacks: bool = False,
 ) -> tuple[Run, Source]:
     """All prompts as one run, and the source of what is patched into it.
 
     Raises:
         InputError: a model in training mode or with hooks of its own, a run without all loops, or a source of another.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=several_stacks))
     hooked = [point.name for point in model.hook_dict.points() if point.handles()]
     if hooked:
         raise InputError(f"the model has hooks already, at {hooked[0]!r}: call model.reset_hooks() before patching.")
@@ -55,9 +61,9 @@ def check_source(source: Source, run: Run) -> None:
     theirs = source.run
     if theirs is None:
         return
-    if theirs.n_loops != run.n_loops:
+    if theirs.counts != run.counts:
         raise InputError(
-            f"the source ran {theirs.n_loops} loops, this call {run.n_loops}: pass n_loops={theirs.n_loops}, "
+            f"the source ran {theirs.counts} loops, this call {run.counts}: pass n_loops={theirs.counts}, "
             "or cache the source again."
         )
     if theirs.step_sizes != run.step_sizes:

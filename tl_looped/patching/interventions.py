@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
-from tl_looped.engine.schedule import CORE, HookSite
+from tl_looped.engine.schedule import CORE, HookSite, LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.patching.sources import as_source
 
@@ -21,7 +21,12 @@ Hooks = list[tuple[HookName, HookFn]]
 
 
 def freeze_patterns(
-    model: LoopedModel, loop: int, n_loops: int | None = None, layers: Iterable[int] | None = None
+    model: LoopedModel,
+    loop: int,
+    n_loops: LoopCount | None = None,
+    layers: Iterable[int] | None = None,
+    *,
+    stack: str | None = None,
 ) -> Hooks:
     """Keep the attention patterns of one loop in all later loops: has attention stabilised by then, causally?
 
@@ -30,11 +35,13 @@ def freeze_patterns(
         loop: the loop whose patterns are kept; negative numbers count from the end.
         n_loops: loops of the run.
         layers: core layers to freeze; None for all.
+        stack: whose loops and layers are meant; None for the only one that loops.
 
     Raises:
         InputError: the loop is the last, so nothing comes after it.
     """
-    loops, chosen = _loops(model, n_loops), _layers(model, layers)
+    stack, loops = _stack(model, n_loops, stack)
+    chosen = _layers(model, layers)
     start = resolve_index("loop", loop, loops)
     if start == loops - 1:
         raise InputError(f"loop {start} is the last of {loops}: there is no later loop to freeze.")
@@ -48,22 +55,26 @@ def freeze_patterns(
 
     hooks: Hooks = []
     for layer in chosen:
-        site = HookSite("attn.hook_pattern", CORE, layer)
+        site = HookSite("attn.hook_pattern", stack, layer)
         hooks.append((site.at(start).name, keep))
         hooks += [(site.at(t).name, replace) for t in range(start + 1, loops)]
     return hooks
 
 
-def skip_loop(model: LoopedModel, loop: int, n_loops: int | None = None) -> Hooks:
-    """Leave one loop out: the state passes it unchanged, and the later loops keep their number."""
-    t = resolve_index("loop", loop, _loops(model, n_loops))
-    return _pass_by(HookSite("hook_state_pre", loop=t), HookSite("hook_state_post", loop=t))
+def skip_loop(model: LoopedModel, loop: int, n_loops: LoopCount | None = None, *, stack: str | None = None) -> Hooks:
+    """Leave one loop (of a stack) out: its state passes it unchanged, and the later loops keep their number."""
+    stack, loops = _stack(model, n_loops, stack)
+    t, owner = resolve_index("loop", loop, loops), None if stack == CORE else stack
+    return _pass_by(HookSite("hook_state_pre", owner, loop=t), HookSite("hook_state_post", owner, loop=t))
 
 
-def skip_layer(model: LoopedModel, layer: int, loop: int, n_loops: int | None = None) -> Hooks:
-    """Leave one core layer out in one loop: the residual stream passes it unchanged."""
-    t, index = resolve_index("loop", loop, _loops(model, n_loops)), resolve_index("layer", layer, model.cfg.n_core)
-    return _pass_by(HookSite("hook_resid_pre", CORE, index, t), HookSite("hook_resid_post", CORE, index, t))
+def skip_layer(
+    model: LoopedModel, layer: int, loop: int, n_loops: LoopCount | None = None, *, stack: str | None = None
+) -> Hooks:
+    """Leave one core layer (of a stack) out in one loop: the residual stream passes it unchanged."""
+    stack, loops = _stack(model, n_loops, stack)
+    t, index = resolve_index("loop", loop, loops), resolve_index("layer", layer, model.cfg.n_core)
+    return _pass_by(HookSite("hook_resid_pre", stack, index, t), HookSite("hook_resid_post", stack, index, t))
 
 
 def _pass_by(before: HookSite, after: HookSite) -> Hooks:
@@ -98,8 +109,10 @@ def replace_injection(model: LoopedModel, cache: LoopedCache, loops: Iterable[in
     return [(site.name, lambda e, hook: source.values(hook.site, e)) for site in sites]
 
 
-def _loops(model: LoopedModel, n_loops: int | None) -> int:
-    return model.cfg.schedule(n_loops).n_loops()
+def _stack(model: LoopedModel, n_loops: LoopCount | None, stack: str | None) -> tuple[str, int]:
+    """(the stack that is meant, its loops in a run)."""
+    chosen = model.cfg.looping_stack(stack)
+    return chosen, model.cfg.schedule(n_loops).n_loops(chosen)
 
 
 def _layers(model: LoopedModel, layers: Iterable[int] | None) -> list[int]:

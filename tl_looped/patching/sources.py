@@ -15,7 +15,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
-from tl_looped.engine.schedule import HookSite
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.model import LoopedModel, check_looped
 
 Values = Callable[[HookSite, Tensor], Tensor]
@@ -137,7 +137,7 @@ def fixed(values: Tensor) -> Source:
 def mean_source(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     names_filter: NamesFilter = None,
     per_position: bool = True,
@@ -157,7 +157,7 @@ def mean_source(
         InputError: a model in training mode, prompts that differ in length, so positions do not correspond; where it is
             used, a site that it does not have.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     run = model.batch_of(model.prepare(prompts, n_loops, **options))
     if not bool(run.attention_mask.all()):
         raise InputError("the reference prompts differ in length, so their positions do not correspond.")

@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 from tl_looped.engine.hooks import HookFn, LoopHookPoint
 from tl_looped.engine.network import Frame
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
-from tl_looped.engine.schedule import HookSite
-from tl_looped.model import LoopedModel
+from tl_looped.engine.schedule import HookSite, LoopCount
+from tl_looped.model import LoopedModel, one_core
+from tl_looped.nn import LoopedTransformer
 from tl_looped.patching.cells import Axis, Group, Plan, When
 from tl_looped.patching.checks import check_sites, prepare_patch, rows_that_fit
 from tl_looped.patching.results import LoopPatchingResult, Metric, Metrics, Reduce
@@ -25,7 +26,7 @@ from tl_looped.patching.sources import Given, Source
 def patch_sweep(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     source: Given,
     metric: Metric | Mapping[str, Metric],
@@ -33,6 +34,7 @@ def patch_sweep(
     axes: Sequence[Axis] = ("loop", "layer", "pos"),
     when: When = "at",
     source_loop: int | None = None,
+    stack: str | None = None,
     reduce: Reduce = "scalar",
     batch_size: int | None = None,
     progress: bool = True,
@@ -58,6 +60,7 @@ def patch_sweep(
         when: where in time, see `Plan`: "at" the loop, "from" it on, "clamp" from it on, or at "every" loop.
         source_loop: take the source's activations from this loop, whichever loop is written; as an axis, the full
             matrix.
+        stack: whose layers and loops are meant; None for the only one that loops.
         reduce: "scalar", "mean" or "none", as in TransformerLens.
         batch_size: most rows (cells x prompts) to run at once; None for what fits. Results do not depend on it.
         progress: show a bar.
@@ -72,8 +75,8 @@ def patch_sweep(
         Activation patching as in TransformerLens's `transformer_lens.patching`; over loops it is this library's.
     """
     metrics = Metrics(metric, reduce)
-    run, given = prepare_patch(model, prompts, n_loops, source, options)
-    plan = Plan(model.cfg, run.n_loops, run.tokens.shape[1], site, axes, when, source_loop)
+    run, given = prepare_patch(model, prompts, n_loops, source, options, several_stacks=True)
+    plan = Plan(model.cfg, run.counts, run.tokens.shape[1], site, axes, when, source_loop, stack)
     groups = plan.groups()
     sites = [origin.name for group in groups for _, origin in group.sites]
     check_sites(model, run, sites)
@@ -81,7 +84,7 @@ def patch_sweep(
     rows = rows_that_fit(model, run, batch_size)
     with torch.no_grad():
         values, baseline = _Sweep(model, run, plan, given, metrics, rows).values(groups, progress)
-    made: dict[str, object] = {"when": when, "source_loop": source_loop}
+    made: dict[str, object] = {"when": when, "source_loop": source_loop, **model.cfg.made_of(plan.stack)}
     return LoopPatchingResult.of(metrics, values, baseline, plan.index(), site, (model, run, given), **made)
 
 
@@ -103,8 +106,8 @@ class _Sweep:
         shape = (len(self.metrics.functions), *self.plan.sizes, *baseline.shape[1:])
         store = torch.zeros(shape, dtype=baseline.dtype, device=baseline.device)
         places = self.plan.places()
-        e = self.transformer.read(self.run.tokens, self.frame)
-        at, x = (0, 0), e if self.run.state is None else self.run.state
+        at = (0, 0)
+        x, e = self.transformer.begin(self.run.tokens, self.frame, self.run.state)
         with tqdm(total=len(groups) * len(places), desc=f"Patching {self.plan.component}", disable=not progress) as bar:
             for group in groups:
                 if group.first is not None:
@@ -122,20 +125,21 @@ class _Sweep:
         return tuple(next(outer) if axis in self.plan.outer else next(inner) for axis in self.plan.axes)
 
     def _advance(
-        self, at: tuple[int, int], x: Tensor, e: Tensor, to: tuple[int, int]
-    ) -> tuple[tuple[int, int], Float[Tensor, "batch pos d_model"]]:
+        self, at: tuple[int, int], x: Tensor, e: Tensor | None, to: tuple[int, int]
+    ) -> tuple[tuple[int, int], Float[Tensor, "batch pos d_state"]]:
         """Go on with the unpatched run from what layer `at` reads to what layer `to` reads, (loop, layer) each."""
         (t, layer), (last, stop) = at, to
         while t < last:
             x = self.transformer.loop(x, e, self.frame, t, layer)
             t, layer = t + 1, 0
         if layer < stop:
-            x = self.transformer.enter(x, e, t) if layer == 0 else x
-            x = self.transformer.run_layers(x, self.frame, t, layer, stop)
+            core = one_core(self.model)
+            x = core.enter(x, e, t) if layer == 0 else x
+            x = core.run_layers(x, self.frame, t, layer, stop)
         return (t, max(layer, stop)), x
 
     def _patched(
-        self, group: Group, places: Sequence[tuple[int, ...]], x: Tensor, e: Tensor
+        self, group: Group, places: Sequence[tuple[int, ...]], x: Tensor, e: Tensor | None
     ) -> Float[Tensor, "rows pos d_vocab"]:
         """Logits of the chunk's cells, [cell x prompt, pos, d_vocab]."""
         cells = len(places)
@@ -148,8 +152,8 @@ class _Sweep:
                     self.transformer(_repeat(self.run.tokens, cells), frame, state, 0, self.run.n_loops), frame
                 )
             t, layer = group.first
-            e, x = _repeat(e, cells), _repeat(x, cells)
-            if (t, layer) == (0, 0):
+            e, x = None if e is None else _repeat(e, cells), _repeat(x, cells)
+            if (t, layer) == (0, 0) and isinstance(self.transformer, LoopedTransformer):
                 x = self.transformer.hooks.hook_state_init(x)
             for loop in range(t, self.run.n_loops):
                 x = self.transformer.loop(x, e, frame, loop, layer if loop == t else 0)

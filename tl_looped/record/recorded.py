@@ -182,12 +182,13 @@ class Recorded(AnyResult, Dataset[dict[str, Any]]):
         Raises:
             HookNameError: that place was not recorded.
         """
-        site = find_site(name)
+        site, loops = self.cfg.own_site(find_site(name)), self.made_by["n_loops"]
+        inner = self.made_by.get("l_cycles")
+        schedule = self.cfg.schedule(loops if inner is None else (loops, inner))
         if site.in_layer and site.layer is None and layer is not None:
-            count = self.cfg.schedule(self.made_by["n_loops"]).n_layers(site.stack or "")
-            site = replace(site, layer=resolve_index("layer", layer, count))
+            site = replace(site, layer=resolve_index("layer", layer, schedule.n_layers(site.stack or "")))
         if site.looped and site.loop is None and loop is not None:
-            site = site.at(resolve_index("loop", loop, self.made_by["n_loops"]))
+            site = site.at(resolve_index("loop", loop, schedule.n_loops(site.stack)))
         if site.name not in self.places:
             missing = [what for what in ("layer", "loop") if getattr(site, what) is None]
             there = nearest(site.name, self.places)

@@ -29,7 +29,7 @@ from tl_looped.engine.errors import HookNameError, InputError, check_count, reso
 from tl_looped.engine.files import write_whole
 from tl_looped.engine.identity import differences, digest, weights_digest
 from tl_looped.engine.runs import Prompts, RunOptions, Runs, with_run_options
-from tl_looped.engine.schedule import CORE, GRAD, HookSite, LoopSchedule, find_site
+from tl_looped.engine.schedule import GRAD, HookSite, LoopCount, LoopSchedule, find_site
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.observation import BATCH_SIZE
 from tl_looped.observe.runners import LoopedRunner
@@ -48,7 +48,7 @@ _KEYS = -1  # in a row's shape: as many as the prompt has tokens
 def record(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     sites: str | Sequence[str],
     out: str | Path,
@@ -72,8 +72,9 @@ def record(
         sites: what to record, by short or full names: "resid_post", "state_post", "prelude.attn_out", "pattern", or
             "blocks.2.loop.3.attn.hook_z" for one place.
         out: the folder; made where it is not there.
-        loops: of sites that fire in every loop; None for all. Negative numbers count from the end.
-        layers: of sites of core layers; None for all.
+        loops: of the run, of sites that fire in every loop; None for all. Negative numbers count from the end. Of a
+            stack that runs several times in a loop of the run, all of these.
+        layers: of sites of layers that loop; None for all.
         positions: "all", "last", or some of every prompt (negative ones count from its end); of queries, for patterns.
         batch_size: most prompts to run at once.
         shard_bytes: about how large a file is.
@@ -84,14 +85,14 @@ def record(
         InputError: before anything is written, for input that is wrong, a folder that holds another record (it says
             what differs) or other files, one that another process writes, or a disk that is too small.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     check_count("batch_size", batch_size)
     check_count("shard_bytes", shard_bytes)
     runs = model.prepare(prompts, n_loops, **options)
     runner = LoopedRunner(model, runs)  # refuses parts of runs
     names = [sites] if isinstance(sites, str) else list(sites)
     at_loops = _chosen("loop", loops, runs.n_loops)
-    at_layers = _chosen("layer", layers, runner.schedule.n_layers(CORE))
+    at_layers = _chosen("layer", layers, model.cfg.n_core)
     wanted = places_of(model, runner.schedule, names, at_loops, at_layers)
     picked = _picked(runs, positions)
     batches = runs.equal_lengths(batch_size)
@@ -155,21 +156,22 @@ def places_of(
         raise InputError("nothing would be recorded: name at least one site, and leave out loops and layers for all.")
     found: list[HookSite] = []
     for name in names:
-        site = find_site(name)
+        site = model.cfg.own_site(find_site(name))
         if site.component.endswith(GRAD):
             raise HookNameError(f"{name!r} is a gradient, and recording runs forward only: take model.run_with_cache.")
         each = [site]
         if site.in_layer:
             count = schedule.n_layers(site.stack or "")
-            chosen = layers if site.stack == CORE else range(count)
+            chosen = layers if site.looped else range(count)
             each = [replace(site, layer=i) for i in (chosen if site.layer is None else [site.layer])]
             if not count:
                 raise HookNameError(f"{name!r}: this model has no {site.stack} ({schedule.describe()}).")
         for one in each:
             model.hook_dict.shared(one.name)
             if one.loop is not None:
-                resolve_index(f"{name!r}: loop", one.loop, schedule.n_loops())
-            found += [one.at(t) for t in loops] if one.looped and one.loop is None else [one]
+                resolve_index(f"{name!r}: loop", one.loop, schedule.n_loops(one.stack))
+            each_loop = one.looped and one.loop is None
+            found += [one.at(t) for t in schedule.loops_in(one.stack, loops)] if each_loop else [one]
     return {one.name: one for one in found}
 
 
@@ -270,8 +272,9 @@ class _Recorder:
     ):
         self.model, self.runs, self.wanted, self.picked, self.tokens = model, runs, wanted, picked, tokens
         self._names = list(dict.fromkeys(site.at(None).name for site in wanted.values()))
-        looped = {site.loop for site in wanted.values() if site.loop is not None}
-        self._loops = frozenset(looped) or None
+        schedule = model.cfg.schedule(runs.counts)
+        looped = [schedule.around(site.stack, [site.loop]) for site in wanted.values() if site.loop is not None]
+        self._loops = {t for around in looped for t in around} or None
         self._only_loops = all(site.looped for site in wanted.values())
         self.places: dict[str, dict[str, Any]] = {}
         self._seen: dict[int, list[tuple[HookSite, Tensor]]] = {}  # of a batch that has run, by its first prompt

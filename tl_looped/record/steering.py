@@ -25,7 +25,7 @@ from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
 from tl_looped.engine.numbers import length, unit, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
-from tl_looped.engine.schedule import HookSite
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.observation import BATCH_SIZE
 from tl_looped.record.probing import Labels, of_rows
@@ -177,7 +177,7 @@ def directions_of(recorded: Recorded, labels: Labels, toward: Any, *, site: str 
 def directions(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     against: Prompts,
     site: str = "resid_post",
@@ -277,7 +277,7 @@ class Steered(Result):
 def steering_sweep(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     directions: Directions,
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
@@ -305,7 +305,7 @@ def steering_sweep(
         progress: show a bar.
         options: see `RunOptions`.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     check_count("batch_size", batch_size)
     check_count("draws", draws, 0)
     runs = model.prepare(prompts, n_loops, **options)

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from tl_looped.engine.errors import LoopedError
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.runs import DEFAULT_SEED
-from tl_looped.engine.schedule import LOOP_AXES, HookSite
-from tl_looped.model import LoopedModel
+from tl_looped.engine.schedule import HookSite, LoopCount
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.report.data import spread
 
 N_TOKENS = 12
@@ -40,7 +40,9 @@ class CheckResult:
     measured: str
 
 
-def check(model: LoopedModel, n_loops: int | None = None, seed: int = 0, progress: bool = False) -> list[CheckResult]:
+def check(
+    model: LoopedModel, n_loops: LoopCount | None = None, seed: int = 0, progress: bool = False
+) -> list[CheckResult]:
     """Check a model on a random prompt.
 
     Args:
@@ -55,7 +57,7 @@ def check(model: LoopedModel, n_loops: int | None = None, seed: int = 0, progres
     Raises:
         InputError: `n_loops` is not a count.
     """
-    checks = _Checks(model, model.cfg.schedule(n_loops).n_loops(), _random_tokens(model, seed))
+    checks = _Checks(check_looped(model, several_stacks=True), n_loops, _random_tokens(model, seed))
     named: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
         ("every site fires as often, and every layer in the order, that the schedule says", checks.firing),
         ("attention patterns sum to one", checks.patterns),
@@ -90,11 +92,13 @@ def _random_tokens(model: LoopedModel, seed: int) -> Int[Tensor, "1 pos"]:
 class _Checks:
     """The checks of one model; each returns whether it passed, and what was measured."""
 
-    def __init__(self, model: LoopedModel, n_loops: int, tokens: Int[Tensor, "1 pos"]):
-        self.model, self.n_loops, self.tokens = model, n_loops, tokens
+    def __init__(self, model: LoopedModel, n_loops: LoopCount | None, tokens: Int[Tensor, "1 pos"]):
+        self.model, self.tokens = model, tokens
+        self.n_loops, self.l_cycles = model.cfg.counts(n_loops)
         self.schedule = model.cfg.schedule(n_loops)
+        self.state_post = HookSite("hook_state_post", model.cfg.head_stack).name
         self.seeding: dict[str, Any] = {"seed": DEFAULT_SEED} if model.cfg.draws_state else {}
-        self.picked = spread(n_loops, _MOST_LOOPS)
+        self.picked = spread(self.n_loops, _MOST_LOOPS)
         eps = torch.finfo(model.dtype).eps
         self.limit = max(1e-5, 2 * eps)  # of a difference, as a share of the largest number
         self.logits: dict[int, Tensor] = {}
@@ -105,17 +109,22 @@ class _Checks:
 
     def run(self, n_loops: int, hooks: list[tuple[Any, Any]] | None = None) -> Float[Tensor, "1 pos d_vocab"]:
         """Logits of a run with that many loops; of an unhooked one, kept."""
+        loops = self.counted(n_loops)
         if hooks is not None:
-            return self.model.run_with_hooks(self.tokens, n_loops, fwd_hooks=hooks, **self.options(n_loops))
+            return self.model.run_with_hooks(self.tokens, loops, fwd_hooks=hooks, **self.options(n_loops))
         if n_loops not in self.logits:
-            self.logits[n_loops] = self.model(self.tokens, n_loops, **self.options(n_loops))
+            self.logits[n_loops] = self.model(self.tokens, loops, **self.options(n_loops))
         return self.logits[n_loops]
+
+    def counted(self, n_loops: int) -> LoopCount:
+        """So many loops, with what each of them runs as in the run that is checked."""
+        return n_loops if self.l_cycles is None else (n_loops, self.l_cycles)
 
     @cached_property
     def states(self) -> list[Tensor]:
         """The state leaving each loop."""
         states: list[Tensor] = []
-        self.run(self.n_loops, [("hook_state_post", lambda x, hook: states.append(x.clone()))])
+        self.run(self.n_loops, [(self.state_post, lambda x, hook: states.append(x.clone()))])
         return states
 
     def difference(self, value: Tensor, reference: Tensor) -> float:
@@ -130,7 +139,7 @@ class _Checks:
         expected: Counter[str] = Counter()
         for point in self.model.hook_dict.points():
             site = point.site
-            times = self.n_loops if site.component in LOOP_AXES else self.schedule.n_loops(site.stack or "")
+            times = self.schedule.n_loops(site.stack) if site.looped else 0
             expected.update(site.at(t).name for t in (range(times) if times else [None]))
         seen = Counter(site.name for site in fired)
         wrong = [name for name in expected | seen if expected[name] != seen[name]]
@@ -169,7 +178,7 @@ class _Checks:
             noise = torch.randn(x.shape, generator=generator).to(x)
             return x + noise * (float(x.float().pow(2).mean().sqrt()) or 1.0)
 
-        hooks = [(site.name, push), ("hook_state_post", lambda x, hook: states.append(x.clone()))]
+        hooks = [(site.name, push), (self.state_post, lambda x, hook: states.append(x.clone()))]
         return self.difference(self.run(n_loops, hooks), self.run(n_loops)), states
 
     def edits_in_loops(self) -> tuple[bool, str]:
@@ -177,7 +186,8 @@ class _Checks:
         changes, early = [], 0
         for stack in self.schedule.stacks():
             for t in self.picked if self.schedule.n_loops(stack) else []:
-                site = HookSite("hook_resid_post", stack, self.schedule.n_layers(stack) // 2, t)
+                own = self.schedule.loops_in(stack, [t])[0]
+                site = HookSite("hook_resid_post", stack, self.schedule.n_layers(stack) // 2, own)
                 change, states = self._edit(site, t + 1)
                 changes.append(change)
                 early += sum(not torch.equal(*pair) for pair in zip(states[:t], self.states, strict=False))
@@ -205,8 +215,9 @@ class _Checks:
         """Stop before a loop, start from the state that this returned."""
         whole, off = self.run(self.n_loops), []
         for t in self.picked:
-            state = self.model(self.tokens, self.n_loops, stop_at_loop=t, **self.seeding)
-            rest = self.model(self.tokens, self.n_loops, initial_state=state, start_at_loop=t)
+            loops = self.counted(self.n_loops)
+            state = self.model(self.tokens, loops, stop_at_loop=t, **self.seeding)
+            rest = self.model(self.tokens, loops, initial_state=state, start_at_loop=t)
             off.append(self.difference(rest, whole))
         return self._worst(off, f"at {len(off)} of {self.n_loops} loops")
 

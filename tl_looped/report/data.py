@@ -17,7 +17,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.runs import Runs
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.lens import LogitLens, logit_lens
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import watch
 from tl_looped.report.prompts import Prompt
 from tl_looped.viz import LayerAttention
@@ -135,7 +135,7 @@ def collect(
     Raises:
         InputError: a prompt that the model can't read, an answer that is not one token, or a bad loop count or seed.
     """
-    check_eval(model)
+    check_eval(check_looped(model))
     asked = tuple(questions)
     if not asked:
         raise InputError("a report needs at least one prompt.")

@@ -25,7 +25,7 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE
-from tl_looped.model import LoopedModel, check_looped
+from tl_looped.model import LoopedModel, check_looped, one_core
 from tl_looped.nn.block import Block
 from tl_looped.viz.curves import layer_shares
 
@@ -214,7 +214,7 @@ def neuron_shares(
             f"a gate that changes with the loop multiplies what neurons of {model.cfg.model_name} write, so no one "
             "weight can be folded in: pass fold=False."
         )
-    transformer = model.transformer
+    transformer = one_core(model)
     blocks: list[tuple[str, int, Any]] = []
     for stack, modules in ((PRELUDE, transformer.prelude), (CORE, transformer.blocks), (CODA, transformer.coda)):
         blocks += [(stack, layer, block) for layer, block in enumerate(modules)]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, one_core
 from tl_looped.training.trainer import query_logits
 from tl_looped.training.variable_chains import MAX_HOPS, Contexts, draw_contexts, draw_size
 
@@ -31,7 +31,7 @@ def accuracy_table(model: LoopedModel, contexts: Sequence[Contexts], loops: Sequ
     count: dict[int, int] = {}
     with torch.no_grad():
         for batch in contexts:
-            logits = query_logits(model.transformer, batch, max(loops))
+            logits = query_logits(one_core(model), batch, max(loops))
             hits = logits[[t - 1 for t in loops]].argmax(-1).numpy() == batch.answer
             for h in np.unique(batch.hops):
                 chosen = batch.hops == h

@@ -18,7 +18,7 @@ from tl_looped.adapters.loading import whole_folder
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.state import own_state
-from tl_looped.model import LoopedModel
+from tl_looped.model import LoopedModel, one_core
 from tl_looped.nn import LoopedTransformer
 from tl_looped.training.corpus import Corpus, documentation, train_tokenizer
 from tl_looped.training.recipes import Rates
@@ -148,7 +148,7 @@ def held_out_losses(
         raise InputError(f"{model.cfg.model_name} has no tokenizer, so its loss on text can't be measured.")
     windows = _windows(_stream(model.tokenizer, documentation().held_out), context)
     counts = loops if model.cfg.n_loops > 1 else (1,)
-    return {n: float(text_loss(model.transformer, windows, n, seed)) for n in counts}
+    return {n: float(text_loss(one_core(model), windows, n, seed)) for n in counts}
 
 
 def _run(

@@ -37,6 +37,7 @@ from tl_looped.viz.style import (
 
 _HIGH_SCALE = [[0.0, "#FFFFFF"], [0.5, "#F4A582"], [0.8, "#B2182B"], [1.0, "#4A0612"]]
 _BEHAVIOUR_COLORS = (BLUE, ORANGE, GREEN, PINK, GREY)
+_VERDICT_COLORS = (BLUE, "#56B4E9", ORANGE, GREEN, "#F0E442", PINK, GREY)
 _MOST_LINES = 60  # of a kind, in one figure
 _MOST_IN_LEGEND = 10
 _BELOW = {"orientation": "h", "x": 0, "y": -0.2, "xanchor": "left", "yanchor": "top"}
@@ -395,3 +396,31 @@ def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: 
         title={"text": "imaginary part"}, range=[-reach, reach], scaleanchor="x", zeroline=True, zerolinecolor=GREY
     )
     return base_layout(fig, 480, title=heading(title), legend={**_BELOW, "y": -0.15}, margin={"b": 90})
+
+
+def verdict_shares(
+    verdict: Int[Tensor, " token"], pos: Int[Tensor, " token"], names: Sequence[str], model: str
+) -> go.Figure:
+    """Bars of what tokens do in the long run: all of them, then those at each position, one colour for each verdict.
+
+    Args:
+        verdict: indices of `names`.
+        pos: position of each token.
+        names: of the verdicts.
+        model: for the title.
+    """
+    groups = {"all": torch.ones_like(pos, dtype=torch.bool), **{str(i): pos == i for i in pos.unique().tolist()}}
+    counts = torch.stack([torch.bincount(verdict[tokens], minlength=len(names)) for tokens in groups.values()])
+    fig = go.Figure()
+    for index, name in enumerate(names):
+        if counts[0, index]:
+            total, part = counts.sum(1), counts[:, index]
+            shown = [f"{int(n)} of {int(m)} tokens" for n, m in zip(part, total, strict=True)]
+            look: dict[str, Any] = {"marker": {"color": _VERDICT_COLORS[index]}, "customdata": shown}
+            look["hovertemplate"] = f"position %{{x}}: %{{customdata}}<extra>{name}</extra>"
+            fig.add_trace(go.Bar(x=list(groups), y=numbers(100 * part / total), name=name, **look))
+    curve_axes(fig)
+    fig.update_xaxes(type="category", title={"text": "position in the prompt"})
+    fig.update_yaxes(title={"text": "tokens (%)"}, range=[0, 100])
+    title = heading(f"In the long run: {model}")
+    return base_layout(fig, 380, title=title, barmode="stack", legend=_BELOW, margin={"b": 90})

@@ -22,7 +22,11 @@ def schedule_svg(cfg: LoopedConfig, n_loops: int | None = None) -> str:
     Args:
         cfg: the model.
         n_loops: how often the core runs; None for the count it was trained with.
+
+    Raises:
+        InputError: two stacks loop in it.
     """
+    cfg.check_one_core()
     loops = cfg.n_loops if n_loops is None else n_loops
     pen = _Pen()
     pen.label("tokens", 26, _MIDDLE + 4)
