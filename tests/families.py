@@ -16,7 +16,7 @@ from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
 FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3", "parcae", "loopformer")
-FOLDERS += ("hrm-text",)
+FOLDERS += ("albert", "hrm-text")
 
 # Stored key -> what gives it.
 STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
@@ -34,6 +34,9 @@ GIVEN = (
     "input_states",
     "loop_layers",
     "token_type_ids",
+    "attention_mask",
+    "with_types_and_mask",  # tokens of a second kind are refused
+    "layer_order",
     "decode.prefill_len",
     "exit.threshold",
     "exit_cdf.threshold",
@@ -198,6 +201,11 @@ OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("loopus-qwen3", "q_logit"): lambda model, cache: cache.stack("exit_gate")[..., -1],
     ("loopus-qwen3", "q_logit_train"): _exit_step,
     ("loopus-qwen3", "decode.logits"): _decoded("loopus-qwen3"),
+    ("albert", "layer_resid_post"): lambda model, cache: cache.stack("resid_post")[:, 0],
+    ("albert", "layer_pattern"): lambda model, cache: cache.stack("pattern")[:, 0],
+    ("albert", "embeddings_out"): lambda model, cache: model.transformer.ln_embed.affine(cache["ln_embed.normalized"]),
+    ("albert", "embedding_hidden_mapping"): lambda model, cache: cache["hook_state_init"],
+    ("albert", "mlm_transform_out"): lambda model, cache: cache["hook_head_in"],
     ("loopformer", "attn_out"): partial(_before_gates, site="attn.hook_z"),
     ("loopformer", "mlp_out"): partial(_before_gates, site="mlp.hook_post"),
     ("loopformer", "modulation"): lambda model, cache: cache.stack("modulation")[:, :, :, 0],

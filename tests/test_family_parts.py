@@ -14,8 +14,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_looped import InputError, LoopedCache, LoopedModel
 from tl_looped.attention import attention_bound
-from tl_looped.lens import GateChanceRule, GateRule, logit_lens, trace_exits
+from tl_looped.lens import (
+    ENTROPY,
+    KL_TO_FINAL,
+    LOSS,
+    GateChanceRule,
+    GateRule,
+    logit_lens,
+    readout_agreement,
+    trace_exits,
+)
+from tl_looped.observe import observe
 from tl_looped.patching import attribution_sweep, patch_sweep
+from tl_looped.report import Prompt, collect
 from tl_looped.stages import neuron_shares
 from tl_looped.stages.neurons import logit_effects
 
@@ -354,3 +365,117 @@ def test_the_bound_reads_what_the_queries_read():
     assert bool((bound.plain[1:] <= bound.bound[1:] * (1 + 1e-9)).all()) and bound.breaks == (
         "rotary position embedding",
     )
+
+
+# ALBERT.
+
+
+@lru_cache
+def both_ways() -> LoopedModel:
+    """ALBERT's parity model in float64."""
+    return LoopedModel.from_pretrained(PARITY / "albert", dtype=torch.float64)
+
+
+def test_a_norm_on_the_stream_with_none_before_it():
+    model = make(torch.float64, norm_placement="post", norm="layer")
+    _, cache = model.run_with_cache(tokens_for(model), 2)
+    block = model.transformer.blocks[1]
+    torch.testing.assert_close(
+        cache["resid_mid", 1, 1], block.ln1_post(cache["resid_pre", 1, 1] + cache["attn_out", 1, 1])
+    )
+    torch.testing.assert_close(
+        cache["resid_post", 1, 1], block.ln2_post(cache["resid_mid", 1, 1] + cache["mlp_out", 1, 1])
+    )
+    assert "normalise the residual stream itself" in str(model.cfg.sum_broken_by(1))
+
+
+def test_tokens_see_each_other_and_no_padding():
+    model, tokens = both_ways(), torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    _, cache = model.run_with_cache(tokens, attention_mask=mask)
+    pattern = cache.stack("pattern")[:, 0]
+    assert bool((pattern[:, 1] > 0).all()) and float(pattern[:, 0, :, :3, 3:].abs().max()) == 0
+    full = torch.ones(2, 5, 5).tril()  # who sees whom in full is as it is given
+    _, masked = model.run_with_cache(tokens, attention_mask=full)
+    assert torch.equal(masked.stack("pattern"), masked.stack("pattern").tril())
+
+
+def test_read_outs_go_through_the_heads_transform():
+    model = both_ways()
+    tokens, part = tokens_for(model), model.transformer.head_transform
+    logits, cache = model.run_with_cache(tokens, 3)
+    made = part.norm(
+        nn.functional.gelu(cache["state_post", 2] @ part.inner.weight.T + part.inner.bias, approximate="tanh")
+    )
+    torch.testing.assert_close(cache["hook_head_in"], made)
+    torch.testing.assert_close(logits, made @ model.W_E.T + model.transformer.unembed.bias)
+    for kind in ("exact", "direct"):
+        lens = logit_lens(model, tokens, 3, kind=kind, site="resid_post")
+        assert float(lens.kl_to_final[-1].abs().max()) < 1e-12
+    assert readout_agreement(model, tokens, 3).to_dataframe().shape[0]
+    assert trace_exits(model, tokens, 3).n_loops == 3
+    observed = observe(model, tokens, 3, measures=[ENTROPY, KL_TO_FINAL])
+    assert float(observed.mean("kl_to_final")[-1].abs().max()) < 1e-12
+    edit = [("hook_head_in", lambda x, hook: 0 * x)]
+    flat = model.run_with_hooks(tokens, 3, fwd_hooks=edit)
+    torch.testing.assert_close(flat, model.transformer.unembed.bias.expand_as(flat))
+
+
+def test_analyses_hold_in_both_directions():
+    model = both_ways()
+    tokens = tokens_for(model, batch=1)
+    bound = attention_bound(model, tokens, 3)
+    assert bool((bound.plain[1:] <= bound.bound[1:] * (1 + 1e-9)).all())
+    _, source = model.run_with_cache(tokens.flip(1), 3)
+    metric = lambda logits: logits[:, 0, 0].sum()  # noqa: E731
+    found = patch_sweep(model, tokens, 3, source=source, metric=metric, axes=("loop", "pos"), progress=False).values
+    edit = [("blocks.0.loop.1.hook_resid_pre", lambda x, hook: torch.cat((x[:, :4], source[hook.name][:, 4:]), dim=1))]
+    wanted = metric(model.run_with_hooks(tokens, 3, fwd_hooks=edit))
+    torch.testing.assert_close(found.squeeze()[1, 4], wanted)  # what comes later reaches the first token
+    assert float((wanted - metric(model(tokens, 3))).abs().detach()) > 1e-6
+
+
+def test_what_reading_both_ways_breaks_is_refused():
+    model, tokens = both_ways(), tokens_for(both_ways())
+    for what, call in {
+        "the loss of the next token": lambda: model(tokens, return_type="loss"),
+        "measure 'loss'": lambda: observe(model, tokens, measures=[LOSS]),
+        "generating text": lambda: model.generate(tokens, 2),
+        "the report": lambda: collect(model, [Prompt(token_ids=(3, 4))]),
+    }.items():
+        with pytest.raises(InputError, match=f"{what} needs a model that reads from left to right, but .*albert"):
+            call()
+    with pytest.raises(InputError, match="reads the stream through a map with an activation function, so a neuron's"):
+        neuron_shares(model, min_kurtosis=0.1)
+    with pytest.raises(InputError, match="token_type_ids has tokens of another kind than 0, which is not implemented"):
+        model(tokens, token_type_ids=torch.ones_like(tokens))
+    with pytest.raises(InputError, match="token_type_ids has tokens of another kind"):
+        model({"input_ids": tokens, "token_type_ids": torch.ones_like(tokens)})
+    given = {"input_ids": tokens, "token_type_ids": torch.zeros_like(tokens)}
+    assert torch.equal(model(given), model(tokens))
+    with pytest.raises(InputError, match="d_embed=8 needs head_transform=True"):
+        config(d_embed=8)
+    with pytest.raises(InputError, match="does not build attention in both directions"):
+        make(causal=False).unrolled(2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_groups": 2}, "num_hidden_groups=2, which is not implemented: only 1"),
+        ({"hidden_act": "relu"}, "hidden_act='relu', which is not implemented"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False, which is not implemented"),
+    ],
+)
+def test_what_albert_refuses(released, changes: dict[str, Any], message: str):
+    refuse(released("albert", changes), message)
+
+
+def test_what_is_stored_beside_albert_changes_nothing(released):
+    def more(weights: dict[str, torch.Tensor]) -> None:
+        weights["albert.pooler.weight"] = torch.ones(40, 40)
+        weights["predictions.decoder.weight"] = weights["albert.embeddings.word_embeddings.weight"].clone()
+
+    model = LoopedModel.from_pretrained(released("albert", {}, more))
+    plain = LoopedModel.from_pretrained(PARITY / "albert")
+    assert torch.equal(model(tokens_for(model)), plain(tokens_for(model)))

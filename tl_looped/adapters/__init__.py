@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+from tl_looped.adapters import (
+    albert,
+    base_loop,
+    feedforward,
+    gpt2,
+    hrm_text,
+    looped_gpt,
+    loopus,
+    nanochat,
+    native,
+    ouro,
+    parcae,
+    raven,
+)
 from tl_looped.adapters.base import Adapter as Adapter
 from tl_looped.adapters.base import ConfigKeys as ConfigKeys
 from tl_looped.adapters.base import Json
 from tl_looped.adapters.base import Looping as Looping
 from tl_looped.adapters.base import Source as Source
-from tl_looped.adapters.base_loop import BaseLoopAdapter, LoopFormerAdapter
-from tl_looped.adapters.feedforward import FEEDFORWARD
-from tl_looped.adapters.gpt2 import GPT2Adapter
-from tl_looped.adapters.hrm_text import HrmTextAdapter
-from tl_looped.adapters.looped_gpt import LoopedGPTAdapter
-from tl_looped.adapters.loopus import LoopUSAdapter
-from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
-from tl_looped.adapters.native import NativeAdapter
-from tl_looped.adapters.ouro import OuroAdapter
-from tl_looped.adapters.parcae import ParcaeAdapter
-from tl_looped.adapters.raven import RavenAdapter
 from tl_looped.engine.errors import LoadError
 
 ADAPTERS: tuple[Adapter, ...] = (
-    NativeAdapter(),
-    OuroAdapter(),
-    RavenAdapter(),
-    *FEEDFORWARD,
-    GPT2Adapter(),
-    NanochatAdapter(),
-    LoopedNanochatAdapter(),
-    BaseLoopAdapter(),
-    HrmTextAdapter(),
-    LoopFormerAdapter(),
-    LoopedGPTAdapter(),
-    LoopUSAdapter(),
-    ParcaeAdapter(),
+    native.NativeAdapter(),
+    ouro.OuroAdapter(),
+    raven.RavenAdapter(),
+    *feedforward.FEEDFORWARD,
+    gpt2.GPT2Adapter(),
+    nanochat.NanochatAdapter(),
+    nanochat.LoopedNanochatAdapter(),
+    base_loop.BaseLoopAdapter(),
+    hrm_text.HrmTextAdapter(),
+    base_loop.LoopFormerAdapter(),
+    looped_gpt.LoopedGPTAdapter(),
+    loopus.LoopUSAdapter(),
+    parcae.ParcaeAdapter(),
+    albert.AlbertAdapter(),
 )
 
 

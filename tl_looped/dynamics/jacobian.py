@@ -104,9 +104,9 @@ def jacobian_spectrum(
     The map takes the state that enters a loop, at all positions, to the one that leaves it, the prompt's injection
     held fixed. J is never formed: the Arnoldi method (ARPACK) asks for products with Jᵀ, which one backward pass
     through the loop gives, and Jᵀ has the eigenvalues of J. With `position`, the matrix is the block of J by which
-    that position's state acts on itself. Attention is causal, so J is block triangular, and its eigenvalues are those
-    of all positions' blocks together. Near a fixed point the distance at a position shrinks, in the end, at the rate of
-    the largest radius among the blocks of the positions up to it.
+    that position's state acts on itself. Where attention is causal, J is block triangular, and its eigenvalues are
+    those of all positions' blocks together. Near a fixed point the distance at a position shrinks, in the end, at the
+    rate of the largest radius among the blocks of the positions up to it.
 
     In float32 a product is exact to about 1e-6 ‖J‖ only, and where J is far from normal eigenvalues suffer more than
     that: load the model in float64, and look at `residual`.

@@ -13,6 +13,7 @@ from tl_looped.engine.parts import (
     ACT_FNS,
     INJECTIONS,
     LOOP_NORMS,
+    LOOP_TIME,
     LOOP_UPDATES,
     NORM_KINDS,
     NORM_PLACEMENTS,
@@ -89,6 +90,7 @@ class LoopedConfig(Stacks):
     value_gate_size: int = 32  # how many components
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
     attn_gate: bool = False  # every channel of every head's z times sigmoid(G x), x being what queries are made of
+    causal: bool = True  # whether a token sees itself and those before it; else all of them
     prefix_lm: bool = False  # trained on prompts whose tokens see each other in both directions
 
     # Position.
@@ -113,10 +115,13 @@ class LoopedConfig(Stacks):
 
     # Embedding and head.
     embed_scale: float = 1.0
+    d_embed: int | None = None  # of token and position embeddings; a map with bias makes them d_model wide
+    n_token_types: int = 0  # how many kinds of tokens have an embedding; every token is of the first
     embed_norm: bool = False  # on what the prelude reads
     prelude_norm: bool = False  # on what comes out of the prelude
     final_norm: bool = True  # whether the head reads through a norm
     final_norm_kind: NormKind | None = None  # None: as in the layers
+    head_transform: bool = False  # the head has a bias and reads N(act_fn(W x + b)), as wide as token embeddings
     logit_cap: float | None = None  # c: logits become c · tanh(logits / c)
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()  # tokens that end a text, beside the tokenizer's own
@@ -192,6 +197,8 @@ class LoopedConfig(Stacks):
                 "loop_time=True goes with norm_placement='pre' and coda_is_core=False, got "
                 f"{self.norm_placement!r} and {self.coda_is_core}."
             )
+        if self.d_embed is not None and not self.head_transform:
+            raise InputError(f"d_embed={self.d_embed} needs head_transform=True, which makes as much for the head.")
         if self.state_out and self.loop_norm != "none":
             raise InputError(f"state_out=True goes with loop_norm='none', got {self.loop_norm!r}.")
         for window in self.windows:
@@ -301,7 +308,7 @@ class LoopedConfig(Stacks):
         """Why the last state is not the embedding plus the layers' outputs; None where it is."""
         if self.two_states is not None:
             return "in every loop one of two states is added to the other"
-        if self.norm_placement == "residual_sandwich":
+        if self.norm_placement in ("residual_sandwich", "post"):
             return "its layers normalise the residual stream itself"
         if self.embed_norm or self.prelude_norm:
             return "the residual stream is normalised before the loops"
@@ -326,6 +333,8 @@ class LoopedConfig(Stacks):
 
     def readout_broken_by(self) -> str | None:
         """Why the head does not read the last layer's output through one norm and nothing else; None where it does."""
+        if self.head_transform:
+            return "its head reads the last layer's output through a map with an activation function"
         norms = (self.loop_norm != "none" and self.n_coda == 0) + self.final_norm
         if self.n_coda == 0 and self.state_out:
             return "its head reads a linear map of the last layer's output"
@@ -381,6 +390,7 @@ class LoopedConfig(Stacks):
         act = ACT_FNS[self.act_fn]
         mixed = words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}"
         mlp = f"{act}(gate) · up" if self.gated_mlp else f"{act}, not gated"
+        read = ", through a LayerNorm" if self.exit_norm else ""
         biases = {"queries and keys": self.qk_bias, "values": self.v_bias, "attention's output": self.o_bias}
         biased = [name for name, is_so in {**biases, "the MLP": self.mlp_bias}.items() if is_so]
         parts = {
@@ -392,8 +402,10 @@ class LoopedConfig(Stacks):
             "injection": mixed if self.two_states is None else "",
             "states": "" if self.two_states is None else self.two_states.in_words(),
             "initial state": self.state_in_words(),
-            "time of the loop": _TIME if self.loop_time else "",
-            "update of the state": "" if self.loop_update == "replace" else _update(self),
+            "time of the loop": LOOP_TIME if self.loop_time else "",
+            "update of the state": LOOP_UPDATES[self.loop_update][0].format(step=self.loop_step)
+            if self.loop_update != "replace"
+            else "",
             "before the coda": "a linear map of the state, C x" if self.state_out else "",
             "coda": "the core's layers once more, outside of the loops" if self.coda_is_core else "",
             "norm of the loop": LOOP_NORMS[self.loop_norm],
@@ -401,14 +413,17 @@ class LoopedConfig(Stacks):
             "norm after the prelude": "yes" if self.prelude_norm else "",
             "norm before the head": "yes" if self.final_norm else "no",
             "position": self._position_in_words(),
+            "head": "W N(act(W′ x + b′)) + b, with act that of the MLP" if self.head_transform else "",
+            "embedding": "" if self.d_embed is None else f"{self.d_embed} wide, then a linear map to {self.d_model}",
             "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
-            "exit gate": self._gate_in_words(),
+            "exit gate": f"a linear gate on the state after every loop{read}" if self.exit_gate else "",
             "prompts": "tokens of a prefix see each other in both directions" if self.prefix_lm else "",
         }
         return [(name, text) for name, text in parts.items() if text]
 
     def _attention_in_words(self) -> list[str]:
-        words, seen = [], sorted({window for window in self.windows if window is not None})
+        words = [] if self.causal else ["in both directions"]
+        seen = sorted({window for window in self.windows if window is not None})
         if self.qk_norm is not None:
             each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
             words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
@@ -426,11 +441,6 @@ class LoopedConfig(Stacks):
             some = sum(window is not None for window in self.windows)
             words.append(f"{some} of {len(self.windows)} layers see the last {', '.join(map(str, seen))} tokens only")
         return words
-
-    def _gate_in_words(self) -> str:
-        if not self.exit_gate:
-            return ""
-        return f"a linear gate on the state after every loop{', through a LayerNorm' if self.exit_norm else ''}"
 
     def _position_in_words(self) -> str:
         words = ["learned"] if self.learned_positions else []
@@ -461,14 +471,6 @@ class LoopedConfig(Stacks):
         return cls(**given)
 
 
-def _update(cfg: LoopedConfig) -> str:
-    return LOOP_UPDATES[cfg.loop_update][0].format(step=cfg.loop_step)
-
-
-_TIME = (
-    "x + g ⊙ f(N(x) ⊙ (1 + s)), with g and s a linear map of SiLU(c), and c an embedding of the loop's time plus one "
-    "of its step size"
-)
 ROTARY_TERM = "rotary position embedding"
 _CHOICES: dict[str, Mapping[Any, object]] = {
     "norm_placement": NORM_PLACEMENTS,
@@ -484,4 +486,5 @@ _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "st
 _NUMBERS += ("logit_cap",)
 _OF_ONE_STATE = ("n_prelude", "n_coda", "injection", "loop_update", "state_init", "exit_gate", "final_norm_kind")
 _OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions", "coda_is_core", "loop_time", "state_out")
+_OF_ONE_STATE += ("d_embed", "n_token_types", "head_transform")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

@@ -263,7 +263,7 @@ class Engine(HookedRootModule):
                 prefix = torch.stack([prefix[row, at] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
         prefix = None if prefix is None else prefix.to(self.device)
-        mask, visible = visibility(tokens, full, real, prefix)
+        mask, visible = visibility(tokens, full, real, prefix if self.cfg.causal else real)
         at = resolve_positions(mask, positions, self.cfg.n_ctx if self.cfg.learned_positions else None)
         if state is not None and state.ndim == 2:
             if int(at.max()) >= len(state):
@@ -324,6 +324,8 @@ class Engine(HookedRootModule):
         A run that stops early returns its state, whatever the return_type.
         """
         check_return(run, return_type, loss_per_token)
+        if return_type in ("loss", "both"):
+            self.cfg.check_causal("the loss of the next token")
         self.reach(run).check_hooks()
         frame = self.frame(run)
         forward, readout = self._network()

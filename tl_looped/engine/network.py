@@ -133,7 +133,7 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
-    def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state."""
 
     def readout(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:

@@ -25,12 +25,13 @@ NORM_KINDS: Mapping[NormKind, str] = {
     "layer_no_bias": "w · (x − mean(x)) / sqrt(var(x) + eps)",
 }
 
-NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output"]
+NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output", "post"]
 NORM_PLACEMENTS: Mapping[NormPlacement, str] = {
     "pre": "x + f(N(x)): every attention and MLP reads a normed copy of the stream; the stream itself is not normed",
     "residual_sandwich": "N′(x + f(N(x))): a norm before every attention and MLP, and one on the stream after it",
     "output_sandwich": "x + N′(f(N(x))): a norm before every attention and MLP, and one on its output",
     "output": "x + N′(f(x)): a norm on the output of every attention and MLP, none before it",
+    "post": "N′(x + f(x)): a norm on the stream after every attention and MLP, none before it",
 }
 
 Injection = Literal["none", "concat_linear", "concat_linear_prelude_first", "add", "diagonal"]
@@ -88,6 +89,11 @@ STATE_INITS: Mapping[StateInit, tuple[str, str]] = {  # in a drawing, and in a s
         "drawn from a normal distribution, std {std:.4g}, cut at three of them",
     ),
 }
+
+LOOP_TIME = (
+    "x + g ⊙ f(N(x) ⊙ (1 + s)), with g and s a linear map of SiLU(c), and c an embedding of the loop's time plus one "
+    "of its step size"
+)
 
 ActFn = Literal["silu", "gelu", "gelu_tanh", "relu2", "half_relu2"]
 ACT_FNS: Mapping[ActFn, str] = {

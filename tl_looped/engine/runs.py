@@ -269,6 +269,15 @@ def resolve_prefix(
     """
     length, kinds = options.get("prefix_length"), options.get("token_type_ids")
     given = [name for name, value in (("prefix_length", length), ("token_type_ids", kinds)) if value is not None]
+    if cfg.n_token_types:
+        kinds = prompts.get("token_type_ids") if kinds is None and isinstance(prompts, Mapping) else kinds
+        if length is None and kinds is not None and not bool(torch.as_tensor(kinds).any()):
+            return None
+        if kinds is not None:
+            raise InputError(
+                f"token_type_ids has tokens of another kind than 0, which is not implemented for {cfg.model_name}: "
+                "leave it out, and all are of kind 0."
+            )
     if given and not cfg.prefix_lm:
         raise InputError(
             f"{cfg.model_name} was not trained with prefixes (cfg.prefix_lm): leave out {given[0]}, or say who sees "

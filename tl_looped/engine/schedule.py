@@ -107,6 +107,7 @@ MODEL_AXES: dict[str, tuple[str, ...]] = {
     "ln_coda.hook_normalized": RESID,
     "ln_final.hook_scale": SCALE,
     "ln_final.hook_normalized": RESID,
+    "hook_head_in": ("batch", "pos", "d_embed"),
 }
 # What a run computes of its tokens, beside the prelude's layers.
 _INPUT = ("hook_embed", "hook_pos_embed", "ln_embed", "ln_prelude")

@@ -153,6 +153,7 @@ class GeneratesText(Engine):
         Source:
             arXiv 2502.05171: exits per token, keys and values of the latest loop, states carried over.
         """
+        self.cfg.check_causal("generating text")
         check_count("max_new_tokens", max_new_tokens)
         sampling = Sampling(do_sample, temperature, top_k, top_p)
         if not use_past_kv_cache and (exit_rule is not None or watch is not None):

@@ -84,9 +84,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: LoopedConfig, registry: HookDict, site: HookSite, looped: bool):
         super().__init__()
-        self.before = cfg.norm_placement != "output"
+        self.before = cfg.norm_placement not in ("output", "post")
         self.after = cfg.norm_placement in ("output", "output_sandwich")  # a norm on what a sub-layer gives
-        self.on_stream = cfg.norm_placement == "residual_sandwich"  # a norm on the stream with it
+        self.on_stream = cfg.norm_placement in ("residual_sandwich", "post")  # a norm on the stream with it
         self.modulated = cfg.loop_time and looped
         self.hooks = HookGroup(registry, site, looped, () if self.modulated else ("hook_modulation",))
         if self.modulated:

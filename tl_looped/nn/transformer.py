@@ -21,7 +21,7 @@ from tl_looped.engine.hooks import HookDict, HookGroup
 from tl_looped.engine.network import Condition, Frame, Network, matrix
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.block import Block
-from tl_looped.nn.ends import head, random_weights
+from tl_looped.nn.ends import HeadTransform, head, random_weights
 from tl_looped.nn.injection import DiagonalInjection
 from tl_looped.nn.norm import NORMS, LayerNorm, Norm
 from tl_looped.nn.rotary import Turns
@@ -45,12 +45,18 @@ class LoopedTransformer(Network):
         self.norm_hooks: dict[str, HookGroup] = {}
         without = [] if cfg.learned_positions else ["hook_pos_embed"]
         without += [] if cfg.state_out else ["hook_state_out"]
+        without += [] if cfg.head_transform else ["hook_head_in"]
+        width = cfg.d_embed or cfg.d_model  # of the embeddings
         self.hooks = HookGroup(self.hook_dict, HookSite(""), looped=False, without=without)
-        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.embed = nn.Embedding(cfg.d_vocab, width)
         if cfg.learned_positions:
-            self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+            self.pos_embed = nn.Embedding(cfg.n_ctx, width)
+        if cfg.n_token_types:
+            self.type_embed = nn.Embedding(cfg.n_token_types, width)
         if cfg.embed_norm:
-            self.ln_embed = self._norm("ln_embed")
+            self.ln_embed = self._norm("ln_embed", width)
+        if cfg.d_embed is not None:
+            self.embed_map = nn.Linear(cfg.d_embed, cfg.d_model)
         self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
         if cfg.prelude_norm:
             self.ln_prelude = self._norm("ln_prelude")
@@ -89,13 +95,15 @@ class LoopedTransformer(Network):
             self.ln_final = NORMS[cfg.final_norm_kind or cfg.norm](cfg.d_model, cfg.eps)
         if cfg.final_norm:
             self._hook_norm("ln_final")
+        if cfg.head_transform:
+            self.head_transform = HeadTransform(cfg)
         self.unembed = head(cfg, self.embed)
         self._turns = Turns(cfg)
 
-    def _norm(self, name: str) -> Norm:
+    def _norm(self, name: str, size: int | None = None) -> Norm:
         if name:
             self._hook_norm(name)
-        return NORMS[self.cfg.norm](self.cfg.d_model, self.cfg.eps)
+        return NORMS[self.cfg.norm](size or self.cfg.d_model, self.cfg.eps)
 
     def _hook_norm(self, name: str, looped: bool = False) -> None:
         # ln_loop and ln_coda may be the final norm's weights at other sites, with hook points of their own.
@@ -131,8 +139,12 @@ class LoopedTransformer(Network):
         x = self.hooks.hook_embed(x)
         if self.cfg.learned_positions:
             x = x + self.hooks.hook_pos_embed(self.pos_embed(frame.positions.expand(len(x), -1)))
+        if self.cfg.n_token_types:
+            x = x + self.type_embed.weight[0]
         if self.cfg.embed_norm:
             x = self.ln_embed(x, None, self.norm_hooks["ln_embed"])
+        if self.cfg.d_embed is not None:
+            x = self.embed_map(x)
         for block in self.prelude:
             x = block(x, frame)
         return self.ln_prelude(x, None, self.norm_hooks["ln_prelude"]) if self.cfg.prelude_norm else x
@@ -217,7 +229,7 @@ class LoopedTransformer(Network):
             return x
         return (self.ln_loop if self.cfg.loop_norm == "own" else self.ln_final)(x, t, hooks)
 
-    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state: after the coda and the final norm."""
         x = state
         if self.cfg.state_out:
@@ -226,10 +238,12 @@ class LoopedTransformer(Network):
             x = self.ln_final(x, None, self.norm_hooks["ln_coda"])
         for block in self.coda:
             x = block(x, frame)
-        return self.ln_final(x, None, self.norm_hooks["ln_final"]) if self.cfg.final_norm else x
+        if self.cfg.final_norm:
+            x = self.ln_final(x, None, self.norm_hooks["ln_final"])
+        return self.hooks.hook_head_in(self.head_transform(x)) if self.cfg.head_transform else x
 
-    def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_model"]:
-        """What the unembedding reads of a residual stream x if nothing but norms came after it; no hook sees it.
+    def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_read"]:
+        """What the unembedding reads of a residual stream x if no layers came after it; no hook sees it.
 
         Args:
             x: vectors of the residual stream.
@@ -238,8 +252,8 @@ class LoopedTransformer(Network):
         if self.cfg.state_out:
             x = self.state_out(x)
         if self.cfg.final_norm or self.cfg.norms_last_loop or (self.cfg.norms_each_loop and not closed):
-            return self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
-        return x
+            x = self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
+        return self.head_transform(x) if self.cfg.head_transform else x
 
     @property
     def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:

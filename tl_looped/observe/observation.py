@@ -85,6 +85,9 @@ def observe(
     if isinstance(model, torch.nn.Module):
         check_eval(model)
     if isinstance(model, Engine):
+        for measure in chosen:
+            if measure.reads_tokens:
+                model.cfg.check_causal(f"measure {measure.name!r}")
         runner: Runner = LoopedRunner(model, model.prepare(prompts, n_loops, **options))
     else:
         runner = FeedforwardRunner(model, prompts, n_loops, options)

@@ -209,6 +209,11 @@ def neuron_shares(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "
             f"{min_kurtosis:g}: pass a smaller min_kurtosis."
         )
+    if model.cfg.head_transform:
+        raise InputError(
+            f"the head of {model.cfg.model_name} reads the stream through a map with an activation function, so a "
+            "neuron's effect on logits depends on the rest: look at states (tl_looped.lens.logit_lens) instead."
+        )
     if fold and model.cfg.loop_time:
         raise InputError(
             f"a gate that changes with the loop multiplies what neurons of {model.cfg.model_name} write, so no one "
