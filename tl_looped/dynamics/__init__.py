@@ -14,6 +14,8 @@ from tl_looped.dynamics.limits import LimitBehaviour as LimitBehaviour
 from tl_looped.dynamics.limits import LimitRule as LimitRule
 from tl_looped.dynamics.limits import limit_behaviour as limit_behaviour
 from tl_looped.dynamics.limits import limits_of as limits_of
+from tl_looped.dynamics.lyapunov import LyapunovExponents as LyapunovExponents
+from tl_looped.dynamics.lyapunov import lyapunov_exponents as lyapunov_exponents
 from tl_looped.dynamics.measures import COSINE as COSINE
 from tl_looped.dynamics.measures import COSINE_TO_END as COSINE_TO_END
 from tl_looped.dynamics.measures import DISTANCE as DISTANCE

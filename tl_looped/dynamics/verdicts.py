@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -192,20 +193,21 @@ def _verdict(window: Reals, eps: float, tolerance: float, slowest: float) -> _Ve
     if not fit.holds:
         found.verdict = _wanders(window)
         return found
-    drift, unclear, rounds, shrinking = _sort_modes(fit, tolerance, slowest)
-    _measure_drift(found, fit) if drift else None
-    left, error = _way_left(found, shrinking)
-    if unclear:
+    modes = _sort_modes(fit, tolerance, slowest)
+    left, error = _way_left(found, modes)
+    if modes.drift:
+        _measure_drift(found, fit)
+    if modes.unclear:
         unexplained = fit.scatter > max(0.5 * fit.moved, tolerance)
         found.verdict = _wanders(window) if unexplained else "undecided"
         return found
-    if drift:
+    if modes.drift:
         found.verdict = "drifting"
-    elif rounds:
-        largest = max(rounds, key=lambda mode: mode.size)
+    elif modes.rounds:
+        largest = max(modes.rounds, key=lambda mode: mode.size)
         found.period, found.amplitude = 1 / largest.turns, largest.size
         if fit.scatter <= max(0.3 * largest.size, tolerance):
-            found.verdict, whole = _goes_round(rounds, fit.n_loops)
+            found.verdict, whole = _goes_round(modes.rounds, fit.n_loops)
             found.period = whole or found.period
     elif left > tolerance + error:
         found.verdict = "approaching"
@@ -216,9 +218,26 @@ def _verdict(window: Reals, eps: float, tolerance: float, slowest: float) -> _Ve
     return found
 
 
-def _sort_modes(fit: ModeFit, tolerance: float, slowest: float) -> tuple[bool, bool, list[Mode], list[Mode]]:
-    """(whether something drifts, whether a mode's part can't be told, modes that go round, modes that die out)."""
-    drift = unclear = False
+class _Modes(NamedTuple):
+    """Modes by what becomes of them.
+
+    Attributes:
+        drift: whether one moves on.
+        unclear: whether one that matters can't be told.
+        rounds: those that go round.
+        shrinking: those that die out.
+        doubt: how far those that may or may not die out can still move the state, if they do by `slowest`.
+    """
+
+    drift: bool
+    unclear: bool
+    rounds: list[Mode]
+    shrinking: list[Mode]
+    doubt: float
+
+
+def _sort_modes(fit: ModeFit, tolerance: float, slowest: float) -> _Modes:
+    drift, unclear, doubt = False, False, 0.0
     rounds, shrinking = [], []
     for mode in fit.modes:
         if mode.moved * math.sqrt(fit.n_loops) <= Z * fit.noise:
@@ -230,25 +249,30 @@ def _sort_modes(fit: ModeFit, tolerance: float, slowest: float) -> tuple[bool, b
             seen = mode.radius ** -(fit.n_loops - 1) - 1  # of its way, beside what is left of it
             unclear = unclear or (seen < _LEAST_SEEN and mode.size > tolerance)
         elif turned < 0.5:  # not half a turn was seen: it moves on
-            drift, unclear = drift or lasts, unclear or not lasts
+            drift = drift or lasts
+            # A mode that shrinks by `slowest` has moved by so much of what it has left; evenly, so by √12 times the
+            # root mean square about its mean.
+            left = 0.0 if lasts else math.sqrt(12) * mode.moved / (slowest ** -(fit.n_loops - 1) - 1)
+            doubt, unclear = doubt + left, unclear or left > tolerance / 2
         elif mode.size + mode.size_error <= tolerance / 2:
             continue  # too small to matter
         elif not lasts or mode.radius - mode.radius_error > 1 or (mode.turns < 0.5 and turned < 2):
             unclear = True
         elif mode.size > tolerance:
             rounds.append(mode)
-    return drift, unclear, rounds, shrinking
+    return _Modes(drift, unclear, rounds, shrinking, doubt)
 
 
-def _way_left(found: _Verdict, shrinking: Sequence[Mode]) -> tuple[float, float]:
+def _way_left(found: _Verdict, modes: _Modes) -> tuple[float, float]:
     """Note the rate, and how far the limit is; that distance and its error."""
+    shrinking = modes.shrinking
     left = sum((mode.size for mode in shrinking), 0.0)
     error = sum((mode.size_error + mode.size * mode.radius_error / (1 - mode.radius) for mode in shrinking), 0.0)
     if shrinking:
         last = max(shrinking, key=lambda mode: mode.radius)
         found.rate, found.rate_error = last.radius, last.radius_error
     found.way_left = left
-    return left, error
+    return left, error + modes.doubt
 
 
 def _measure_drift(found: _Verdict, fit: ModeFit) -> None:

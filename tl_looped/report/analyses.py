@@ -9,12 +9,15 @@ from tl_looped.attention import PATTERN_DISTANCE, TOTAL_VARIATION, attention_sta
 from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,
+    SKETCH,
     STEP,
     Convergence,
     LimitBehaviour,
+    LongRun,
     convergence_of,
     cycle,
     limits_of,
+    long_run_of,
     trajectory,
 )
 from tl_looped.engine.numbers import median
@@ -41,8 +44,8 @@ def loop_analyses(
         progress: whether to show bars.
     """
     prompts, seed = [list(reading.token_ids) for reading in data.readings], data.seed
-    measures = [DISTANCE, COSINE_TO_END, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
-    per_token = [DISTANCE.name, COSINE_TO_END.name]
+    measures = [DISTANCE, COSINE_TO_END, SKETCH, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
+    per_token = [DISTANCE.name, COSINE_TO_END.name, SKETCH.name]
     options = {"seed": seed, "progress": progress}
     ends = observe(model, prompts, long_run, measures=measures, per_token=per_token, **options)
     stages = observe(model, data.runs, measures=STAGE_MEASURES, progress=progress)
@@ -50,7 +53,7 @@ def loop_analyses(
     return [
         _convergence(model, ends, prompts, first, long_run, seed),
         _attention(model, ends, first, long_run, seed),
-        _limits(limits_of(ends), long_run),
+        _in_the_long_run(long_run_of(ends, progress=progress), limits_of(ends), long_run),
         _stages(model, stages),
     ]
 
@@ -130,18 +133,22 @@ def _attention(model: LoopedModel, ends: Observed, first: Tensor, long_run: int,
     )
 
 
-def _limits(limits: LimitBehaviour, long_run: int) -> Section:
-    shares = [limits.shares(layer) for layer in range(limits.labels.shape[0])]
-    prompts = limits.prompt_shares()
-    rows = [[f"core layer {i}", *(f"{value:.2%}" for value in row.values())] for i, row in enumerate(shares)]
-    rows.append(["prompts with such a token (last layer)", *(f"{value:.1%}" for value in prompts.values())])
+def _in_the_long_run(found: LongRun, paper: LimitBehaviour, loops: int) -> Section:
+    tokens, prompts = found.shares(), found.prompt_shares()
+    rows = [[verdict, f"{tokens[verdict]:.1%}", f"{prompts[verdict]:.1%}"] for verdict in tokens if tokens[verdict]]
+    shares = [paper.shares(layer) for layer in range(paper.labels.shape[0])]
+    theirs = [[f"core layer {i}", *(f"{value:.2%}" for value in row.values())] for i, row in enumerate(shares)]
     return Section(
-        "Limit behaviour of each token",
-        f"<p>What a token’s state does in {long_run} loops: it comes to rest (fixed point), goes round (orbit), drifts "
-        "on (slider), or none of these (unknown). Shares of tokens:</p>"
-        + table(["", *shares[0]], rows, "readout")
+        "What each token’s state does in the long run",
+        f"<p>Judged by {loops} loops, with errors: a state is at rest, approaching a limit, drifting, in an orbit, "
+        "quasi-periodic or chaotic, or these loops can’t tell (undecided).</p>"
+        + table(["verdict", "tokens", "prompts with such a token"], rows, "readout")
+        + figure(found.plot(), "Share of each verdict: of all tokens, and of those at each position.")
+        + "<p>The paper’s own classes go by the cosine to the state after the last loop, so they depend on where the "
+        "run ends: a slow approach counts as a slider, a slow drift as a fixed point. Shares of tokens:</p>"
+        + table(["", *shares[0]], theirs, "readout")
         + figure(
-            limits.plot(),
+            paper.plot(),
             "Cosine of the last core layer’s output and its output in the last loop, a line for each token.",
         ),
     )

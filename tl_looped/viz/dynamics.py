@@ -423,4 +423,20 @@ def verdict_shares(
     fig.update_xaxes(type="category", title={"text": "position in the prompt"})
     fig.update_yaxes(title={"text": "tokens (%)"}, range=[0, 100])
     title = heading(f"In the long run: {model}")
-    return base_layout(fig, 380, title=title, barmode="stack", legend=_BELOW, margin={"b": 90})
+    return base_layout(fig, 380, title=title, barmode="stack", legend=_BELOW, showlegend=True, margin={"b": 90})
+
+
+def exponent_bars(exponents: Float[Tensor, " k"], error: Float[Tensor, " k"], title: str = "") -> go.Figure:
+    """Lyapunov exponents as bars with a standard error, the largest first.
+
+    Args:
+        exponents: in nats a loop.
+        error: of each.
+    """
+    look: dict[str, Any] = {"marker": {"color": BLUE}, "error_y": {"type": "data", "array": numbers(error)}}
+    look["hovertemplate"] = "exponent %{x}: %{y:.4g} nats a loop<extra></extra>"
+    fig = go.Figure(go.Bar(x=[*range(len(exponents))], y=numbers(exponents), **look))
+    curve_axes(fig)
+    fig.update_xaxes(title={"text": "exponent, the largest first"}, dtick=1)
+    fig.update_yaxes(title={"text": "nats a loop<br>(above 0 differences grow)"}, zeroline=True, zerolinecolor=INK)
+    return base_layout(fig, 380, title=heading(title))
