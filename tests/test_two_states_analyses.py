@@ -43,7 +43,7 @@ from tl_looped.patching import (
 from tl_looped.patching.sources import Source
 from tl_looped.record import directions, record, steering_sweep
 from tl_looped.report import Prompt, collect
-from tl_looped.stages import ablation_effect, massive_activations, neuron_shares
+from tl_looped.stages import STAGE_MEASURES, ablation_effect, massive_activations, neuron_shares
 from tl_looped.viz import schedule_svg
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
@@ -335,14 +335,27 @@ def test_steering_is_by_the_loops_of_a_stack(model: LoopedModel, tokens: Tensor)
     torch.testing.assert_close(found.effect[0, 3], effect)
 
 
+def test_stages_know_every_layer_call(model: LoopedModel, tokens: Tensor, cache: LoopedCache):
+    found = massive_activations(model, tokens, (3, 2), top=1)
+    calls = found.schedule.layer_calls()
+    ratios = [cache[f"{s}.{layer}.loop.{t}.hook_resid_post"].abs() for s, layer, t in calls]
+    torch.testing.assert_close(found.largest_ratio, torch.stack([x.max() / x.flatten().quantile(0.5) for x in ratios]))
+    silent = ablation_effect(
+        model, tokens, (3, 2), layer=1, loops=3, stack="L_blocks", measures=[STAGE_MEASURES[0]], progress=False
+    )
+    change = silent.change(STAGE_MEASURES[0].name)
+    at = found.schedule.realised_depth("L_blocks", 1, 3)
+    assert bool((change[: at + 1] == 0).all()) and bool((change[at + 1 :] != 0).any())
+    with pytest.raises(InputError, match="there is no stack 'blocks': L_blocks 2 x 6 loops, H_blocks 2 x 3 loops"):
+        ablation_effect(model, tokens, (3, 2), layer=0)
+
+
 # What knows one core only.
 
 REFUSES: dict[str, Callable[[LoopedModel, Tensor], Any]] = {
     "attention_bound": attention_bound,
     "path_independence": lambda model, tokens: path_independence(model, tokens, noise=0.5),
-    "massive_activations": massive_activations,
     "neuron_shares": lambda model, tokens: neuron_shares(model),
-    "ablation_effect": lambda model, tokens: ablation_effect(model, tokens, layer=0),
     "path_patch": lambda model, tokens: path_patch(
         model,
         tokens,
@@ -368,7 +381,9 @@ def test_every_call_takes_two_stacks_or_refuses(name: str):
     except InputError as error:
         said = str(error)
     assert not said or "two stacks loop in it" in said
-    if takes and not said and name not in ("logit_lens", "fit_tuned_lens"):  # which default to what the head reads
+    if (
+        takes and not said and name != "ablation_effect" and name not in ("logit_lens", "fit_tuned_lens")
+    ):  # which default to what the head reads
         with pytest.raises(InputError, match="what loops in custom is L_blocks and H_blocks: pass stack="):
             call(name, model, prompts, 16)
 
