@@ -16,7 +16,7 @@ from tl_looped.lens import GateChanceRule, GateRule, trace_exits
 
 FOLDERS = ("ff-llama", "ff-mistral", "ff-qwen2", "ff-qwen3", "ff-gemma2", "ff-gemma3", "ff-gpt2", "nanochat")
 FOLDERS += ("nanochat-recursive", "looped-nanochat", "base-loop", "looped-gpt", "loopus-qwen3", "parcae", "loopformer")
-FOLDERS += ("albert", "hrm-text")
+FOLDERS += ("albert", "mobilellm-ls", "hrm-text")
 
 # Stored key -> what gives it.
 STACKED = {"resid_post": "resid_post", "pattern": "pattern", "state_post": "state_post", "injection_out": "injection"}
@@ -37,6 +37,8 @@ GIVEN = (
     "attention_mask",
     "with_types_and_mask",  # tokens of a second kind are refused
     "layer_order",
+    "call_l",
+    "once.",  # without sharing: in test_family_parts.py
     "decode.prefill_len",
     "exit.threshold",
     "exit_cdf.threshold",
@@ -201,6 +203,8 @@ OWN: dict[tuple[str, str], Callable[[LoopedModel, LoopedCache], Tensor]] = {
     ("loopus-qwen3", "q_logit"): lambda model, cache: cache.stack("exit_gate")[..., -1],
     ("loopus-qwen3", "q_logit_train"): _exit_step,
     ("loopus-qwen3", "decode.logits"): _decoded("loopus-qwen3"),
+    ("mobilellm-ls", "call_resid_post"): lambda model, cache: cache.stack("resid_post")[0],
+    ("mobilellm-ls", "call_pattern"): lambda model, cache: cache.stack("pattern")[0],
     ("albert", "layer_resid_post"): lambda model, cache: cache.stack("resid_post")[:, 0],
     ("albert", "layer_pattern"): lambda model, cache: cache.stack("pattern")[:, 0],
     ("albert", "embeddings_out"): lambda model, cache: model.transformer.ln_embed.affine(cache["ln_embed.normalized"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, config, make, refuse, tokens_for
+from helpers import PARITY, config, expected, make, refuse, tokens_for
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -480,3 +480,27 @@ def test_what_is_stored_beside_albert_changes_nothing(released):
     model = LoopedModel.from_pretrained(released("albert", {}, more))
     plain = LoopedModel.from_pretrained(PARITY / "albert")
     assert torch.equal(model(tokens_for(model)), plain(tokens_for(model)))
+
+
+# MobileLLM.
+
+
+def test_a_layer_twice_in_a_row_is_one_layers_weights_at_two_sites():
+    model = make(torch.float64, n_core=4, layer_repeats=2)
+    first, again, other = (model.transformer.blocks[layer] for layer in (0, 1, 2))
+    assert again.attn.q is first.attn.q and again.ln2 is first.ln2 and other.attn.q is not first.attn.q
+    tokens = tokens_for(model)
+    _, cache = model.run_with_cache(tokens, 1)
+    frame = model.frame(cache.run)
+    torch.testing.assert_close(cache["resid_post", 1, 0], first(first(cache["resid_pre", 0, 0], frame, 0), frame, 0))
+    edited = model.run_with_hooks(tokens, 1, fwd_hooks=[("blocks.1.attn.hook_z", lambda x, hook: 0 * x)])
+    assert not torch.equal(edited, model(tokens, 1))  # the second call alone
+    assert dict(model.cfg.describe())["layers"] == "each 2 times in a row"
+    with pytest.raises(InputError, match=r"n_core \(3\) must be a multiple of layer_repeats \(2\)"):
+        config(n_core=3, layer_repeats=2)
+
+
+def test_without_sharing_mobilellm_runs_each_layer_once(released):
+    model = LoopedModel.from_pretrained(released("mobilellm-ls", {"layer_sharing": False}))
+    assert model.schedule.describe() == "blocks 3 x 1 loops"
+    torch.testing.assert_close(model(expected("mobilellm-ls")["input_ids"]), expected("mobilellm-ls")["once.logits"])

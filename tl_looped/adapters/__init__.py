@@ -10,6 +10,7 @@ from tl_looped.adapters import (
     hrm_text,
     looped_gpt,
     loopus,
+    mobilellm,
     nanochat,
     native,
     ouro,
@@ -41,6 +42,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     loopus.LoopUSAdapter(),
     parcae.ParcaeAdapter(),
     albert.AlbertAdapter(),
+    mobilellm.MobileLLMAdapter(),
 )
 
 

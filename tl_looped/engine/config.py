@@ -67,6 +67,7 @@ class LoopedConfig(Stacks):
     n_core: int = 1
     n_coda: int = 0
     n_loops: int = 4
+    layer_repeats: int = 1  # so many core layers in a row are one layer's weights, at sites of their own
     coda_is_core: bool = False  # the coda's layers are the core's: one last pass through them, outside of the loops
 
     # Layers.
@@ -187,6 +188,8 @@ class LoopedConfig(Stacks):
             check_count("gate_rank", self.gate_rank)
         if self.exit_norm and not self.exit_gate:
             raise InputError("exit_norm=True is what an exit gate reads through, so it needs exit_gate=True.")
+        if self.n_core % check_count("layer_repeats", self.layer_repeats):
+            raise InputError(f"n_core ({self.n_core}) must be a multiple of layer_repeats ({self.layer_repeats}).")
         if self.coda_is_core and self.n_coda != self.n_core:
             raise InputError(
                 f"coda_is_core=True runs the {self.n_core} core layers once more, so n_coda must be {self.n_core}, got "
@@ -444,5 +447,5 @@ _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "st
 _NUMBERS += ("logit_cap",)
 _OF_ONE_STATE = ("n_prelude", "n_coda", "loop_update", "state_init", "exit_gate", "final_norm_kind")
 _OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions", "coda_is_core", "loop_time", "state_out")
-_OF_ONE_STATE += ("d_embed", "n_token_types", "head_transform")
+_OF_ONE_STATE += ("d_embed", "n_token_types", "head_transform", "layer_repeats")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

@@ -37,6 +37,7 @@ def describe(cfg: LoopedConfig) -> list[tuple[str, str]]:
         if cfg.loop_update != "replace"
         else "",
         "before the coda": "a linear map of the state, C x" if cfg.state_out else "",
+        "layers": f"each {cfg.layer_repeats} times in a row" if cfg.layer_repeats > 1 else "",
         "coda": "the core's layers once more, outside of the loops" if cfg.coda_is_core else "",
         "norm of the loop": LOOP_NORMS[cfg.loop_norm],
         "norm before the prelude": "yes" if cfg.embed_norm else "",

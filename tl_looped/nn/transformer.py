@@ -73,6 +73,9 @@ class LoopedTransformer(Network):
         if cfg.loop_time:
             self.time_embed, self.step_embed = TimeEmbed(cfg.d_model), TimeEmbed(cfg.d_model)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
+        for layer, block in enumerate(self.blocks):
+            if layer % cfg.layer_repeats:
+                cast(Block, block).share(cast(Block, self.blocks[layer - 1]))
         if cfg.gate_rank is not None:
             self.update_gate = UpdateGate(cfg.d_model, cfg.gate_rank)
         if cfg.norms_each_loop:
