@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from tl_looped.adapters import (
+    albert,
     base_loop,
     feedforward,
     gpt2,
     hrm_text,
+    looped_gpt,
+    loopus,
     nanochat,
     native,
     ouro,
+    parcae,
     puzzles,
     raven,
 )
@@ -32,6 +36,11 @@ ADAPTERS: tuple[Adapter, ...] = (
     hrm_text.HrmTextAdapter(),
     puzzles.HrmAdapter(),
     puzzles.TrmAdapter(),
+    base_loop.LoopFormerAdapter(),
+    looped_gpt.LoopedGPTAdapter(),
+    loopus.LoopUSAdapter(),
+    parcae.ParcaeAdapter(),
+    albert.AlbertAdapter(),
 )
 
 
