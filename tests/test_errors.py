@@ -322,7 +322,7 @@ def test_contradictions(model, args, options, message):
         ({"n_key_value_heads": 3}, r"n_heads \(4\) must be a multiple of n_key_value_heads \(3\)"),
         ({"n_key_value_heads": 0}, r"n_key_value_heads must be at least 1, got 0"),
         ({"d_head": 5}, r"d_head must be even for rotary embedding, got 5, of"),
-        ({"norm_placement": "post"}, r"norm_placement must be one of \('pre', .*\), got 'post'"),
+        ({"norm_placement": "behind"}, r"norm_placement must be one of \('pre', .*\), got 'behind'"),
         ({"act_fn": "swish"}, r"act_fn must be one of \('silu', .*\), got 'swish'"),
         ({"injection": "mul"}, r"injection must be one of .*, got 'mul'"),
         ({"loop_norm": None}, r"loop_norm must be one of .*, got None"),

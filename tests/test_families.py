@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
 from tl_looped.engine.schedule import DEAD_ENDS
+from tl_looped.engine.words import describe
 from tl_looped.report import check
 
 ABSOLUTE = 1e-4  # up to values of 50: those of more the reference itself, in float32, has rounded by more
@@ -108,7 +109,7 @@ def test_hooks_that_return_nothing_change_nothing_to_the_bit(folder: str):
 def test_patching_clean_into_clean_changes_nothing(folder: str):
     """Every activation at once, each by a copy of itself: exactly what ran, by the explicit way of every module."""
     model, tokens = load(folder, torch.float64), expected(folder)["input_ids"]
-    loops = LOOPS if model.cfg.two_states is None else (2, 2)
+    loops = LOOPS if model.cfg.two_states is None else (1, 2)
     with torch.no_grad():
         plain, cache = model.run_with_cache(tokens, loops, names_filter=lambda _: True)
         same = [(name, lambda x, hook: cache[hook.name].clone()) for name in cache]
@@ -183,7 +184,7 @@ def test_its_own_check_passes(folder: str):
 
 @every_folder
 def test_every_part_is_said_in_words(folder: str):
-    words = dict(load(folder).cfg.describe())
+    words = dict(describe(load(folder).cfg))
     assert words["norm placement"] and words["position"] and all(words.values())
 
 

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_looped import InputError, LoopedCache, LoopedModel
 from tl_looped.attention import attention_bound
+from tl_looped.engine.words import describe
 from tl_looped.lens import (
     ENTROPY,
     KL_TO_FINAL,
@@ -57,7 +58,7 @@ def test_scores_divided_by_layer_are_those_of_transformers(tmp_path):
     torch.testing.assert_close(logits, wanted.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cache.stack("pattern")[0], torch.stack(wanted.attentions), rtol=1e-5, atol=1e-5)
     assert "scales that differ by layer" in model.cfg.score_terms()
-    assert "scores divided by the layer's number" in dict(model.cfg.describe())["attention"]
+    assert "scores divided by the layer's number" in dict(describe(model.cfg))["attention"]
 
 
 def test_the_plain_pass_divides_scores_as_the_core_does():
@@ -494,7 +495,7 @@ def test_a_layer_twice_in_a_row_is_one_layers_weights_at_two_sites():
     torch.testing.assert_close(cache["resid_post", 1, 0], first(first(cache["resid_pre", 0, 0], frame, 0), frame, 0))
     edited = model.run_with_hooks(tokens, 1, fwd_hooks=[("blocks.1.attn.hook_z", lambda x, hook: 0 * x)])
     assert not torch.equal(edited, model(tokens, 1))  # the second call alone
-    assert dict(model.cfg.describe())["layers"] == "each 2 times in a row"
+    assert dict(describe(model.cfg))["layers"] == "each 2 times in a row"
     with pytest.raises(InputError, match=r"n_core \(3\) must be a multiple of layer_repeats \(2\)"):
         config(n_core=3, layer_repeats=2)
 

@@ -172,8 +172,6 @@ def test_what_can_not_be_observed() -> None:
     model = tiny("ouro")
     with pytest.raises(InputError, match="an observation looks at whole runs: leave out start_at_loop and stop_at"):
         observe(model, model.prepare(PROMPTS, LOOPS, stop_at_loop=1), measures=[STATE])
-    with pytest.raises(InputError, match=r"attention_mask of shape \[batch, query, key\] belongs to one batch"):
-        observe(model, [[1, 2]], measures=[STATE], attention_mask=torch.ones(1, 2, 2))
     with pytest.raises(InputError, match="measure 'loss' reads 'readout': read-outs by loop are those of a looped"):
         observe(model.unrolled(2), [[1, 2]], measures=[LOSS])
     with pytest.raises(InputError, match="observe has no argument 'sed'. Nearest: 'seed'"):

@@ -66,7 +66,7 @@ def test_every_line_is_a_point_of_some_family():
     rare = {"learned_positions": True, "embed_norm": True, "prelude_norm": True}
     rare |= {"loop_update": "gated", "gate_rank": 2}
     rarer = {"injection": "diagonal", "state_out": True, "value_embeds": (True, False), "value_gate_size": 8}
-    gated = {"two_states": TwoStates(), "attn_gate": True}
+    gated = {"two_states": TwoStates(), "attn_gate": True, "halt_gate": True}
     models = [
         make(**fields) for fields in (*TINY.values(), rare, rarer, gated, {"loop_time": True}, {"head_transform": True})
     ]

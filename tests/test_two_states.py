@@ -15,6 +15,8 @@ from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from tl_looped import HookNameError, InputError, LoopedCache, LoopedModel, LoopSchedule
 from tl_looped.engine.kv import KVCache
+from tl_looped.lens import LOSS, EntropyRule, view_prompt
+from tl_looped.observe import observe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
 
@@ -140,7 +142,8 @@ def test_a_pair_for_one_core_is_refused():
     ("changes", "message"),
     [
         ({"n_coda": 1}, "n_coda=1 does not go with two_states"),
-        ({"injection": "add"}, "injection='add' does not go with two_states"),
+        ({"injection": "concat_linear"}, "injection='concat_linear' does not go with two_states"),
+        ({"prefix_lm": True, "causal": False}, "prefix_lm=True says who sees whom"),
         ({"loop_norm": "last"}, "loop_norm='last' does not go with two_states"),
     ],
 )
@@ -285,6 +288,23 @@ def test_a_prefix_is_who_sees_whom(model: LoopedModel):
     torch.testing.assert_close(padded[:1, :4], alone)
 
 
+def test_the_loss_leaves_out_what_is_seen(model: LoopedModel, tokens: Tensor):
+    """Tokens of a prefix, which their predecessors see: the first that counts is the one behind it."""
+    with torch.no_grad():
+        logits = model(tokens, prefix_length=[3, 0])
+        each = -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        counts = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        options: dict[str, Any] = {"prefix_length": [3, 0], "return_type": "loss"}
+        torch.testing.assert_close(model(tokens, **options), (each * counts).sum() / 6)
+        torch.testing.assert_close(model(tokens, **options, loss_per_token=True), each * counts)
+        seen = observe(model, tokens, prefix_length=[3, 0], measures=[LOSS], progress=False)
+    torch.testing.assert_close(seen["loss"][:, -1], (each * counts).sum(-1) / counts.sum(-1))
+    with pytest.raises(InputError, match="needs at least two tokens: .* and a prefix that leaves one"):
+        model(tokens, prefix_length=5, return_type="loss")
+    with pytest.raises(InputError, match="tokens of a prefix see each other, so they are not predicted"):
+        view_prompt(model, tokens[:1], prefix_length=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -333,6 +353,17 @@ def test_generation_goes_on_from_a_prefix(model: LoopedModel, length: int):
     assert torch.equal(model.generate(tokens, 4, **options, watch=watch), whole)
     said = model(tokens, (2, 3), attention_mask=mask, prefix_length=options["prefix_length"]).detach()[:, -1]
     torch.testing.assert_close(ends[5], said.log_softmax(-1))
+
+
+def test_an_exit_rule_stops_whole_loops(model: LoopedModel):
+    """A token that stops after loop 0 says what a run of one loop says."""
+    tokens = tokens_for(model, pos=6)
+    options: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "prefix_length": 6}
+    at_once = model.generate(tokens, 1, (3, 2), **options, exit_rule=EntropyRule(100.0), return_type="result")
+    assert at_once.loops.tolist() == [[1], [1]]
+    assert torch.equal(at_once.tokens, model.generate(tokens, 1, (1, 2), **options))
+    never = model.generate(tokens, 4, (3, 2), **options, exit_rule=EntropyRule(1e-9))
+    assert torch.equal(never, model.generate(tokens, 4, (3, 2), **options))
 
 
 def test_later_loops_find_the_keys_of_the_last_one_that_ran():

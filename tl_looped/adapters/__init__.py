@@ -15,6 +15,7 @@ from tl_looped.adapters import (
     native,
     ouro,
     parcae,
+    puzzles,
     raven,
 )
 from tl_looped.adapters.base import Adapter as Adapter
@@ -34,6 +35,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     nanochat.LoopedNanochatAdapter(),
     base_loop.BaseLoopAdapter(),
     hrm_text.HrmTextAdapter(),
+    puzzles.HrmAdapter(),
+    puzzles.TrmAdapter(),
     base_loop.LoopFormerAdapter(),
     looped_gpt.LoopedGPTAdapter(),
     loopus.LoopUSAdapter(),

@@ -431,7 +431,7 @@ def run_with_cache(
     """Execute a run and keep activations; see `LoopedModel.run_with_cache`."""
     if keep.incl_bwd and (return_type != "loss" or loss_per_token or not run.reads_out):
         raise InputError("incl_bwd runs backward from the mean loss: pass return_type='loss' and no stop_at_loop.")
-    check_return(run, return_type, loss_per_token)
+    check_return(engine.cfg, run, return_type, loss_per_token)
     if keep.remove_batch_dim and run.tokens.shape[0] != 1:
         raise InputError(f"remove_batch_dim needs a batch of one, got {run.tokens.shape[0]} prompts.")
     loops = None if keep.loops is None else list(keep.loops)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tl_looped.engine.checks import check_number
-from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.parts import (
     ACT_FNS,
     INJECTIONS,
     LOOP_NORMS,
-    LOOP_TIME,
     LOOP_UPDATES,
     NORM_KINDS,
     NORM_PLACEMENTS,
@@ -24,6 +23,7 @@ from tl_looped.engine.parts import (
     LoopUpdate,
     NormKind,
     NormPlacement,
+    Puzzles,
     QKNorm,
     Rotary,
     StateInit,
@@ -92,7 +92,7 @@ class LoopedConfig(Stacks):
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
     attn_gate: bool = False  # every channel of every head's z times sigmoid(G x), x being what queries are made of
     causal: bool = True  # whether a token sees itself and those before it; else all of them
-    prefix_lm: bool = False  # trained on prompts whose tokens see each other in both directions
+    prefix_lm: bool = False  # trained on prompts that begin with tokens that see each other in both directions
 
     # Position.
     rotary: Rotary | None = dataclasses.field(default_factory=Rotary)
@@ -113,9 +113,11 @@ class LoopedConfig(Stacks):
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
     exit_norm: bool = False  # whether it reads the state through a LayerNorm (LoopUS)
     two_states: TwoStates | None = None  # two stacks that loop, each with a state; None: one core with one state
+    halt_gate: bool = False  # of two states, a linear map of z_H to the logits of (halt, go on); trained at position 0
 
     # Embedding and head.
     embed_scale: float = 1.0
+    puzzles: Puzzles | None = None  # vectors that stand before a prompt, as tokens behind the vocabulary
     d_embed: int | None = None  # of token and position embeddings; a map with bias makes them d_model wide
     n_token_types: int = 0  # how many kinds of tokens have an embedding; every token is of the first
     embed_norm: bool = False  # on what the prelude reads
@@ -169,12 +171,17 @@ class LoopedConfig(Stacks):
         if self.two_states is not None:
             others = [one for one in dataclasses.fields(self) if one.name in _OF_ONE_STATE]
             given = [one.name for one in others if getattr(self, one.name) != one.default]
+            given += ["injection"] if self.injection not in ("none", "add") else []
             if given or self.loop_norm not in ("none", "each"):
                 name = given[0] if given else "loop_norm"
                 raise InputError(
                     f"{name}={getattr(self, name)!r} does not go with two_states, where every loop adds one state to "
                     "the other: leave it out."
                 )
+        elif self.puzzles is not None or self.halt_gate:
+            raise InputError("puzzles and halt_gate are parts of models with two_states.")
+        if self.prefix_lm and not self.causal:
+            raise InputError("prefix_lm=True says who sees whom, and with causal=False all see all: leave it out.")
         if (self.gate_rank is None) != (self.loop_update != "gated"):
             raise InputError(f"gate_rank={self.gate_rank} belongs to loop_update='gated', got {self.loop_update!r}.")
         if self.gate_rank is not None:
@@ -234,6 +241,22 @@ class LoopedConfig(Stacks):
         """Every distinct layer as (stack, index in it), in the order in which one loop runs them."""
         counts = [(PRELUDE, self.n_prelude), *((stack, self.n_core) for stack in self.looping), (CODA, self.n_coda)]
         return [(stack, layer) for stack, n in counts for layer in range(n)]
+
+    @property
+    def d_tokens(self) -> int:
+        """How many tokens can be read: the vocabulary, and behind it the rows of puzzles."""
+        return self.d_vocab + (0 if self.puzzles is None else self.puzzles.n * self.puzzles.rows)
+
+    def puzzle_tokens(self, puzzle: int) -> list[int]:
+        """The tokens that stand before a prompt of a puzzle.
+
+        Raises:
+            InputError: there is no such puzzle, or the model has none.
+        """
+        if self.puzzles is None:
+            raise InputError(f"{self.model_name} has no puzzles: its prompts begin with themselves.")
+        first = self.d_vocab + resolve_index("puzzle", puzzle, self.puzzles.n) * self.puzzles.rows
+        return list(range(first, first + self.puzzles.rows))
 
     def window(self, stack: str | None, layer: int | None) -> int | None:
         """How many keys a query of a layer sees, itself included; None for all up to itself."""
@@ -383,76 +406,10 @@ class LoopedConfig(Stacks):
     def state_in_words(self) -> str:
         """What enters the first loop."""
         if self.two_states is not None:
-            return "z_H: the embedding; z_L: a learned vector, the same at every position"
+            one = "a learned vector, the same at every position"
+            return f"z_H: {'the embedding' if self.two_states.h_start == 'embedding' else one}; z_L: {one}"
         std = self.state_init_std * self.state_init_scale
         return STATE_INITS[self.state_init][1].format(source=self.source, std=std)
-
-    def describe(self) -> list[tuple[str, str]]:
-        """The choices that make up the model, each as (name, what it is); what a model does not have is left out."""
-        formula, words = INJECTIONS[self.injection]
-        act = ACT_FNS[self.act_fn]
-        mixed = words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}"
-        mlp = f"{act}(gate) · up" if self.gated_mlp else f"{act}, not gated"
-        read = ", through a LayerNorm" if self.exit_norm else ""
-        biases = {"queries and keys": self.qk_bias, "values": self.v_bias, "attention's output": self.o_bias}
-        biased = [name for name, is_so in {**biases, "the MLP": self.mlp_bias}.items() if is_so]
-        parts = {
-            "norm placement": NORM_PLACEMENTS[self.norm_placement],
-            "norm": NORM_KINDS[self.norm],
-            "MLP": mlp,
-            "biases": ", ".join(biased),
-            "attention": "; ".join(self._attention_in_words()),
-            "injection": mixed if self.two_states is None else "",
-            "states": "" if self.two_states is None else self.two_states.in_words(),
-            "initial state": self.state_in_words(),
-            "time of the loop": LOOP_TIME if self.loop_time else "",
-            "update of the state": LOOP_UPDATES[self.loop_update][0].format(step=self.loop_step)
-            if self.loop_update != "replace"
-            else "",
-            "before the coda": "a linear map of the state, C x" if self.state_out else "",
-            "layers": f"each {self.layer_repeats} times in a row" if self.layer_repeats > 1 else "",
-            "coda": "the core's layers once more, outside of the loops" if self.coda_is_core else "",
-            "norm of the loop": LOOP_NORMS[self.loop_norm],
-            "norm before the prelude": "yes" if self.embed_norm else "",
-            "norm after the prelude": "yes" if self.prelude_norm else "",
-            "norm before the head": "yes" if self.final_norm else "no",
-            "position": self._position_in_words(),
-            "head": "W N(act(W′ x + b′)) + b, with act that of the MLP" if self.head_transform else "",
-            "embedding": "" if self.d_embed is None else f"{self.d_embed} wide, then a linear map to {self.d_model}",
-            "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
-            "exit gate": f"a linear gate on the state after every loop{read}" if self.exit_gate else "",
-            "prompts": "tokens of a prefix see each other in both directions" if self.prefix_lm else "",
-        }
-        return [(name, text) for name, text in parts.items() if text]
-
-    def _attention_in_words(self) -> list[str]:
-        words = [] if self.causal else ["in both directions"]
-        seen = sorted({window for window in self.windows if window is not None})
-        if self.qk_norm is not None:
-            each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
-            words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
-        if self.attn_gate:
-            words.append("a gate on every channel of every head's output")
-        if any(self.value_embeds):
-            words.append(
-                f"in {sum(self.value_embeds)} of {len(self.value_embeds)} layers 2σ(W y) E[token] joins values"
-            )
-        if self.scores_by_layer:
-            words.append("scores divided by the layer's number")
-        if self.score_cap is not None:
-            words.append(f"soft cap of {self.score_cap:g} on scores")
-        if seen:
-            some = sum(window is not None for window in self.windows)
-            words.append(f"{some} of {len(self.windows)} layers see the last {', '.join(map(str, seen))} tokens only")
-        return words
-
-    def _position_in_words(self) -> str:
-        words = ["learned"] if self.learned_positions else []
-        if self.rotary is not None:
-            words.append(f"rotary, base {self.rotary.base:,.0f}")
-        if self.rotary_windowed is not None:
-            words.append(f"base {self.rotary_windowed.base:,.0f} in layers with a window")
-        return ", ".join(words) or "none"
 
     # As JSON.
 
@@ -467,7 +424,7 @@ class LoopedConfig(Stacks):
         for name in ("rotary", "rotary_windowed"):
             if given.get(name) is not None:
                 given[name] = read_rotary(given[name], name)
-        for name, kind in (("qk_norm", QKNorm), ("two_states", TwoStates)):
+        for name, kind in (("qk_norm", QKNorm), ("two_states", TwoStates), ("puzzles", Puzzles)):
             if given.get(name) is not None:
                 given[name] = kind(**read_fields(kind, given[name], name))
         for name in ("windows", "value_embeds", "eos_token_ids"):
@@ -488,7 +445,7 @@ _CHOICES: dict[str, Mapping[Any, object]] = {
 }
 _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "state_init_scale", "embed_scale")
 _NUMBERS += ("logit_cap",)
-_OF_ONE_STATE = ("n_prelude", "n_coda", "injection", "loop_update", "state_init", "exit_gate", "final_norm_kind")
+_OF_ONE_STATE = ("n_prelude", "n_coda", "loop_update", "state_init", "exit_gate", "final_norm_kind")
 _OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions", "coda_is_core", "loop_time", "state_out")
 _OF_ONE_STATE += ("d_embed", "n_token_types", "head_transform", "layer_repeats")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
@@ -19,7 +18,6 @@ from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import Direction, HookDict, HookFn, HookName
 from tl_looped.engine.network import Frame, Network, matrix
-from tl_looped.engine.numbers import wide
 from tl_looped.engine.prompts import read_rows, remember_padding
 from tl_looped.engine.reach import Reach
 from tl_looped.engine.runs import (
@@ -28,7 +26,9 @@ from tl_looped.engine.runs import (
     RunOptions,
     Runs,
     check_full_mask,
+    check_puzzles,
     check_state,
+    next_token_loss,
     resolve_loops,
     resolve_positions,
     resolve_prefix,
@@ -122,7 +122,7 @@ class Engine(HookedRootModule):
             prepend_bos, padding_side: see `RunOptions`.
         """
         rows = read_rows(prompts, self.tokenizer, prepend_bos=prepend_bos, padding_side=padding_side)
-        rows.check(self.cfg.n_ctx, self.cfg.d_vocab)
+        rows.check(self.cfg.n_ctx, self.cfg.d_tokens)
         tokens, real = rows.padded()
         if not bool(real.all()) and (self.tokenizer is None or self.tokenizer.pad_token_id is None):
             raise InputError(
@@ -216,7 +216,8 @@ class Engine(HookedRootModule):
             padding_side=options.get("padding_side"),
             attention_mask=mask,
         )
-        rows.check(self.cfg.n_ctx, self.cfg.d_vocab)
+        rows.check(self.cfg.n_ctx, self.cfg.d_tokens)
+        check_puzzles(self.cfg, rows)
         check_state(self.cfg, rows, state, seed, self.dtype)
         full = mask if mask is not None and mask.ndim != 2 else None
         if full is not None:
@@ -263,7 +264,7 @@ class Engine(HookedRootModule):
                 prefix = torch.stack([prefix[row, at] for row, at in kept])
         tokens, real = tokens.to(self.device), real.to(self.device)
         prefix = None if prefix is None else prefix.to(self.device)
-        mask, visible = visibility(tokens, full, real, prefix if self.cfg.causal else real)
+        mask, visible = visibility(tokens, full, real, prefix)
         at = resolve_positions(mask, positions, self.cfg.n_ctx if self.cfg.learned_positions else None)
         if state is not None and state.ndim == 2:
             if int(at.max()) >= len(state):
@@ -304,8 +305,8 @@ class Engine(HookedRootModule):
             input: text, token ids, or any other form of prompts; see `prepare`.
             n_loops: number of loops; None for the count it was trained with.
             return_type: "logits" [batch, pos, d_vocab]; "loss", the mean next-token cross entropy in nats over real
-                tokens, in float32 at least; "both" as a pair; None for nothing, and no logits are formed. A run that
-                stops early returns the state instead.
+                tokens (but those of a prefix, which their predecessors see), in float32 at least; "both" as a pair;
+                None for nothing, and no logits are formed. A run that stops early returns the state instead.
             loss_per_token: the loss at each position, [batch, pos - 1], instead of its mean.
             start_at_loop: first loop to run; needs `initial_state`.
             stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
@@ -323,9 +324,7 @@ class Engine(HookedRootModule):
 
         A run that stops early returns its state, whatever the return_type.
         """
-        check_return(run, return_type, loss_per_token)
-        if return_type in ("loss", "both"):
-            self.cfg.check_causal("the loss of the next token")
+        check_return(self.cfg, run, return_type, loss_per_token)
         self.reach(run).check_hooks()
         frame = self.frame(run)
         forward, readout = self._network()
@@ -338,7 +337,7 @@ class Engine(HookedRootModule):
         logits = readout(state, frame)
         if return_type == "logits":
             return logits
-        loss = lm_cross_entropy_loss(wide(logits), run.tokens, run.attention_mask, loss_per_token)
+        loss = next_token_loss(logits, run, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride] - named options
@@ -483,17 +482,19 @@ class Engine(HookedRootModule):
             return self(*model_args, **model_kwargs)
 
 
-def check_return(run: Run, return_type: ReturnType, loss_per_token: bool) -> None:
+def check_return(cfg: LoopedConfig, run: Run, return_type: ReturnType, loss_per_token: bool) -> None:
     """Raise for a return type that there is not, or a loss that this run can't have."""
     if return_type not in ("logits", "loss", "both", None):
         raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
     if return_type in ("loss", "both"):
+        cfg.check_causal("the loss of the next token")
         if not run.reads_out:
             raise InputError(
                 f"a run with stop_at_loop returns a state, so it has no loss: leave out stop_at_loop, or "
                 f"return_type={return_type!r}."
             )
-        if not bool((run.attention_mask[:, :-1] & run.attention_mask[:, 1:]).any()):
-            raise InputError("the loss needs at least two tokens: one to read and one to predict.")
+        if not bool(run.predicts.any()):
+            behind = "" if run.prefix is None else ", and a prefix that leaves one: its own tokens see each other"
+            raise InputError(f"the loss needs at least two tokens: one to read and one to predict{behind}.")
     elif loss_per_token:
         raise InputError(f"loss_per_token needs return_type 'loss' or 'both', got {return_type!r}.")

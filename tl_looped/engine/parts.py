@@ -195,22 +195,52 @@ class QKNorm:
 class TwoStates:
     """Two stacks of layers on two timescales, each with a state of its own: L (`L_blocks`) and H (`H_blocks`).
 
-    z_H starts as e and z_L as a learned vector, the same at every position. A loop runs L several times, then H once:
-    z_L ← N(L(z_L + z_H)), `l_cycles` times; z_H ← N(H(z_H + z_L)). The head reads z_H.
+    z_L starts as a learned vector, the same at every position, and z_H as e, or as another such vector. A loop runs L
+    several times, then H once: z_L ← N(L(z_L + z_H)), or with an injection N(L(z_L + (z_H + e))), `l_cycles` times;
+    z_H ← N(H(z_H + z_L)). The head reads z_H.
 
     Attributes:
         l_cycles: how often L runs in a loop, in the model as it was trained; a run may ask for another count.
+        h_start: what z_H starts as: "embedding", e; or "vector".
+        one_net: whether both stacks are the same layers, in two roles.
     """
 
     l_cycles: int = 1
+    h_start: Literal["embedding", "vector"] = "embedding"
+    one_net: bool = False
 
     def __post_init__(self) -> None:
         check_count("two_states.l_cycles", self.l_cycles)
+        if self.h_start not in ("embedding", "vector"):
+            raise InputError(f"two_states.h_start must be 'embedding' or 'vector', got {self.h_start!r}.")
 
-    def in_words(self) -> str:
+    def in_words(self, injects: bool) -> str:
         """What a loop does, as a report says it."""
-        each = f"{self.l_cycles} times z_L ← N(L(z_L + z_H)), then z_H ← N(H(z_H + z_L))"
-        return f"two, on two timescales: in every loop {each}"
+        read = "z_L + (z_H + e)" if injects else "z_L + z_H"
+        each = f"{self.l_cycles} times z_L ← N(L({read})), then z_H ← N(H(z_H + z_L))"
+        return f"two, on two timescales: in every loop {each}{', L and H the same layers' if self.one_net else ''}"
+
+
+@dataclass(frozen=True)
+class Puzzles:
+    """Learned vectors that stand before a prompt, for what it is a case of: rows of a puzzle.
+
+    Row j of puzzle i is the token d_vocab + i · rows + j, so that a prompt begins with the tokens of one puzzle. Its
+    vector is a part of the puzzle's `size` numbers, filled up with zeros to rows · d_model.
+
+    Attributes:
+        n: how many puzzles there are.
+        rows: positions that one takes.
+        size: learned numbers of one.
+    """
+
+    n: int
+    rows: int
+    size: int
+
+    def __post_init__(self) -> None:
+        for name in ("n", "rows", "size"):
+            check_count(f"puzzles.{name}", getattr(self, name))
 
 
 def check_choice(name: str, value: object, table: Mapping[Any, object]) -> None:

@@ -13,10 +13,12 @@ from typing import Any, TypedDict, TypeVar, Union, cast, get_type_hints
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
+from tl_looped.engine.numbers import wide
 from tl_looped.engine.prompts import Rows
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.engine.state import own_state
@@ -76,6 +78,12 @@ class Run:
         """Where each row's last real token is."""
         places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return places.expand_as(self.tokens).masked_fill(~self.attention_mask, -1).amax(-1)
+
+    @property
+    def predicts(self) -> Bool[Tensor, "batch pos_but_last"]:
+        """Which positions predict the token behind them: both are real, and it is not seen, as in a prefix."""
+        both = self.attention_mask[:, :-1] & self.attention_mask[:, 1:]
+        return both if self.prefix is None else both & ~(self.prefix[:, :-1] & self.prefix[:, 1:])
 
     def describe(self) -> dict[str, object]:
         """Plain values that say what made a result."""
@@ -268,16 +276,15 @@ def resolve_prefix(
         InputError: the model was not trained so, or what is given is not of these rows; the message says which prompt.
     """
     length, kinds = options.get("prefix_length"), options.get("token_type_ids")
-    given = [name for name, value in (("prefix_length", length), ("token_type_ids", kinds)) if value is not None]
-    if cfg.n_token_types:
+    if cfg.n_token_types:  # here they are of kinds that have an embedding, and say nothing of who sees whom
         kinds = prompts.get("token_type_ids") if kinds is None and isinstance(prompts, Mapping) else kinds
-        if length is None and kinds is not None and not bool(torch.as_tensor(kinds).any()):
-            return None
-        if kinds is not None:
+        if kinds is not None and bool(torch.as_tensor(kinds).any()):
             raise InputError(
                 f"token_type_ids has tokens of another kind than 0, which is not implemented for {cfg.model_name}: "
                 "leave it out, and all are of kind 0."
             )
+        kinds = None
+    given = [name for name, value in (("prefix_length", length), ("token_type_ids", kinds)) if value is not None]
     if given and not cfg.prefix_lm:
         raise InputError(
             f"{cfg.model_name} was not trained with prefixes (cfg.prefix_lm): leave out {given[0]}, or say who sees "
@@ -288,6 +295,8 @@ def resolve_prefix(
     if len(given) == 2:
         raise InputError("prefix_length and token_type_ids say the same: leave one out.")
     _, real = rows.padded()
+    if not cfg.causal:
+        return None if full is not None else real
     if length is not None:
         prefix = _leading(real, [length] * len(rows) if isinstance(length, int) else list(length))
     else:
@@ -304,6 +313,32 @@ def resolve_prefix(
             )
         prefix = prefix.bool() & real
     return prefix if bool(prefix.any()) else None
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], run: Run, per_token: bool = False
+) -> Float[Tensor, ""] | Float[Tensor, "batch pos_but_last"]:
+    """Cross entropy of the token behind each position, in nats: its mean, or with `per_token` each, 0 where none is."""
+    if run.prefix is None:
+        return lm_cross_entropy_loss(wide(logits), run.tokens, run.attention_mask, per_token)
+    each = lm_cross_entropy_loss(wide(logits), run.tokens, per_token=True).masked_fill(~run.predicts, 0.0)
+    return each if per_token else each.sum() / run.predicts.sum()
+
+
+def check_puzzles(cfg: LoopedConfig, rows: Rows) -> None:
+    """Raise unless every prompt begins with the tokens of one puzzle, where the model has puzzles."""
+    if cfg.puzzles is None:
+        return
+    for index in range(len(rows)):
+        ids = rows.unpadded(index)
+        of_puzzle = ids[: cfg.puzzles.rows] - cfg.d_vocab
+        puzzle = max(0, int(of_puzzle[0])) // cfg.puzzles.rows
+        begins = ids[: cfg.puzzles.rows].tolist() == cfg.puzzle_tokens(puzzle)
+        if not begins or bool((ids[cfg.puzzles.rows :] >= cfg.d_vocab).any()):
+            raise InputError(
+                f"prompt {index} must begin with the tokens of one puzzle, and have them nowhere else: put "
+                f"model.cfg.puzzle_tokens(puzzle) before it, such as {cfg.puzzle_tokens(0)}."
+            )
 
 
 def tell_of_prefixes(cfg: LoopedConfig) -> None:

@@ -93,6 +93,7 @@ LOOP_AXES: dict[str, tuple[str, ...]] = {
     "ln_loop.hook_normalized": RESID,
     "hook_state_post": RESID,
     "hook_exit_gate": ("batch", "pos"),
+    "hook_halt_gate": ("batch", "pos", "choice"),
 }
 MODEL_AXES: dict[str, tuple[str, ...]] = {
     "hook_embed": RESID,
@@ -113,7 +114,7 @@ MODEL_AXES: dict[str, tuple[str, ...]] = {
 _INPUT = ("hook_embed", "hook_pos_embed", "ln_embed", "ln_prelude")
 READS_TOKENS = frozenset(name for name in MODEL_AXES if name.startswith(_INPUT))
 # What a run computes and reads nowhere: no gradient of the output comes there.
-DEAD_ENDS = frozenset({"hook_exit_gate"})
+DEAD_ENDS = frozenset({"hook_exit_gate", "hook_halt_gate"})
 
 _NAME = re.compile(
     r"(?:(?P<stack>\w*blocks|prelude|coda)\.(?:(?P<layer>\d+)\.)?)?(?:loop\.(?P<loop>\d+)\.)?(?P<component>.+)"

@@ -153,7 +153,6 @@ class GeneratesText(Engine):
         Source:
             arXiv 2502.05171: exits per token, keys and values of the latest loop, states carried over.
         """
-        self.cfg.check_causal("generating text")
         check_count("max_new_tokens", max_new_tokens)
         sampling = Sampling(do_sample, temperature, top_k, top_p)
         if not use_past_kv_cache and (exit_rule is not None or watch is not None):
@@ -266,6 +265,7 @@ def _is_one(prompts: Prompts) -> bool:
 
 def _prepare(model: Engine, prompts: Prompts, n_loops: LoopCount | None, options: RunOptions) -> Runs:
     """Prompts that end together, with the seed of their draws."""
+    model.cfg.check_causal("generating text")
     side = options.get("padding_side")
     if side not in (None, "left"):
         raise InputError(f"padding_side={side!r}, but new tokens must follow real ones: leave it out, or pass 'left'.")

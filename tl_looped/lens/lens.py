@@ -220,8 +220,11 @@ def view_prompt(
     """
     check_eval(check_looped(model, several_stacks=kind != "tuned"))
     runs = model.prepare(prompts, n_loops, **options)
+    model.cfg.check_causal("view_prompt")
     run = model.batch_of(runs)
     check_one_prompt(run)
+    if run.prefix is not None:
+        raise InputError("tokens of a prefix see each other, so they are not predicted: leave the prefix out.")
     if run.tokens.shape[1] < 2:
         raise InputError("the prompt has one token, which nothing predicts: pass one of at least two.")
     start = resolve_index("loop", loop, run.n_loops)

@@ -1,4 +1,4 @@
-"""One transformer layer, in the four placements of its norms."""
+"""One transformer layer, in the five placements of its norms."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Block(nn.Module):
     """Attention and MLP, each with the norms that `cfg.norm_placement` puts before and after it.
 
     `ln1`, `ln2` come before attention and MLP, `ln1_post`, `ln2_post` after. `hook_attn_out` and `hook_mlp_out` are
-    what is added to the stream, so after an output norm. In a residual sandwich the norm comes after the sum, so there,
-    and only there, resid_mid is not resid_pre + attn_out.
+    what is added to the stream, so after an output norm. In a residual sandwich, and with norms
+    after ("post"), the norm comes after the sum, so there, and only there, resid_mid is not resid_pre + attn_out.
     """
 
     ln1: Norm

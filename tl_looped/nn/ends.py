@@ -13,7 +13,13 @@ from tl_looped.engine.network import CappedLinear
 from tl_looped.nn.block import ACTS
 from tl_looped.nn.norm import NORMS, PlusOneRMSNorm
 
-_DRAWN = ("embed.weight", "pos_embed.weight", "state_init")  # N(0, 1): what a residual stream begins with
+_DRAWN = (
+    "embed.weight",
+    "pos_embed.weight",
+    "puzzles.weight",
+    "state_init",
+    "h_init",
+)  # N(0, 1): what a residual stream begins with
 
 
 class HeadTransform(nn.Module):

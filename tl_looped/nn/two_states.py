@@ -1,19 +1,21 @@
 """TwoStateTransformer: two stacks on two timescales, each with a state of its own, with hook points.
 
-z_H = embed(tokens);  z_L = a learned vector
-H times:  L times:  z_L = N(L_blocks(z_L + z_H))
+e = embed(tokens)
+z_H = e, or a learned vector;  z_L = a learned vector
+H times:  L times:  z_L = N(L_blocks(z_L + z_H)), or with an injection N(L_blocks(z_L + (z_H + e)))
           once:     z_H = N(H_blocks(z_H + z_L))
 logits = unembed(z_H)
 
 What goes from loop to loop is [z_H ; z_L], z_H first. Loop t of the run is loop t of H_blocks, and of L_blocks the
 loops t · L to t · L + L − 1. Either stack has its own sites, of width d_model: its state as it enters
-(`hook_state_pre`), the other state (`hook_injection_in`), their sum (`hook_injection`), its state as it leaves
-(`hook_state_post`).
+(`hook_state_pre`), the other state, with e where that is injected (`hook_injection_in`), their sum
+(`hook_injection`), its state as it leaves (`hook_state_post`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +42,7 @@ class TwoStateTransformer(Network):
 
     def __init__(self, cfg: LoopedConfig):
         super().__init__()
+        self.h_init: nn.Parameter | None = None
         if cfg.two_states is None:
             raise ValueError("a config of one state is a LoopedTransformer's")
         self.cfg = cfg
@@ -47,13 +50,23 @@ class TwoStateTransformer(Network):
         self.hook_dict = HookDict()
         self.hooks = HookGroup(self.hook_dict, HookSite(""), looped=False, only=("hook_embed",))
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        if cfg.puzzles is not None:
+            self.puzzles = nn.Embedding(cfg.puzzles.n, cfg.puzzles.size)
         self.state_init = nn.Parameter(torch.zeros(cfg.d_model))  # of z_L
+        if cfg.two_states.h_start == "vector":
+            self.h_init = nn.Parameter(torch.zeros(cfg.d_model))
         self.L_blocks = self._stack(FAST)
         self.H_blocks = self._stack(SLOW)
+        if cfg.two_states.one_net:
+            for slow, fast in zip(self.H_blocks, self.L_blocks, strict=True):
+                cast(Block, slow).share(cast(Block, fast))
+        if cfg.halt_gate:
+            self.halt_gate = nn.Linear(cfg.d_model, 2)
         if cfg.has_final_weights:
             self.ln_final = NORMS[cfg.norm](cfg.d_model, cfg.eps)  # also closes the loops of both stacks
         stacks, hooks = (FAST, SLOW), self.hook_dict
-        self.loop_hooks = {one: HookGroup(hooks, HookSite("", one), looped=True, only=_SITES) for one in stacks}
+        sites = {FAST: _SITES, SLOW: (*_SITES, *(["hook_halt_gate"] if cfg.halt_gate else []))}
+        self.loop_hooks = {one: HookGroup(hooks, HookSite("", one), looped=True, only=sites[one]) for one in stacks}
         self.norm_hooks: dict[str, HookGroup] = {}
         if cfg.norms_each_loop:
             sites = {one: HookSite("ln_loop.", one) for one in stacks}
@@ -85,8 +98,8 @@ class TwoStateTransformer(Network):
         return Frame(positions, *angles, visible, l_cycles=l_cycles or self.l_cycles, tokens=read)
 
     def needs_input(self, state_given: bool) -> bool:
-        """Whether a run reads the tokens: for the initial state alone."""
-        return not state_given
+        """Whether a run reads the tokens: for the initial state, or for the injection."""
+        return self.cfg.reads_input_in_loops or not state_given
 
     def begin(
         self,
@@ -94,15 +107,29 @@ class TwoStateTransformer(Network):
         frame: Frame,
         state: Float[Tensor, "batch pos d_state"] | None,
         start: int = 0,
-    ) -> tuple[Float[Tensor, "batch pos d_state"], None]:
-        """(the states entering loop `start`, None as no loop reads the tokens), as given, or from the tokens."""
-        if state is not None:
-            return state, None
-        z_h = self.embed(tokens)
-        if self.cfg.embed_scale != 1.0:
-            z_h = z_h * self.cfg.embed_scale
-        z_h = self.hooks.hook_embed(z_h)
-        return torch.cat((z_h, self.state_init.expand_as(z_h)), dim=-1), None
+    ) -> tuple[Float[Tensor, "batch pos d_state"], Float[Tensor, "batch pos d_model"] | None]:
+        """(the states entering loop `start`, e or None where no loop reads it), as given, or from the tokens."""
+        e = self.read(tokens) if self.needs_input(state is not None) else None
+        if state is None:
+            read = cast(Tensor, e)
+            z_h = read if self.h_init is None else self.h_init.expand_as(read)
+            state = torch.cat((z_h, self.state_init.expand_as(read)), dim=-1)
+        return state, e if self.cfg.reads_input_in_loops else None
+
+    def read(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """e: the embedded tokens, and rows of puzzles."""
+        puzzles, d_vocab = self.cfg.puzzles, self.cfg.d_vocab
+        if puzzles is None:
+            x = self.embed(tokens)
+        else:
+            row = (tokens - d_vocab).clamp(min=0)
+            numbers = self.puzzles(row // puzzles.rows)
+            rows = nn.functional.pad(numbers, (0, puzzles.rows * self.cfg.d_model - puzzles.size))
+            rows = rows.unflatten(-1, (puzzles.rows, -1))
+            place = (row % puzzles.rows)[..., None, None].expand(-1, -1, 1, self.cfg.d_model)
+            of_puzzles = rows.gather(2, place).squeeze(2)
+            x = torch.where((tokens < d_vocab)[..., None], self.embed(tokens.clamp(max=d_vocab - 1)), of_puzzles)
+        return self.hooks.hook_embed(x if self.cfg.embed_scale == 1.0 else x * self.cfg.embed_scale)
 
     def loop(
         self,
@@ -123,8 +150,10 @@ class TwoStateTransformer(Network):
         l_cycles = frame.l_cycles or self.l_cycles
         for loop in range(t * l_cycles, (t + 1) * l_cycles):
             z_l = self.loop_hooks[FAST].hook_state_pre(z_l, loop)
-            z_l = self.step(FAST, self.L_blocks, z_l, z_h, frame, loop)
+            z_l = self.step(FAST, self.L_blocks, z_l, z_h if e is None else z_h + e, frame, loop)
         z_h = self.step(SLOW, self.H_blocks, z_h, z_l, frame, t)
+        if self.cfg.halt_gate and self.loop_hooks[SLOW].hook_halt_gate.wants(t):
+            self.loop_hooks[SLOW].hook_halt_gate(self.halt_gate(z_h), t)
         return torch.cat((z_h, z_l), dim=-1)
 
     def step(

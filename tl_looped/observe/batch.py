@@ -69,6 +69,9 @@ class Batch:
         self.runner = runner
         tokens = torch.stack([runner.runs.rows.unpadded(row) for row in rows])
         self.next_tokens = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1)
+        if runner.runs.prefix is not None:  # which tokens are seen by those before them, so that none predicts them
+            prefix = torch.stack([runner.runs.prefix[row, runner.runs.rows.places(row)] for row in rows])
+            self.next_tokens[:, :-1].masked_fill_(prefix[:, :-1] & prefix[:, 1:], -1)
         self.kept = kept
         self.bar = bar
         self.measures: dict[str, list[Measure]] = {}

@@ -35,7 +35,7 @@ class Measure:
             "last": in the last loop. Undefined (NaN) where there is no such loop, as in layers that run once.
         axes: what the function's result has besides the batch: (), ("pos",), ("head",), ("head", "pos").
         reads_tokens: whether it is also called with `next_tokens`, the token after each position, [batch, pos], −1
-            after the last.
+            after the last, and where that token is seen, as in a prefix.
     """
 
     name: str

@@ -83,6 +83,8 @@ def _random_tokens(model: LoopedModel, seed: int) -> Int[Tensor, "1 pos"]:
     """Random token ids without padding."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.cfg.d_vocab, (1, min(N_TOKENS, model.cfg.n_ctx)), generator=generator)
+    if model.cfg.puzzles is not None:
+        tokens[0, : model.cfg.puzzles.rows] = torch.tensor(model.cfg.puzzle_tokens(0))
     padding = model.tokenizer.pad_token_id if model.tokenizer is not None else None
     if isinstance(padding, int):
         tokens[tokens == padding] = (padding + 1) % model.cfg.d_vocab

@@ -48,6 +48,7 @@ class Architecture:
         unknown = {
             "two stacks that loop": cfg.one_core_broken_by(),
             "a gate on attention": cfg.attn_gate,
+            "norms on the stream alone": cfg.norm_placement == "post",
             "norms other than root-mean-square norms with weights": {cfg.norm, cfg.final_norm_kind} - {"rms", None},
             "an MLP other than silu(gate) · up": cfg.act_fn != "silu" or not cfg.gated_mlp,
             "biases other than those of queries and keys": cfg.v_bias or cfg.o_bias or cfg.mlp_bias,
