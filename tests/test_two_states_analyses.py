@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TWO_STATES, make, noise_like, tokens_for
+from analyses import analyses, call
+from helpers import TWO_STATES, make, noise_like, tokens_for, word_tokenizer
 from torch import Tensor
 
-from tl_looped import InputError, LoopedCache, LoopedModel
+from tl_looped import InputError, LoopedCache, LoopedModel, TwoStates
 from tl_looped.attention import attention_bound, attention_stability
 from tl_looped.attention.stability import pattern_distances_of
 from tl_looped.dynamics import (
@@ -41,7 +43,7 @@ from tl_looped.patching import (
 from tl_looped.patching.sources import Source
 from tl_looped.record import directions, record, steering_sweep
 from tl_looped.report import Prompt, collect
-from tl_looped.stages import ablation_effect, massive_activations, neuron_shares
+from tl_looped.stages import STAGE_MEASURES, ablation_effect, massive_activations, neuron_shares
 from tl_looped.viz import schedule_svg
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
@@ -88,6 +90,23 @@ def test_the_other_stack_has_the_direct_lens(model: LoopedModel, tokens: Tensor,
         logit_lens(model, tokens, stack="L_blocks")
     with pytest.raises(InputError, match="what loops in custom is L_blocks and H_blocks: pass stack=.*got 'blocks'"):
         logit_lens(model, tokens, stack="blocks")
+
+
+@STACKS
+def test_a_tuned_lens_is_of_one_stack(model: LoopedModel, stack: str):
+    prompts = tokens_for(model, batch=5, pos=4)
+    options: dict[str, Any] = {"site": "state", "stack": stack, "per_loop": True}
+    fitted = fit_tuned_lens(model, prompts, (2, 3), **options, steps=2, progress=False)
+    assert len(fitted.weight) == (6 if stack == "L_blocks" else 2)
+    found = logit_lens(model, prompts, (2, 3), kind="tuned", stack=stack, translator=fitted, positions=None)
+    torch.testing.assert_close(found.kl_to_final[:, 4].mean(-1), fitted.held_out_tuned_loss[:, 0].to(found.entropy))
+    with pytest.raises(
+        InputError, match=r"fitted on runs of \(2, 3\) loops, this one has \(3, 2\): pass n_loops=\(2, 3\)"
+    ):
+        logit_lens(model, prompts, (3, 2), kind="tuned", stack=stack, translator=fitted)
+    other = {"L_blocks": "H_blocks", "H_blocks": "L_blocks"}[stack]
+    with pytest.raises(InputError, match=f"the translator reads {stack}, not {other}: pass stack='{stack}'"):
+        logit_lens(model, prompts, (2, 3), kind="tuned", stack=other, translator=fitted)
 
 
 def test_exits_and_agreement_are_of_the_runs_loops(model: LoopedModel, tokens: Tensor):
@@ -316,15 +335,27 @@ def test_steering_is_by_the_loops_of_a_stack(model: LoopedModel, tokens: Tensor)
     torch.testing.assert_close(found.effect[0, 3], effect)
 
 
+def test_stages_know_every_layer_call(model: LoopedModel, tokens: Tensor, cache: LoopedCache):
+    found = massive_activations(model, tokens, (3, 2), top=1)
+    calls = found.schedule.layer_calls()
+    ratios = [cache[f"{s}.{layer}.loop.{t}.hook_resid_post"].abs() for s, layer, t in calls]
+    torch.testing.assert_close(found.largest_ratio, torch.stack([x.max() / x.flatten().quantile(0.5) for x in ratios]))
+    silent = ablation_effect(
+        model, tokens, (3, 2), layer=1, loops=3, stack="L_blocks", measures=[STAGE_MEASURES[0]], progress=False
+    )
+    change = silent.change(STAGE_MEASURES[0].name)
+    at = found.schedule.realised_depth("L_blocks", 1, 3)
+    assert bool((change[: at + 1] == 0).all()) and bool((change[at + 1 :] != 0).any())
+    with pytest.raises(InputError, match="there is no stack 'blocks': L_blocks 2 x 6 loops, H_blocks 2 x 3 loops"):
+        ablation_effect(model, tokens, (3, 2), layer=0)
+
+
 # What knows one core only.
 
 REFUSES: dict[str, Callable[[LoopedModel, Tensor], Any]] = {
     "attention_bound": attention_bound,
-    "fit_tuned_lens": fit_tuned_lens,
     "path_independence": lambda model, tokens: path_independence(model, tokens, noise=0.5),
-    "massive_activations": massive_activations,
     "neuron_shares": lambda model, tokens: neuron_shares(model),
-    "ablation_effect": lambda model, tokens: ablation_effect(model, tokens, layer=0),
     "path_patch": lambda model, tokens: path_patch(
         model,
         tokens,
@@ -336,6 +367,25 @@ REFUSES: dict[str, Callable[[LoopedModel, Tensor], Any]] = {
     "collect": lambda model, tokens: collect(model, [Prompt(token_ids=(1, 2))]),
     "schedule_svg": lambda model, tokens: schedule_svg(model.cfg),
 }
+
+
+@pytest.mark.parametrize("name", sorted(set(analyses()) - {"record", "directions", "steering_sweep"}))
+def test_every_call_takes_two_stacks_or_refuses(name: str):
+    """With the stack where it has one; and where it has and is not told, it says which there are."""
+    model = make(tokenizer=word_tokenizer(), **{**TWO_STATES, "two_states": TwoStates(1)})
+    prompts = ["a b c d"] * (6 if name == "fit_tuned_lens" else 1)
+    takes = "stack" in inspect.signature(analyses()[name]).parameters
+    said = ""
+    try:
+        call(name, model, prompts, 16, **({"stack": "H_blocks"} if takes else {}))
+    except InputError as error:
+        said = str(error)
+    assert not said or "two stacks loop in it" in said
+    if (
+        takes and not said and name != "ablation_effect" and name not in ("logit_lens", "fit_tuned_lens")
+    ):  # which default to what the head reads
+        with pytest.raises(InputError, match="what loops in custom is L_blocks and H_blocks: pass stack="):
+            call(name, model, prompts, 16)
 
 
 @pytest.mark.parametrize("name", REFUSES)

@@ -7,9 +7,10 @@ from tl_looped.engine.parts import TwoStates
 from tl_looped.engine.schedule import CORE, FAST, SLOW, HookSite, LoopCount
 
 _KNOW_STACKS = (
-    "with stack=, logit_lens, patch_sweep, attribution_sweep, the interventions, convergence, state_motion, "
-    "limit_behaviour, cycle, similarity, trajectory and attention_stability; as they are, caches, hooks, generate, "
-    "observe, record, directions, steering_sweep, trace_exits, readout_agreement, jacobian_spectrum and check"
+    "with stack=, logit_lens, fit_tuned_lens, patch_sweep, attribution_sweep, the interventions, convergence, "
+    "state_motion, limit_behaviour, cycle, similarity, trajectory and attention_stability; as they are, caches, hooks, "
+    "generate, observe, record, directions, steering_sweep, trace_exits, readout_agreement, jacobian_spectrum, "
+    "lyapunov_exponents, massive_activations, ablation_effect and check"
 )
 
 

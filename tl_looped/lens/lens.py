@@ -90,14 +90,14 @@ def logit_lens(
         Logit lens: nostalgebraist 2020; coda lens and rank trajectories over loops: arXiv 2507.02199; exact read-outs:
         arXiv 2502.05171, 2510.25741.
     """
-    check_eval(check_looped(model, several_stacks=kind != "tuned"))
+    check_eval(check_looped(model, several_stacks=True))
     runs = model.prepare(prompts, n_loops, **options)
     reads = choose_reads(model, runs, site, loops, layers, positions, stack)
     check_kind(model, kind, translator is not None, reads.stack)
     if translator is not None:
         if not isinstance(translator, TunedLens):
             raise InputError(f"translator must be a TunedLens, as fit_tuned_lens gives it, got {translator!r}.")
-        translator.check(model, runs.n_loops, reads)
+        translator.check(model, runs.counts, reads)
     check_count("top_k", top_k)
     run = model.batch_of(runs)
     real = run.attention_mask[:, list(reads.positions)]
@@ -218,7 +218,7 @@ def view_prompt(
     Raises:
         InputError: several prompts, one that is too short or padded, or what `logit_lens` refuses.
     """
-    check_eval(check_looped(model, several_stacks=kind != "tuned"))
+    check_eval(check_looped(model, several_stacks=True))
     runs = model.prepare(prompts, n_loops, **options)
     model.cfg.check_causal("view_prompt")
     run = model.batch_of(runs)

@@ -23,6 +23,7 @@ from tl_looped.engine.identity import fingerprint
 from tl_looped.engine.numbers import log_probs_of, wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, Runs, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import LensSite, Reads, choose_reads, direct_input, read_states, table_of
 from tl_looped.model import LoopedModel, check_looped
@@ -36,7 +37,7 @@ class TunedLens(Result):
 
     Attributes:
         site: the residual stream it reads.
-        n_loops: of the runs it was fitted on.
+        n_loops: of the runs it was fitted on; of two stacks that loop, those of the one it reads.
         layers: the core layers it has translators for; (0,) stands for the state.
         per_loop: whether each loop has its own translators.
         weight, bias: W and b of each; the loop axis has length one where all loops share them.
@@ -57,18 +58,23 @@ class TunedLens(Result):
     held_out_direct_loss: Float[Tensor, "loop layer"]
     held_out_tuned_loss: Float[Tensor, "loop layer"]
 
-    def check(self, model: LoopedModel, n_loops: int, reads: Reads) -> None:
+    def check(self, model: LoopedModel, n_loops: LoopCount, reads: Reads) -> None:
         """An error unless the translators were fitted for this model, loop count and site, and on these layers."""
         if self.made_by["fingerprint"] != fingerprint(model):
             raise InputError(
                 f"the translator was fitted on {self.made_by['model']} with other weights than this "
                 f"{model.cfg.model_name}: fit one with fit_tuned_lens(model, prompts)."
             )
-        if self.n_loops != n_loops:
+        inner = self.made_by.get("l_cycles")
+        fitted = self.n_loops if inner is None else (self.made_by["n_loops"], inner)
+        if fitted != n_loops:
             raise InputError(
-                f"the translator was fitted on runs of {self.n_loops} loops, this one has {n_loops}: pass "
-                f"n_loops={self.n_loops}, or fit one with fit_tuned_lens(model, prompts, n_loops={n_loops})."
+                f"the translator was fitted on runs of {fitted} loops, this one has {n_loops}: pass "
+                f"n_loops={fitted}, or fit one with fit_tuned_lens(model, prompts, n_loops={n_loops})."
             )
+        stack = self.made_by.get("stack", reads.stack)
+        if stack != reads.stack:
+            raise InputError(f"the translator reads {stack}, not {reads.stack}: pass stack={stack!r}.")
         if self.site != reads.site:
             raise InputError(f"the translator reads {self.site!r}, not {reads.site!r}: pass site={self.site!r}.")
         missing = sorted({*(reads.layers or ())} - set(self.layers))
@@ -98,9 +104,10 @@ class TunedLens(Result):
 def fit_tuned_lens(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     held_out: Prompts | None = None,
+    stack: str | None = None,
     site: LensSite = "resid_post",
     layers: Iterable[int] | None = None,
     per_loop: bool = False,
@@ -122,6 +129,7 @@ def fit_tuned_lens(
         prompts: to fit on, in any form.
         n_loops: loops of every run; None for the count the model was trained with.
         held_out: prompts that are not fitted on, in any form; None: every fifth of `prompts` is held out.
+        stack: as in `logit_lens`.
         site: the residual stream to read, or "state".
         layers: core layers; None for all.
         per_loop: a translator for each (loop, layer), not one for each layer.
@@ -130,8 +138,8 @@ def fit_tuned_lens(
         learning_rate: at the beginning.
         order_seed: of the order of the prompts.
         progress: whether to show a bar.
-        options: see `RunOptions`. `held_out` is read with the same, but for `attention_mask`, `position_ids` and
-            `limit`; `model.prepare` gives it its own.
+        options: see `RunOptions`. `held_out` is read with the same, but for what belongs to each prompt
+            (`attention_mask`, `position_ids`, prefixes) and `limit`; `model.prepare` gives it its own.
 
     Raises:
         InputError: too few prompts, or what `logit_lens` refuses.
@@ -139,15 +147,15 @@ def fit_tuned_lens(
     Source:
         Belrose et al. 2023, arXiv 2303.08112.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         check_count(name, value)
     check_count("order_seed", order_seed, minimum=0)
     check_number("learning_rate", learning_rate)
     runs = model.prepare(prompts, n_loops, **options)
-    reads = choose_reads(model, runs, site, None, layers)
+    reads = choose_reads(model, runs, site, None, layers, stack=stack)
     train, rest = _split(model, runs, held_out, options)
-    fitter = _Fitter(model, runs.n_loops, reads, per_loop)
+    fitter = _Fitter(model, len(reads.loops), reads, per_loop)
     fitter.fit(train, steps, batch_size, learning_rate, order_seed, progress)
     direct, tuned = fitter.losses(train, batch_size)
     kept = fitter.set_back(direct, tuned)
@@ -164,9 +172,10 @@ def fit_tuned_lens(
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "order_seed": order_seed,
+            **model.cfg.made_of(reads.stack),
         },
         site=site,
-        n_loops=runs.n_loops,
+        n_loops=len(reads.loops),
         layers=reads.layers or (0,),
         per_loop=per_loop,
         weight=fitter.weight.detach().cpu(),
@@ -202,11 +211,11 @@ def _split(model: LoopedModel, runs: Runs, held_out: Prompts | None, options: Ru
             )
         return _Part(runs, [row for row in rows if row % 5 != 4]), _Part(runs, rows[4::5])
     if not isinstance(held_out, Runs):
-        own = ("attention_mask", "position_ids", "limit")
+        own = ("attention_mask", "position_ids", "prefix_length", "token_type_ids", "limit")
         shared = cast(RunOptions, {name: value for name, value in options.items() if name not in own})
-        held_out = model.prepare(held_out, runs.n_loops, **shared)
-    if not held_out.whole or held_out.n_loops != runs.n_loops:
-        raise InputError(f"held_out must be whole runs of {runs.n_loops} loops, as the prompts are, got {held_out}.")
+        held_out = model.prepare(held_out, runs.counts, **shared)
+    if not held_out.whole or held_out.counts != runs.counts:
+        raise InputError(f"held_out must be whole runs of {runs.counts} loops, as the prompts are, got {held_out}.")
     return _Part(runs, rows), _Part(held_out, range(len(held_out)))
 
 

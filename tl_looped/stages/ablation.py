@@ -19,7 +19,7 @@ from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.numbers import median, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, check_whole_run, with_run_options
-from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
+from tl_looped.engine.schedule import CORE, HookSite, LoopCount, LoopSchedule
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe import Measure, observe
 from tl_looped.observe.observation import BATCH_SIZE
@@ -107,7 +107,7 @@ def _calls(schedule: LoopSchedule) -> pd.DataFrame:
 def massive_activations(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     top: int = 10,
     min_size: float = MIN_SIZE,
@@ -133,14 +133,14 @@ def massive_activations(
     Source:
         Sun et al. 2024, arXiv 2402.17762 (above 100, and about 1000 times the median); arXiv 2604.11791.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     run = model.batch_of(model.prepare(prompts, n_loops, **options))
     check_whole_run(run, loops=1)
     check_one_prompt(run)
     check_count("top", top)
     for name, value in (("min_size", min_size), ("min_ratio", min_ratio)):
         check_number(name, value, low_too=True)
-    schedule = model.cfg.schedule(run.n_loops)
+    schedule = model.cfg.schedule(run.counts)
     depths: dict[tuple[str | None, int | None, int | None], int] = {
         call: depth for depth, call in enumerate(schedule.layer_calls())
     }
@@ -186,7 +186,7 @@ def silence_mlp(
     loops: int | Iterable[int] | None = None,
     *,
     stack: str = CORE,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
 ) -> Hooks:
     """Hooks under which one MLP adds nothing to the residual stream, in some loops or in all.
 
@@ -194,7 +194,7 @@ def silence_mlp(
         model: the model.
         layer: index in its stack, negative from the end.
         loops: the loop or loops; None for all (and for a layer that runs once). Negative numbers count from the end.
-        stack: "blocks", "prelude" or "coda".
+        stack: "blocks", "prelude" or "coda"; "L_blocks" or "H_blocks", where two stacks loop.
         n_loops: loops of the run that the hooks are for; None for the count the model was trained with.
 
     Returns:
@@ -214,9 +214,9 @@ def _silence(x: Tensor, hook: LoopHookPoint) -> Tensor:
 
 
 def _silenced(
-    model: LoopedModel, layer: int, loops: int | Iterable[int] | None, stack: str, n_loops: int | None
+    model: LoopedModel, layer: int, loops: int | Iterable[int] | None, stack: str, n_loops: LoopCount | None
 ) -> list[HookSite]:
-    schedule = check_looped(model).cfg.schedule(n_loops)
+    schedule = check_looped(model, several_stacks=True).cfg.schedule(n_loops)
     if stack not in schedule.stacks():
         raise InputError(f"there is no stack {stack!r}: {schedule.describe()}.{nearest(stack, schedule.stacks())}")
     site = HookSite("hook_mlp_out", stack, resolve_index("layer", layer, schedule.n_layers(stack)))
@@ -300,7 +300,7 @@ class AblationEffect(Result):
 def ablation_effect(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     layer: int,
     loops: int | Iterable[int] | None = None,
@@ -323,9 +323,9 @@ def ablation_effect(
     Source:
         arXiv 2604.11791, ablation of massive activations.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     prepared = model.prepare(prompts, n_loops, **options)
-    sites = _silenced(model, layer, loops, stack, prepared.n_loops)
+    sites = _silenced(model, layer, loops, stack, prepared.counts)
     runs = []
     for hooked in ([], sites):
         with model.hooks(fwd_hooks=[(site.name, _silence) for site in hooked]):
