@@ -3,7 +3,8 @@
 e = prelude(embed(tokens))
 x = initial state
 T times:  x = close(update(x, core(enter(x, e))))     a norm closes each loop, or none
-logits = unembed(final_norm(coda(loop_norm(x))))      loop_norm here only where it closes the last loop
+logits = unembed(final_norm(coda(loop_norm(x))))      loop_norm here only where it closes the last loop; Parcae's map of
+                                                      the state comes before it, ALBERT's transform after final_norm
 """
 
 from __future__ import annotations
@@ -43,10 +44,7 @@ class LoopedTransformer(Network):
         self.cfg = cfg
         self.hook_dict = HookDict()
         self.norm_hooks: dict[str, HookGroup] = {}
-        without = [] if cfg.learned_positions else ["hook_pos_embed"]
-        without += [] if cfg.state_out else ["hook_state_out"]
-        without += [] if cfg.head_transform else ["hook_head_in"]
-        width = cfg.d_embed or cfg.d_model  # of the embeddings
+        without, width = _absent(cfg), cfg.d_embed or cfg.d_model  # of the embeddings
         self.hooks = HookGroup(self.hook_dict, HookSite(""), looped=False, without=without)
         self.embed = nn.Embedding(cfg.d_vocab, width)
         if cfg.learned_positions:
@@ -60,11 +58,6 @@ class LoopedTransformer(Network):
         self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
         if cfg.prelude_norm:
             self.ln_prelude = self._norm("ln_prelude")
-        absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
-        absent |= dict.fromkeys(("hook_injection_decay", "hook_injection_step"), cfg.injection != "diagonal")
-        absent |= {"hook_condition": not cfg.loop_time, "hook_halt_gate": True}
-        absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_update_gate": cfg.loop_update != "gated"}
-        without = [name for name, is_so in absent.items() if is_so]
         self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
         if cfg.injection in ("concat_linear", "concat_linear_prelude_first"):
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
@@ -73,9 +66,6 @@ class LoopedTransformer(Network):
         if cfg.loop_time:
             self.time_embed, self.step_embed = TimeEmbed(cfg.d_model), TimeEmbed(cfg.d_model)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
-        for layer, block in enumerate(self.blocks):
-            if layer % cfg.layer_repeats:
-                cast(Block, block).share(cast(Block, self.blocks[layer - 1]))
         if cfg.gate_rank is not None:
             self.update_gate = UpdateGate(cfg.d_model, cfg.gate_rank)
         if cfg.norms_each_loop:
@@ -91,9 +81,7 @@ class LoopedTransformer(Network):
         if cfg.norms_last_loop:
             self._hook_norm("ln_coda")
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
-        if cfg.coda_is_core:
-            for again, block in zip(self.coda, self.blocks, strict=True):
-                cast(Block, again).share(cast(Block, block))
+        self._share_layers()
         if cfg.has_final_weights:
             self.ln_final = NORMS[cfg.final_norm_kind or cfg.norm](cfg.d_model, cfg.eps)
         if cfg.final_norm:
@@ -115,6 +103,13 @@ class LoopedTransformer(Network):
     def _stack(self, name: str, n_layers: int, looped: bool) -> nn.ModuleList:
         sites = (HookSite("", name, layer) for layer in range(n_layers))
         return nn.ModuleList(Block(self.cfg, self.hook_dict, site, looped) for site in sites)
+
+    def _share_layers(self) -> None:
+        """Make layers that are another's once more just that."""
+        again = [(one, layer - 1) for layer, one in enumerate(self.blocks) if layer % self.cfg.layer_repeats]
+        again += list(zip(self.coda, range(len(self.coda)), strict=True)) if self.cfg.coda_is_core else []
+        for block, layer in again:
+            cast(Block, block).share(cast(Block, self.blocks[layer]))
 
     def reset_parameters(self, seed: int) -> None:
         """Random weights from a seed: see `random_weights`."""
@@ -295,3 +290,21 @@ class LoopedTransformer(Network):
         if x is None:
             raise ValueError("unreachable: a run without a state reads the tokens")
         return (self.hooks.hook_state_init(x) if start == 0 else x), e
+
+
+def _absent(cfg: LoopedConfig) -> list[str]:
+    """The sites of the model and of its loops that it does not have."""
+    has = {
+        "hook_pos_embed": cfg.learned_positions,
+        "hook_injection_in": cfg.reads_input_in_loops,
+        "hook_injection_decay": cfg.injection == "diagonal",
+        "hook_injection_step": cfg.injection == "diagonal",
+        "hook_condition": cfg.loop_time,
+        "hook_core_out": cfg.loop_update != "replace",
+        "hook_update_gate": cfg.loop_update == "gated",
+        "hook_exit_gate": cfg.exit_gate,
+        "hook_halt_gate": False,
+        "hook_state_out": cfg.state_out,
+        "hook_head_in": cfg.head_transform,
+    }
+    return [name for name, is_so in has.items() if not is_so]
