@@ -10,8 +10,8 @@ from helpers import expected, parity, tiny, tokens_for
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
-from tl_looped.lens import ExitTrace, GateRule, exit_distribution, trace_exits
-from tl_looped.lens.exits import threshold_exit, weighted_logits
+from tl_looped.lens import ExitTrace, GateRule, trace_exits
+from tl_looped.lens.exits import exit_distribution, threshold_exit, weighted_logits
 
 NAN = float("nan")
 ouros = pytest.mark.parametrize("family", ["ouro", "ouro-gqa"])

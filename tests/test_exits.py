@@ -58,6 +58,7 @@ def slow_statistics(model: LoopedModel, tokens: Tensor, n_loops: int) -> dict[st
         found["stable top token"].append(same)
     if model.cfg.exit_gate:
         gates = cache.stack("exit_gate").double().sigmoid()
+        found["gate chance"] = list(gates)
         found["gate"] = [1 - (1 - gates[: t + 1]).prod(0) for t in range(n_loops)]
     return {name: torch.stack(values) for name, values in found.items()}
 

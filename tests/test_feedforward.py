@@ -133,7 +133,6 @@ def test_a_looped_model_is_not_looped_again(options: dict[str, Any]):
         ("ff-gemma2", {"sliding_window": None}, r"layers of sliding_attention, but no sliding_window"),
         ("ff-gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True, which is not"),
         ("ff-gpt2", {"activation_function": "relu"}, r"activation_function='relu', which is not implemented"),
-        ("ff-gpt2", {"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True, which no gpt2"),
         ("looped-nanochat", {"model_config": {}}, r"unknown family"),
         ("base-loop", {"attention": "linear"}, r"attention='linear', which no base-loop model here uses"),
     ],

@@ -189,7 +189,7 @@ def test_a_key_may_be_ignored_on_the_users_word(released):
 
 
 def test_a_new_family_refuses_unknown_keys_without_its_doing(released, monkeypatch: pytest.MonkeyPatch):
-    class Eager(adapters.OuroAdapter):
+    class Eager(adapters.ouro.OuroAdapter):
         """Knows sizes only."""
 
         family = "eager"

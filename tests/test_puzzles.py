@@ -12,6 +12,7 @@ from helpers import PARITY, expected, hook_count, noise_like, refuse
 from torch import Tensor
 
 from tl_looped import InputError, LoopedCache, LoopedModel
+from tl_looped.engine.words import describe
 from tl_looped.lens import LOSS, logit_lens, view_prompt
 from tl_looped.observe import observe
 from tl_looped.patching import patch_sweep
@@ -178,7 +179,7 @@ def test_a_saved_copy_is_the_model(folder: str, tmp_path: Any):
 @every_folder
 def test_its_own_check_passes_and_its_parts_are_said(folder: str):
     assert [one for one in check(load(folder), n_loops=2) if not one.passed] == []
-    assert dict(load(folder).cfg.describe())["prompts"] == "all tokens see each other"
+    assert dict(describe(load(folder).cfg))["prompts"] == "all tokens see each other"
 
 
 @every_folder
@@ -197,7 +198,7 @@ def test_analyses_read_the_answer_at_its_own_position(folder: str):
 @every_folder
 def test_what_predicts_a_next_token_refuses(folder: str):
     model, tokens = load(folder), prompts(folder)
-    message = "every token sees every other, so there is no"
+    message = "needs a model that reads from left to right, but .* sees tokens in both directions"
     for call in (
         lambda: model(tokens, return_type="loss"),
         lambda: model.generate(tokens, 2),

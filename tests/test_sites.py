@@ -63,9 +63,13 @@ def test_every_point_is_in_the_table_and_every_line_is_a_point_of_some_family(fa
 
 
 def test_every_line_is_a_point_of_some_family():
-    rare = {"learned_positions": True, "embed_norm": True, "prelude_norm": True, "loop_update": "damped"}
+    rare = {"learned_positions": True, "embed_norm": True, "prelude_norm": True}
+    rare |= {"loop_update": "gated", "gate_rank": 2}
+    rarer = {"injection": "diagonal", "state_out": True, "value_embeds": (True, False), "value_gate_size": 8}
     gated = {"two_states": TwoStates(), "attn_gate": True, "halt_gate": True}
-    models = [make(**fields) for fields in (*TINY.values(), rare, gated)]
+    models = [
+        make(**fields) for fields in (*TINY.values(), rare, rarer, gated, {"loop_time": True}, {"head_transform": True})
+    ]
     points = {point.site.component for model in models for point in model.hook_dict.points()}
     assert points == {*BLOCK_AXES, *LOOP_AXES, *MODEL_AXES}
 

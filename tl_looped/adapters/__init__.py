@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from tl_looped.adapters import (
+    albert,
     base_loop,
     feedforward,
     gpt2,
     hrm_text,
+    looped_gpt,
+    loopus,
+    mobilellm,
     nanochat,
     native,
     ouro,
+    parcae,
     puzzles,
     raven,
 )
@@ -32,6 +37,12 @@ ADAPTERS: tuple[Adapter, ...] = (
     hrm_text.HrmTextAdapter(),
     puzzles.HrmAdapter(),
     puzzles.TrmAdapter(),
+    base_loop.LoopFormerAdapter(),
+    looped_gpt.LoopedGPTAdapter(),
+    loopus.LoopUSAdapter(),
+    parcae.ParcaeAdapter(),
+    albert.AlbertAdapter(),
+    mobilellm.MobileLLMAdapter(),
 )
 
 

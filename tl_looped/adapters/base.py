@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError, check_count, nearest
-from tl_looped.engine.parts import LOOP_UPDATES, LinearRope, Llama3Rope, LoopUpdate, Rotary, check_choice
+from tl_looped.engine.parts import LinearRope, Llama3Rope, LoopUpdate, Rotary, check_choice
 
 Json = Mapping[str, Any]
 
@@ -59,10 +59,11 @@ class ConfigKeys:
     Args:
         values: the JSON object.
         where: what its keys are called in messages, before the key itself.
+        whole: whether these are the keys of a whole config.json, among which are those that transformers writes.
     """
 
-    def __init__(self, values: Json, where: str = ""):
-        self._values, self._where = values, where
+    def __init__(self, values: Json, where: str = "", whole: bool = True):
+        self._values, self._where, self._whole = values, where, whole
         self._asked: set[str] = set()
         self._sections: list[ConfigKeys] = []
 
@@ -108,12 +109,12 @@ class ConfigKeys:
         """An integer that must be there."""
         return check_count(key, self.need(key), minimum)
 
-    def section(self, key: str) -> ConfigKeys:
-        """The keys below a key, none where it is missing; they too must all be used."""
+    def section(self, key: str, whole: bool = False) -> ConfigKeys:
+        """The keys below a key, none where it is missing; they too must all be used. `whole`: see the class."""
         value = self.get(key, {})
         if not isinstance(value, Mapping):
             raise LoadError(f"config.json has {self._where}{key}={reprlib.repr(value)}, which should be an object.")
-        self._sections.append(ConfigKeys(value, f"{self._where}{key}."))
+        self._sections.append(ConfigKeys(value, f"{self._where}{key}.", whole))
         return self._sections[-1]
 
     def __bool__(self) -> bool:
@@ -122,7 +123,7 @@ class ConfigKeys:
 
     def rest(self) -> dict[str, Any]:
         """The keys that nobody asked for and whose values may mean something, by their full names."""
-        known = self._asked if self._where else self._asked | _NO_ARITHMETIC
+        known = self._asked | _NO_ARITHMETIC if self._whole else self._asked
         left = {
             self._where + key: value
             for key, value in self._values.items()
@@ -200,6 +201,10 @@ class Adapter(Protocol):
         ...
 
 
+# What a loop may make of the state of a model that was not trained to loop; other updates have weights or habits.
+_UPDATES: Mapping[LoopUpdate, str] = {"replace": "F(x)", "damped": "x + (F(x) - x) / n_loops"}
+
+
 @dataclass(frozen=True)
 class Looping:
     """How to loop a feedforward model.
@@ -231,7 +236,7 @@ class Looping:
             )
         loops = check_count("n_loops", 1 if self.n_loops is None else self.n_loops)
         update = "replace" if self.update is None else self.update
-        check_choice("update", update, LOOP_UPDATES)
+        check_choice("update", update, _UPDATES)
         a, b = (0, cfg.n_core) if self.layers is None else self._checked_layers(cfg.n_core)
         step = 1 / loops if update == "damped" else 1.0
         counts = {"n_prelude": a, "n_core": b - a, "n_coda": cfg.n_core - b, "n_loops": loops}
@@ -248,6 +253,27 @@ class Looping:
                 "layers: the end does not belong to the loop."
             )
         return a, b
+
+
+def gpt_layer(theirs: str, d: int, biased: bool, transposed: bool = False) -> dict[str, Source]:
+    """Where the maps of one layer come from in GPT-2's names: queries, keys and values are parts of one map.
+
+    Args:
+        theirs: what their layer is called.
+        d: the model's width.
+        biased: whether the maps have biases.
+        transposed: whether they are stored [in, out].
+    """
+    sources: dict[str, Source] = {}
+    for kind in ("weight", "bias") if biased else ("weight",):
+        turned = transposed and kind == "weight"
+        shape = (3 * d,) if kind == "bias" else (d, 3 * d) if turned else (3 * d, d)
+        for i, name in enumerate("qkv"):
+            rows = (f"{theirs}.attn.c_attn.{kind}", i * d, (i + 1) * d, shape, turned)
+            sources[f"attn.{name}.{kind}"] = Source(*rows)
+        for ours, stored in (("attn.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+            sources[f"{ours}.{kind}"] = Source(f"{theirs}.{stored}.{kind}", transposed=turned)
+    return sources
 
 
 def head_size(config: ConfigKeys, d_model: Any, n_heads: Any) -> int:

@@ -1,16 +1,16 @@
-"""Base-Loop, the unconditioned model of LoopFormer (arXiv 2602.11451): (0, k⊗T, 0) with learned positions."""
+"""LoopFormer (arXiv 2602.11451), whose loops have a time, and Base-Loop, which it is compared with: (0, k⊗T, 0)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
-from tl_looped.adapters.base import ConfigKeys, Json, Source
+from tl_looped.adapters.base import ConfigKeys, Json, Source, gpt_layer
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.parts import FLOAT32_EPS
 
-_MAPS = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 _LOOPS = 8  # what the published code runs when it is not told
 
 
@@ -61,19 +61,41 @@ class BaseLoopAdapter:
             "ln_final.weight": Source("transformer.norm_f.weight"),
             "unembed.weight": Source("lm_head.weight"),
         }
-        d = cfg.d_model
         for layer in range(cfg.n_core):
             ours, theirs = f"blocks.{layer}", f"transformer.h.blocks.{layer}"
-            for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
-                shape = (3 * d, d) if kind == "weight" else (3 * d,)
-                for i, name in enumerate("qkv"):
-                    rows = (f"{theirs}.attn.c_attn.{kind}", i * d, (i + 1) * d, shape)
-                    sources[f"{ours}.attn.{name}.{kind}"] = Source(*rows)
-                sources |= {f"{ours}.{one}.{kind}": Source(f"{theirs}.{two}.{kind}") for one, two in _MAPS.items()}
-            for i in (1, 2):
-                sources[f"{ours}.ln{i}.weight"] = Source(f"{theirs}.norm_{i}.weight")
+            maps = gpt_layer(theirs, cfg.d_model, biased=cfg.mlp_bias)
+            sources |= {f"{ours}.{name}": source for name, source in maps.items()}
+            if not cfg.loop_time:
+                sources |= {f"{ours}.ln{i}.weight": Source(f"{theirs}.norm_{i}.weight") for i in (1, 2)}
+                continue
+            for kind in ("weight", "bias"):
+                sources[f"{ours}.modulation.{kind}"] = Source(f"{theirs}.adaLN_modulation.1.{kind}")
         return sources
 
     def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
         """Nothing beside the parameters is stored."""
         return {}
+
+
+class LoopFormerAdapter(BaseLoopAdapter):
+    """The same with layers modulated by the time and the step size of the loop, norms in them without weights."""
+
+    family = "loopformer"
+
+    def claims(self, config: Json) -> bool:
+        """Whether a config.json is LoopFormer's."""
+        return config.get("model_type") == "loopformer"
+
+    def config(self, config: ConfigKeys, names: frozenset[str], model_name: str) -> LoopedConfig:
+        """Our config from theirs."""
+        base = super().config(config, names, model_name)
+        return replace(base, loop_time=True, norm="weightless", final_norm_kind="rms")
+
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        """Where each of our parameters comes from."""
+        sources = super().sources(cfg)
+        for ours, theirs in (("time_embed", "time_embedder"), ("step_embed", "dt_embedder")):
+            for kind in ("weight", "bias"):
+                sources[f"{ours}.inner.{kind}"] = Source(f"{theirs}.mlp.0.{kind}")
+                sources[f"{ours}.outer.{kind}"] = Source(f"{theirs}.mlp.2.{kind}")
+        return sources

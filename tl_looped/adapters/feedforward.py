@@ -21,7 +21,7 @@ from tl_looped.nn.rotary import inverse_frequencies
 
 Differences = dict[str, Any]
 
-_PRE = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+PRE_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
 _OUTPUT = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
 _SANDWICH = {**_OUTPUT, "ln1": "input_layernorm", "ln2": "pre_feedforward_layernorm"}
 _TURNS_TOLERANCE = 1e-2  # as a share: a table stored in bfloat16 is off by up to 2^-9
@@ -42,7 +42,7 @@ class FeedforwardAdapter:
     architecture: str
     model_type: str
     differences: Callable[[ConfigKeys, int], Differences]
-    norms: dict[str, str] = field(default_factory=lambda: _PRE)
+    norms: dict[str, str] = field(default_factory=lambda: PRE_NORMS)
     feedforward = True
 
     def claims(self, config: Json) -> bool:

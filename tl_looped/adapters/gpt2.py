@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tl_looped.adapters.base import ConfigKeys, Json, Source
+from tl_looped.adapters.base import ConfigKeys, Json, Source, gpt_layer
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import LoadError
 from tl_looped.engine.parts import ActFn
 
 _ACTS: dict[str, ActFn] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_MAPS = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+_KINDS = ("weight", "bias")
 # Of training, of heads that are no language model, and of how softmax is computed.
 _HARMLESS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn")
 _HARMLESS += tuple(f"summary_{name}" for name in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj"))
@@ -54,6 +54,7 @@ class GPT2Adapter:
             o_bias=True,
             rotary=None,
             learned_positions=True,
+            scores_by_layer=config.get("scale_attn_by_inverse_layer_idx", False),
             tie_embeddings=config.get("tie_word_embeddings", True),
             model_name=model_name,
             family=self.family,
@@ -70,29 +71,19 @@ class GPT2Adapter:
         }
         for depth, (stack, layer) in enumerate(cfg.layers()):
             theirs = f"transformer.h.{depth}"
-            sources |= {f"{stack}.{layer}.{ours}": one for ours, one in self._layer(cfg.d_model, theirs).items()}
-        return sources
-
-    @staticmethod
-    def _layer(d: int, theirs: str) -> dict[str, Source]:
-        sources: dict[str, Source] = {}
-        for kind, qkv, turned in (("weight", (d, 3 * d), True), ("bias", (3 * d,), False)):
-            for i, name in enumerate("qkv"):
-                rows = (f"{theirs}.attn.c_attn.{kind}", i * d, (i + 1) * d, qkv, turned)
-                sources[f"attn.{name}.{kind}"] = Source(*rows)
-            for ours, stored in _MAPS.items():
-                sources[f"{ours}.{kind}"] = Source(f"{theirs}.{stored}.{kind}", transposed=turned)
-            for i in (1, 2):
-                sources[f"ln{i}.{kind}"] = Source(f"{theirs}.ln_{i}.{kind}")
+            layer_sources = gpt_layer(theirs, cfg.d_model, biased=True, transposed=True)
+            layer_sources |= {f"ln{i}.{kind}": Source(f"{theirs}.ln_{i}.{kind}") for i in (1, 2) for kind in _KINDS}
+            sources |= {f"{stack}.{layer}.{ours}": one for ours, one in layer_sources.items()}
         return sources
 
     def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
         """Old checkpoints store the causal mask, and what masked scores are set to, beside every layer."""
         layers = range(len(cfg.layers()))
-        masks = {f"transformer.h.{depth}.attn.bias": _check_triangle for depth in layers}
+        masks = {f"transformer.h.{depth}.attn.bias": check_triangle for depth in layers}
         return masks | {f"transformer.h.{depth}.attn.masked_bias": lambda stored: None for depth in layers}
 
 
-def _check_triangle(stored: Tensor) -> None:
+def check_triangle(stored: Tensor) -> None:
+    """Raise unless a stored mask is the causal one."""
     if not torch.equal(stored.bool(), torch.ones_like(stored, dtype=torch.bool).tril()):
         raise LoadError("a stored attn.bias is no causal mask.")

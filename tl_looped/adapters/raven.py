@@ -148,10 +148,11 @@ class RavenAdapter:
 
     def checked(self, cfg: LoopedConfig) -> dict[str, Callable[[Tensor], None]]:
         """Huginn stores its rotary table; ours is computed, so the two must agree."""
-        return {"freqs_cis": partial(_check_rotary_table, cfg)}
+        return {"freqs_cis": partial(check_rotary_table, cfg)}
 
 
-def _check_rotary_table(cfg: LoopedConfig, table: Tensor) -> None:
+def check_rotary_table(cfg: LoopedConfig, table: Tensor) -> None:
+    """Raise unless a stored table of cosines and sines is that of the config."""
     shape = (1, cfg.n_ctx, 1, cfg.d_head // 2, 2)
     if tuple(table.shape) != shape:
         raise LoadError(f"freqs_cis has shape {tuple(table.shape)}, but the config says {shape}.")

@@ -218,7 +218,9 @@ class LoopedCache(AnyResult, ActivationCache):
                 f"{', '.join(other)}: pass the model that made it."
             )
         run = {name: tensors.pop(f"run.{name}", value) for name, value in content["run"].items()}
-        made_by: Any = run
+        made_by: Any = (
+            run | {"step_sizes": run["step_sizes"] and tuple(run["step_sizes"])} if "step_sizes" in run else run
+        )
         return cls(tensors, model, Run(**made_by), content["has_batch_dim"], content["loops"])
 
     def __repr__(self) -> str:

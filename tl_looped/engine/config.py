@@ -19,8 +19,6 @@ from tl_looped.engine.parts import (
     STATE_INITS,
     ActFn,
     Injection,
-    LinearRope,
-    Llama3Rope,
     LoopNorm,
     LoopUpdate,
     NormKind,
@@ -31,6 +29,8 @@ from tl_looped.engine.parts import (
     StateInit,
     TwoStates,
     check_choice,
+    read_fields,
+    read_rotary,
 )
 from tl_looped.engine.schedule import CODA, PRELUDE, HookSite, LoopCount, LoopSchedule
 from tl_looped.engine.stacks import Stacks
@@ -46,7 +46,7 @@ class LoopedConfig(Stacks):
         e = N(prelude(N(scale · E[token] + P[position])))      P, and these two norms, only where they are asked for
         x = initial state
         n_loops times:  x = N(update(x, core(inject(x, e))))   N as `loop_norm` says
-        logits = cap(U N(coda(N(x))))
+        logits = cap(U N(coda(N(C x))))                        the coda's layers may be the core's, once more
 
     With `two_states` two stacks of `n_core` layers loop in place of the core: see `TwoStates`.
 
@@ -67,6 +67,8 @@ class LoopedConfig(Stacks):
     n_core: int = 1
     n_coda: int = 0
     n_loops: int = 4
+    layer_repeats: int = 1  # so many core layers in a row are one layer's weights, at sites of their own
+    coda_is_core: bool = False  # the coda's layers are the core's: one last pass through them, outside of the loops
 
     # Layers.
     norm_placement: NormPlacement = "pre"
@@ -82,10 +84,14 @@ class LoopedConfig(Stacks):
     o_bias: bool = False
     qk_norm: QKNorm | None = None
     attn_scale: float | None = None  # None: 1 / sqrt(d_head)
+    scores_by_layer: bool = False  # the scale is divided by the layer's number among the distinct ones, from 1
     score_cap: float | None = None  # c: scores become c · tanh(scores / c), before the mask
+    # By distinct layer, whether values have 2σ(W y)·E[token] added, y the first components of what attention reads.
+    value_embeds: tuple[bool, ...] = ()
+    value_gate_size: int = 32  # how many components
     windows: tuple[int | None, ...] = ()  # by distinct layer: how many keys a query sees, itself too; None or (): all
     attn_gate: bool = False  # every channel of every head's z times sigmoid(G x), x being what queries are made of
-    causal: bool = True  # whether a token sees those before it alone; else all see all
+    causal: bool = True  # whether a token sees itself and those before it; else all of them
     prefix_lm: bool = False  # trained on prompts that begin with tokens that see each other in both directions
 
     # Position.
@@ -95,23 +101,30 @@ class LoopedConfig(Stacks):
 
     # The loop.
     injection: Injection = "none"
+    loop_time: bool = False  # the core's layers are modulated by the time and the step size of the loop (adaLN)
     loop_update: LoopUpdate = "replace"
     loop_step: float = 1.0  # of the damped update
+    gate_rank: int | None = None  # of the gated update: rows of W₁
     loop_norm: LoopNorm = "none"
+    state_out: bool = False  # a linear map of the state, once, before what comes after the loops
     state_init: StateInit = "prelude"
     state_init_std: float = 1.0  # of the normal distribution; truncated at three of them
     state_init_scale: float = 1.0  # the drawn state is multiplied by this
     exit_gate: bool = False  # a linear gate on the state after every loop (Ouro)
+    exit_norm: bool = False  # whether it reads the state through a LayerNorm (LoopUS)
     two_states: TwoStates | None = None  # two stacks that loop, each with a state; None: one core with one state
     halt_gate: bool = False  # of two states, a linear map of z_H to the logits of (halt, go on); trained at position 0
 
     # Embedding and head.
     embed_scale: float = 1.0
     puzzles: Puzzles | None = None  # vectors that stand before a prompt, as tokens behind the vocabulary
+    d_embed: int | None = None  # of token and position embeddings; a map with bias makes them d_model wide
+    n_token_types: int = 0  # how many kinds of tokens have an embedding; every token is of the first
     embed_norm: bool = False  # on what the prelude reads
     prelude_norm: bool = False  # on what comes out of the prelude
     final_norm: bool = True  # whether the head reads through a norm
     final_norm_kind: NormKind | None = None  # None: as in the layers
+    head_transform: bool = False  # the head has a bias and reads N(act_fn(W x + b)), as wide as token embeddings
     logit_cap: float | None = None  # c: logits become c · tanh(logits / c)
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()  # tokens that end a text, beside the tokenizer's own
@@ -165,13 +178,39 @@ class LoopedConfig(Stacks):
                     f"{name}={getattr(self, name)!r} does not go with two_states, where every loop adds one state to "
                     "the other: leave it out."
                 )
-        elif self.puzzles is not None or self.halt_gate or not self.causal:
-            raise InputError("puzzles, halt_gate and causal=False are parts of models with two_states.")
+        elif self.puzzles is not None or self.halt_gate:
+            raise InputError("puzzles and halt_gate are parts of models with two_states.")
         if self.prefix_lm and not self.causal:
             raise InputError("prefix_lm=True says who sees whom, and with causal=False all see all: leave it out.")
+        if (self.gate_rank is None) != (self.loop_update != "gated"):
+            raise InputError(f"gate_rank={self.gate_rank} belongs to loop_update='gated', got {self.loop_update!r}.")
+        if self.gate_rank is not None:
+            check_count("gate_rank", self.gate_rank)
+        if self.exit_norm and not self.exit_gate:
+            raise InputError("exit_norm=True is what an exit gate reads through, so it needs exit_gate=True.")
+        if self.n_core % check_count("layer_repeats", self.layer_repeats):
+            raise InputError(f"n_core ({self.n_core}) must be a multiple of layer_repeats ({self.layer_repeats}).")
+        if self.coda_is_core and self.n_coda != self.n_core:
+            raise InputError(
+                f"coda_is_core=True runs the {self.n_core} core layers once more, so n_coda must be {self.n_core}, got "
+                f"{self.n_coda}."
+            )
         layers = len(self.layers())
-        if self.windows and len(self.windows) != layers:
-            raise InputError(f"windows must have one entry for each of {layers} layers, got {len(self.windows)}.")
+        for name in ("windows", "value_embeds"):
+            found = len(getattr(self, name))
+            if found not in (0, layers):
+                raise InputError(f"{name} must have one entry for each of {layers} layers, got {found}.")
+        if not 1 <= self.value_gate_size <= self.d_model and any(self.value_embeds):
+            raise InputError(f"value_gate_size must be in [1, {self.d_model}], got {self.value_gate_size}.")
+        if self.loop_time and (self.norm_placement != "pre" or self.coda_is_core):
+            raise InputError(
+                "loop_time=True goes with norm_placement='pre' and coda_is_core=False, got "
+                f"{self.norm_placement!r} and {self.coda_is_core}."
+            )
+        if self.d_embed is not None and not self.head_transform:
+            raise InputError(f"d_embed={self.d_embed} needs head_transform=True, which makes as much for the head.")
+        if self.state_out and self.loop_norm != "none":
+            raise InputError(f"state_out=True goes with loop_norm='none', got {self.loop_norm!r}.")
         for window in self.windows:
             if window is not None:
                 check_count("a window", window)
@@ -224,6 +263,25 @@ class LoopedConfig(Stacks):
         return (
             dict(zip(self.layers(), self.windows, strict=True)).get((stack or "", layer or 0)) if self.windows else None
         )
+
+    def has_value_embed(self, stack: str | None, layer: int | None) -> bool:
+        """Whether a layer adds an embedding of the token to its values."""
+        return bool(self.value_embeds) and self.value_embeds[self.layers().index((stack or "", layer or 0))]
+
+    @property
+    def reads_tokens_in_layers(self) -> bool:
+        """Whether layers read tokens themselves, so that their embeddings are not all that comes in."""
+        return any(self.value_embeds)
+
+    def score_scale(self, stack: str | None, layer: int | None) -> float | None:
+        """What a layer's scores are multiplied by; None for 1 / sqrt(d_head)."""
+        if not self.scores_by_layer:
+            return self.attn_scale
+        number = self.layers().index((stack or "", layer or 0)) - (self.n_core if self._runs_again(stack) else 0) + 1
+        return (self.attn_scale or self.d_head**-0.5) / number
+
+    def _runs_again(self, stack: str | None) -> bool:
+        return self.coda_is_core and stack == CODA
 
     # The state.
 
@@ -283,7 +341,9 @@ class LoopedConfig(Stacks):
         if self.reads_input_in_loops:
             return "the prelude's output is mixed in again in every loop"
         if self.loop_update != "replace":
-            return "a loop moves the state only a part of the way to what its layers make of it"
+            return LOOP_UPDATES[self.loop_update][1]
+        if self.state_out:
+            return "the state goes through a linear map after the loops"
         if self.norms_each_loop and n_loops > 1:
             return "the residual stream is normalised between loops"
         if self.loop_norm != "none" and self.n_coda:
@@ -292,12 +352,18 @@ class LoopedConfig(Stacks):
 
     def heads_mixed_by(self) -> str | None:
         """Why what attention adds is not the sum of its heads; None where it is (but for a bias)."""
+        if self.loop_time:
+            return "a gate that changes with the loop multiplies what attention adds"
         mixed = self.norm_placement in ("output", "output_sandwich")
         return "a norm after attention mixes the heads" if mixed else None
 
     def readout_broken_by(self) -> str | None:
         """Why the head does not read the last layer's output through one norm and nothing else; None where it does."""
+        if self.head_transform:
+            return "its head reads the last layer's output through a map with an activation function"
         norms = (self.loop_norm != "none" and self.n_coda == 0) + self.final_norm
+        if self.n_coda == 0 and self.state_out:
+            return "its head reads a linear map of the last layer's output"
         if self.n_coda == 0 and self.loop_update != "replace":
             return "its head reads the state that the loop updates, and not the last layer's output"
         return (
@@ -314,6 +380,7 @@ class LoopedConfig(Stacks):
             "biases on queries and keys": self.qk_bias,
             "norms on queries and keys": self.qk_norm is not None,
             "a scale of their own": scale,
+            "scales that differ by layer": self.scores_by_layer,
             "a soft cap": self.score_cap is not None,
             "sliding windows": any(window is not None for window in self.windows),
         }
@@ -344,64 +411,6 @@ class LoopedConfig(Stacks):
         std = self.state_init_std * self.state_init_scale
         return STATE_INITS[self.state_init][1].format(source=self.source, std=std)
 
-    def describe(self) -> list[tuple[str, str]]:
-        """The choices that make up the model, each as (name, what it is); what a model does not have is left out."""
-        formula, words = INJECTIONS[self.injection]
-        act = ACT_FNS[self.act_fn]
-        mixed = words if self.injection == "none" else f"{formula}: {words.format(source=self.source)}"
-        mlp = f"{act}(gate) · up" if self.gated_mlp else f"{act}, not gated"
-        biases = {"queries and keys": self.qk_bias, "values": self.v_bias, "attention's output": self.o_bias}
-        biased = [name for name, is_so in {**biases, "the MLP": self.mlp_bias}.items() if is_so]
-        parts = {
-            "norm placement": NORM_PLACEMENTS[self.norm_placement],
-            "norm": NORM_KINDS[self.norm],
-            "MLP": mlp,
-            "biases": ", ".join(biased),
-            "attention": "; ".join(self._attention_in_words()),
-            "injection": mixed if self.two_states is None else "",
-            "states": "" if self.two_states is None else self.two_states.in_words(self.reads_input_in_loops),
-            "initial state": self.state_in_words(),
-            "update of the state": "" if self.loop_update == "replace" else _update(self),
-            "norm of the loop": LOOP_NORMS[self.loop_norm],
-            "norm before the prelude": "yes" if self.embed_norm else "",
-            "norm after the prelude": "yes" if self.prelude_norm else "",
-            "norm before the head": "yes" if self.final_norm else "no",
-            "position": self._position_in_words(),
-            "logits": "" if self.logit_cap is None else f"soft cap of {self.logit_cap:g}",
-            "exit gate": "a linear gate on the state after every loop" if self.exit_gate else "",
-            "halting": "a linear map of z_H at position 0, to (halt, go on)" if self.halt_gate else "",
-            "puzzles": "" if self.puzzles is None else f"{self.puzzles.n}, of {self.puzzles.rows} positions each",
-            "prompts": self._sight_in_words(),
-        }
-        return [(name, text) for name, text in parts.items() if text]
-
-    def _sight_in_words(self) -> str:
-        if not self.causal:
-            return "all tokens see each other"
-        return "tokens of a prefix see each other in both directions" if self.prefix_lm else ""
-
-    def _attention_in_words(self) -> list[str]:
-        words, seen = [], sorted({window for window in self.windows if window is not None})
-        if self.qk_norm is not None:
-            each = {"head": "every head of q and of k", "whole": "all of q and all of k"}[self.qk_norm.per]
-            words.append(f"a norm on {each}, {'after' if self.qk_norm.after_rotary else 'before'} rotary")
-        if self.attn_gate:
-            words.append("a gate on every channel of every head's output")
-        if self.score_cap is not None:
-            words.append(f"soft cap of {self.score_cap:g} on scores")
-        if seen:
-            some = sum(window is not None for window in self.windows)
-            words.append(f"{some} of {len(self.windows)} layers see the last {', '.join(map(str, seen))} tokens only")
-        return words
-
-    def _position_in_words(self) -> str:
-        words = ["learned"] if self.learned_positions else []
-        if self.rotary is not None:
-            words.append(f"rotary, base {self.rotary.base:,.0f}")
-        if self.rotary_windowed is not None:
-            words.append(f"base {self.rotary_windowed.base:,.0f} in layers with a window")
-        return ", ".join(words) or "none"
-
     # As JSON.
 
     def to_dict(self) -> dict[str, Any]:
@@ -411,39 +420,16 @@ class LoopedConfig(Stacks):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoopedConfig:
         """The config with these values; an unknown or missing field is an error that names it."""
-        given = dict(_fields(cls, values, "LoopedConfig"))
+        given = dict(read_fields(cls, values, "LoopedConfig"))
         for name in ("rotary", "rotary_windowed"):
             if given.get(name) is not None:
-                rotary = dict(_fields(Rotary, given[name], name))
-                if rotary.get("scaling") is not None:
-                    llama3 = isinstance(rotary["scaling"], Mapping) and "low_freq_factor" in rotary["scaling"]
-                    kind = Llama3Rope if llama3 else LinearRope
-                    rotary["scaling"] = kind(**_fields(kind, rotary["scaling"], f"{name}.scaling"))
-                given[name] = Rotary(**rotary)
-        if given.get("qk_norm") is not None:
-            given["qk_norm"] = QKNorm(**_fields(QKNorm, given["qk_norm"], "qk_norm"))
-        for name, kind in (("two_states", TwoStates), ("puzzles", Puzzles)):
+                given[name] = read_rotary(given[name], name)
+        for name, kind in (("qk_norm", QKNorm), ("two_states", TwoStates), ("puzzles", Puzzles)):
             if given.get(name) is not None:
-                given[name] = kind(**_fields(kind, given[name], name))
-        for name in ("windows", "eos_token_ids"):
+                given[name] = kind(**read_fields(kind, given[name], name))
+        for name in ("windows", "value_embeds", "eos_token_ids"):
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
-
-
-def _fields(kind: Any, values: Any, what: str) -> Mapping[str, Any]:
-    """The values, where they are the fields of a class."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(values, Mapping):
-        raise InputError(f"{what} must have the fields {sorted(fields)}, got {values!r}.")
-    unknown = sorted(set(values) - set(fields))
-    missing = sorted({n for n, f in fields.items() if f.default is dataclasses.MISSING} - set(values))
-    if unknown or missing:
-        raise InputError(f"not a {what}: unknown fields {unknown}, missing fields {missing}.")
-    return values
-
-
-def _update(cfg: LoopedConfig) -> str:
-    return LOOP_UPDATES[cfg.loop_update].format(step=cfg.loop_step)
 
 
 ROTARY_TERM = "rotary position embedding"
@@ -460,5 +446,6 @@ _CHOICES: dict[str, Mapping[Any, object]] = {
 _NUMBERS = ("eps", "attn_scale", "score_cap", "loop_step", "state_init_std", "state_init_scale", "embed_scale")
 _NUMBERS += ("logit_cap",)
 _OF_ONE_STATE = ("n_prelude", "n_coda", "loop_update", "state_init", "exit_gate", "final_norm_kind")
-_OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions")
+_OF_ONE_STATE += ("embed_norm", "prelude_norm", "learned_positions", "coda_is_core", "loop_time", "state_out")
+_OF_ONE_STATE += ("d_embed", "n_token_types", "head_transform", "layer_repeats")
 _OPTIONAL = ("final_norm_kind", "attn_scale", "score_cap", "logit_cap")

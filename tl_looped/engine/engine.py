@@ -25,7 +25,6 @@ from tl_looped.engine.runs import (
     Run,
     RunOptions,
     Runs,
-    check_causal,
     check_full_mask,
     check_puzzles,
     check_state,
@@ -34,6 +33,7 @@ from tl_looped.engine.runs import (
     resolve_positions,
     resolve_prefix,
     resolve_state,
+    resolve_steps,
     tell_of_prefixes,
     visibility,
     with_run_options,
@@ -202,6 +202,7 @@ class Engine(HookedRootModule):
             return prompts
         total, start, stop, l_cycles = resolve_loops(n_loops, start_at_loop, stop_at_loop, self.cfg)
         state, seed, mask = (options.get(name) for name in ("initial_state", "seed", "attention_mask"))
+        step_sizes = resolve_steps(self.cfg, options.get("step_sizes"), total)
         if start and state is None:
             raise InputError(f"start_at_loop={start} needs initial_state: the state that a run stopped there returned.")
         if isinstance(prompts, Tensor) and prompts.ndim == 1:
@@ -221,12 +222,12 @@ class Engine(HookedRootModule):
         full = mask if mask is not None and mask.ndim != 2 else None
         if full is not None:
             check_full_mask(full, len(rows), rows.longest)
-        reads_out, places = stop_at_loop is None, options.get("position_ids")
+        ends, places = (total, start, stop, stop_at_loop is None), options.get("position_ids")
         prefix = resolve_prefix(self.cfg, prompts, rows, options, full)
         if prefix is None and full is None and not self._told_of_prefixes:
             self._told_of_prefixes = True
             tell_of_prefixes(self.cfg)
-        return Runs(rows, total, start, stop, reads_out, state, seed, places, full, l_cycles, prefix)
+        return Runs(rows, *ends, state, seed, places, full, l_cycles, prefix, step_sizes)
 
     @with_run_options
     def batch(
@@ -275,7 +276,7 @@ class Engine(HookedRootModule):
         state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
         given = runs.initial_state is not None
         ends = (runs.n_loops, runs.start, runs.stop, runs.reads_out)
-        return Run(tokens, mask, visible, at, *ends, state, drawn, given, runs.l_cycles, prefix)
+        return Run(tokens, mask, visible, at, *ends, state, drawn, given, runs.l_cycles, prefix, runs.step_sizes)
 
     # Running.
 
@@ -369,7 +370,7 @@ class Engine(HookedRootModule):
 
     def frame(self, run: Run) -> Frame:
         """Rotary angles and visibility of a run, for the native model."""
-        return self.transformer.frame(run.visible, run.position_ids, run.l_cycles)
+        return self.transformer.frame(run.visible, run.position_ids, run.tokens, run.l_cycles, run.step_sizes)
 
     def reach(self, run: Run) -> Reach:
         """The sites that a run calls."""
@@ -486,7 +487,7 @@ def check_return(cfg: LoopedConfig, run: Run, return_type: ReturnType, loss_per_
     if return_type not in ("logits", "loss", "both", None):
         raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
     if return_type in ("loss", "both"):
-        check_causal(cfg, "loss of the next token")
+        cfg.check_causal("the loss of the next token")
         if not run.reads_out:
             raise InputError(
                 f"a run with stop_at_loop returns a state, so it has no loss: leave out stop_at_loop, or "

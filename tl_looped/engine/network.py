@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,14 @@ class Angles(NamedTuple):
     sin: Float[Tensor, "rows pos 1 size"]
 
 
+class Condition(NamedTuple):
+    """What tells the layers of a loop its time: one vector for all positions, and what hooks made of it at each."""
+
+    value: Float[Tensor, " d_model"]
+    seen: Float[Tensor, "batch pos d_model"] | None = None  # None: no hook looked
+    changed: Bool[Tensor, ""] | None = None  # whether hooks changed it; None: none could
+
+
 class Frame(NamedTuple):
     """What all layers of one run share: positions, rotary angles, and who may attend to whom.
 
@@ -36,6 +44,9 @@ class Frame(NamedTuple):
     visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
     kv: KVCache | None = None  # keys and values of earlier positions
     l_cycles: int | None = None  # of two stacks that loop, how often the fast one runs in each loop
+    tokens: Int[Tensor, "batch pos"] | None = None  # where layers read them
+    clock: Float[Tensor, "loop 2"] | None = None  # where layers know it: at which time each loop begins, and its step
+    condition: Condition | None = None  # what the loop that is running makes of that
 
     def repeat(self, times: int) -> Frame:
         """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""
@@ -45,7 +56,9 @@ class Frame(NamedTuple):
 
         full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
         visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
-        return Frame(repeated(self.positions), full, windowed, visible, l_cycles=self.l_cycles)
+        tokens = None if self.tokens is None else self.tokens.repeat(times, 1)
+        rest = {"l_cycles": self.l_cycles, "tokens": tokens, "clock": self.clock}
+        return Frame(repeated(self.positions), full, windowed, visible, **rest)
 
 
 class Network(nn.Module, ABC):
@@ -81,9 +94,11 @@ class Network(nn.Module, ABC):
         self,
         visible: Bool[Tensor, "#batch pos key"] | None,
         positions: Int[Tensor, "rows pos"],
+        tokens: Int[Tensor, "batch pos"],
         l_cycles: int | None = None,
+        step_sizes: Sequence[float] | None = None,
     ) -> Frame:
-        """Prepare what all layers of a run share."""
+        """Prepare what all layers of a run share; `l_cycles` and `step_sizes` are those of the run."""
 
     def read_part(self, state: Float[Tensor, "*rows d_state"]) -> Float[Tensor, "*rows d_model"]:
         """The part of a state that the head reads: all of it, or one of two states."""
@@ -118,7 +133,7 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
-    def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state."""
 
     def readout(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_vocab"]:

@@ -6,6 +6,7 @@ the residual stream, e what comes out of the prelude, f a sub-layer (attention, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,12 +16,13 @@ from tl_looped.engine.errors import InputError, check_count
 
 FLOAT32_EPS = 2.0**-23  # torch.finfo(float32).eps: what a norm without an eps adds, kept in every number format
 
-NormKind = Literal["rms", "rms_plus_one", "weightless", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "weightless", "layer", "layer_no_bias"]
 NORM_KINDS: Mapping[NormKind, str] = {
     "rms": "w · x / sqrt(mean(x²) + eps)",
     "rms_plus_one": "(1 + w) · x / sqrt(mean(x²) + eps)",
     "weightless": "x / sqrt(mean(x²) + eps), without weights",
     "layer": "w · (x − mean(x)) / sqrt(var(x) + eps) + b",
+    "layer_no_bias": "w · (x − mean(x)) / sqrt(var(x) + eps)",
 }
 
 NormPlacement = Literal["pre", "residual_sandwich", "output_sandwich", "output", "post"]
@@ -32,7 +34,7 @@ NORM_PLACEMENTS: Mapping[NormPlacement, str] = {
     "post": "N′(x + f(x)): a norm on the stream after every attention and MLP, none before it",
 }
 
-Injection = Literal["none", "concat_linear", "concat_linear_prelude_first", "add"]
+Injection = Literal["none", "concat_linear", "concat_linear_prelude_first", "add", "diagonal"]
 INJECTIONS: Mapping[Injection, tuple[str, str]] = {  # the formula, and what it says; {source} is where e comes from
     "none": ("x", "none: the core reads the state alone"),
     "add": ("x + e", "every loop starts by adding e, what comes out of {source}, to the state x"),
@@ -44,6 +46,11 @@ INJECTIONS: Mapping[Injection, tuple[str, str]] = {  # the formula, and what it 
         "W [e; x]",
         "every loop starts with a linear map of e, what comes out of {source}, and the state x",
     ),
+    "diagonal": (
+        "a ⊙ x + δ ⊙ B e",
+        "every loop starts by shrinking each component of the state x, a = exp(−δ ⊙ exp(A)), and adding a linear map "
+        "of e, what comes out of {source}",
+    ),
 }
 
 LoopNorm = Literal["none", "each", "own", "last"]
@@ -54,10 +61,22 @@ LOOP_NORMS: Mapping[LoopNorm, str] = {
     "last": "after the last loop only, before what follows",
 }
 
-LoopUpdate = Literal["replace", "damped"]
-LOOP_UPDATES: Mapping[LoopUpdate, str] = {
-    "replace": "F(x): the state is what comes out of the core",
-    "damped": "x + {step:.4g} (F(x) − x): the state moves a part of the way to what comes out of the core",
+LoopUpdate = Literal["replace", "damped", "residual", "gated"]
+LOOP_UPDATES: Mapping[LoopUpdate, tuple[str, str]] = {  # what it says; why the state is no sum of what layers write
+    "replace": ("F(x): the state is what comes out of the core", ""),
+    "damped": (
+        "x + {step:.4g} (F(x) − x): the state moves a part of the way to what comes out of the core",
+        "a loop moves the state only a part of the way to what its layers make of it",
+    ),
+    "residual": (
+        "x + F(x): what comes out of the core is added to the state",
+        "a loop adds what its layers make of the state, which has the state in it, to the state once more",
+    ),
+    "gated": (
+        "A ⊙ F(x) + (1 − A) ⊙ x, with A = exp(−δ ⊙ exp(a)) and δ = softplus(W₂ W₁ (F(x) − x) + b): a learned gate says "
+        "of every component how far it moves to what comes out of the core",
+        "a gate decides how far a loop moves the state to what its layers make of it",
+    ),
 }
 
 StateInit = Literal["prelude", "zeros", "normal", "truncated_normal"]
@@ -71,12 +90,18 @@ STATE_INITS: Mapping[StateInit, tuple[str, str]] = {  # in a drawing, and in a s
     ),
 }
 
-ActFn = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+LOOP_TIME = (
+    "x + g ⊙ f(N(x) ⊙ (1 + s)), with g and s a linear map of SiLU(c), and c an embedding of the loop's time plus one "
+    "of its step size"
+)
+
+ActFn = Literal["silu", "gelu", "gelu_tanh", "relu2", "half_relu2"]
 ACT_FNS: Mapping[ActFn, str] = {
     "silu": "SiLU",
     "gelu": "GELU",
     "gelu_tanh": "GELU by tanh",
     "relu2": "max(x, 0)²",
+    "half_relu2": "½ max(x, 0)²",
 }
 
 RotaryStyle = Literal["halves", "adjacent"]
@@ -222,3 +247,25 @@ def check_choice(name: str, value: object, table: Mapping[Any, object]) -> None:
     """Raise for a choice that is not in its table."""
     if value not in table:
         raise InputError(f"{name} must be one of {tuple(table)}, got {value!r}.")
+
+
+def read_fields(kind: Any, values: Any, what: str) -> Mapping[str, Any]:
+    """The values, where they are the fields of a class."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping):
+        raise InputError(f"{what} must have the fields {sorted(fields)}, got {values!r}.")
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted({n for n, f in fields.items() if f.default is dataclasses.MISSING} - set(values))
+    if unknown or missing:
+        raise InputError(f"not a {what}: unknown fields {unknown}, missing fields {missing}.")
+    return values
+
+
+def read_rotary(values: Any, name: str) -> Rotary:
+    """Rotary embedding from its fields as plain values."""
+    rotary = dict(read_fields(Rotary, values, name))
+    if rotary.get("scaling") is not None:
+        llama3 = isinstance(rotary["scaling"], Mapping) and "low_freq_factor" in rotary["scaling"]
+        kind = Llama3Rope if llama3 else LinearRope
+        rotary["scaling"] = kind(**read_fields(kind, rotary["scaling"], f"{name}.scaling"))
+    return Rotary(**rotary)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 
+from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
 from tl_looped.engine.numbers import wide
@@ -49,6 +50,7 @@ class Run:
         state_given: whether the caller gave the state.
         l_cycles: of two stacks that loop, how often the fast one runs in each loop; None where one does.
         prefix: tokens that see each other in both directions, [batch, pos]; None where none do.
+        step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -64,6 +66,7 @@ class Run:
     state_given: bool
     l_cycles: int | None = None
     prefix: Tensor | None = None
+    step_sizes: tuple[float, ...] | None = None
 
     @property
     def counts(self) -> LoopCount:
@@ -93,6 +96,7 @@ class Run:
             "start_at_loop": self.start,
             "stop_at_loop": self.stop,
             "initial_state": source,
+            **({} if self.step_sizes is None else {"step_sizes": list(self.step_sizes)}),
             **more,
         }
 
@@ -115,6 +119,7 @@ class RunOptions(TypedDict, total=False):
         padding_side: where prompts of different length are filled up; None: as the tokenizer says, else at the right.
         field: which field of a dataset's or a JSONL file's rows holds the prompt.
         limit: take the first so many prompts; None for all.
+        step_sizes: the step size of every loop, for a model whose loops have a time (LoopFormer); None for 1 / n_loops.
     """
 
     initial_state: Tensor | None
@@ -127,6 +132,7 @@ class RunOptions(TypedDict, total=False):
     padding_side: PaddingSide | None
     field: str | None
     limit: int | None
+    step_sizes: Sequence[float] | None
 
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -174,6 +180,7 @@ class Runs:
         visible: who may attend to whom, as given, [batch, query, key].
         l_cycles: of two stacks that loop, how often the fast one runs in each loop; None where one does.
         prefix: tokens that see each other in both directions, [batch, pos] in the layout of the padded rows.
+        step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
     """
 
     rows: Rows
@@ -187,6 +194,7 @@ class Runs:
     visible: Tensor | None = None
     l_cycles: int | None = None
     prefix: Tensor | None = None
+    step_sizes: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -268,6 +276,14 @@ def resolve_prefix(
         InputError: the model was not trained so, or what is given is not of these rows; the message says which prompt.
     """
     length, kinds = options.get("prefix_length"), options.get("token_type_ids")
+    if cfg.n_token_types:  # here they are of kinds that have an embedding, and say nothing of who sees whom
+        kinds = prompts.get("token_type_ids") if kinds is None and isinstance(prompts, Mapping) else kinds
+        if kinds is not None and bool(torch.as_tensor(kinds).any()):
+            raise InputError(
+                f"token_type_ids has tokens of another kind than 0, which is not implemented for {cfg.model_name}: "
+                "leave it out, and all are of kind 0."
+            )
+        kinds = None
     given = [name for name, value in (("prefix_length", length), ("token_type_ids", kinds)) if value is not None]
     if given and not cfg.prefix_lm:
         raise InputError(
@@ -326,15 +342,6 @@ def check_puzzles(cfg: LoopedConfig, rows: Rows) -> None:
             )
 
 
-def check_causal(cfg: LoopedConfig, what: str) -> None:
-    """Raise where all tokens see all, so that none is predicted from those before it."""
-    if not cfg.causal:
-        raise InputError(
-            f"in {cfg.model_name} every token sees every other, so there is no {what}: read the logits at the "
-            "positions themselves."
-        )
-
-
 def tell_of_prefixes(cfg: LoopedConfig) -> None:
     """Say that a model that was trained with prefixes runs without one."""
     warnings.warn(
@@ -385,6 +392,24 @@ def resolve_loops(
     if stop < start:
         raise InputError(f"stop_at_loop {stop} comes before start_at_loop {start}: no loop would run.")
     return total, start, stop, l_cycles
+
+
+def resolve_steps(cfg: LoopedConfig, given: object, n_loops: int) -> tuple[float, ...] | None:
+    """The step size of every loop; None for a model whose loops have no time."""
+    if not cfg.loop_time:
+        if given is not None:
+            raise InputError(f"the loops of {cfg.model_name} have no time, so leave out step_sizes.")
+        return None
+    if given is None:
+        return (1 / n_loops,) * n_loops
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InputError(f"step_sizes must be a list of step sizes, one for each loop, got {given!r}.")
+    if len(given) != n_loops:
+        raise InputError(
+            f"step_sizes has {len(given)} step sizes, but the run has {n_loops} loops: pass one for each, or "
+            f"n_loops={len(given)}."
+        )
+    return tuple(check_number("a step in step_sizes", one) for one in given)
 
 
 def check_state(

@@ -49,10 +49,14 @@ GRAD = "_grad"  # behind a name: the gradient of that activation
 # a hook point for each entry under its prefix, so a new line is a new point: the module then calls it.
 BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_pre": RESID,
+    "hook_modulation": ("batch", "pos", "modulation"),
     "ln1.hook_scale": SCALE,
     "ln1.hook_normalized": RESID,
+    "ln1.hook_modulated": RESID,
     "attn.hook_q": QUERY,
     "attn.hook_k": KEY,
+    "attn.hook_value_gate": ("batch", "pos", "kv_head"),
+    "attn.hook_value_embed": KEY,
     "attn.hook_v": KEY,
     "attn.hook_rot_q": QUERY,
     "attn.hook_rot_k": KEY,
@@ -67,6 +71,7 @@ BLOCK_AXES: dict[str, tuple[str, ...]] = {
     "hook_resid_mid": RESID,
     "ln2.hook_scale": SCALE,
     "ln2.hook_normalized": RESID,
+    "ln2.hook_modulated": RESID,
     "mlp.hook_pre": NEURON,
     "mlp.hook_pre_linear": NEURON,
     "mlp.hook_post": NEURON,
@@ -78,8 +83,12 @@ BLOCK_AXES: dict[str, tuple[str, ...]] = {
 LOOP_AXES: dict[str, tuple[str, ...]] = {
     "hook_state_pre": RESID,
     "hook_injection_in": RESID,
+    "hook_injection_decay": RESID,
+    "hook_injection_step": RESID,
     "hook_injection": RESID,
+    "hook_condition": RESID,
     "hook_core_out": RESID,
+    "hook_update_gate": RESID,
     "ln_loop.hook_scale": SCALE,
     "ln_loop.hook_normalized": RESID,
     "hook_state_post": RESID,
@@ -94,10 +103,12 @@ MODEL_AXES: dict[str, tuple[str, ...]] = {
     "ln_prelude.hook_scale": SCALE,
     "ln_prelude.hook_normalized": RESID,
     "hook_state_init": RESID,
+    "hook_state_out": RESID,
     "ln_coda.hook_scale": SCALE,
     "ln_coda.hook_normalized": RESID,
     "ln_final.hook_scale": SCALE,
     "ln_final.hook_normalized": RESID,
+    "hook_head_in": ("batch", "pos", "d_embed"),
 }
 # What a run computes of its tokens, beside the prelude's layers.
 _INPUT = ("hook_embed", "hook_pos_embed", "ln_embed", "ln_prelude")

@@ -21,6 +21,7 @@ class Stacks:
     n_loops: int
     two_states: TwoStates | None
     model_name: str
+    causal: bool
 
     def counts(self, n_loops: LoopCount | None = None) -> tuple[int, int | None]:
         """(loops, how often the fast of two stacks runs in each; None where one stack loops), checked.
@@ -94,6 +95,18 @@ class Stacks:
                 f"{short!r} is at two places in {self.model_name}, where {self.stacks_in_words()} loop: say {named}."
             )
         return site
+
+    def check_causal(self, what: str) -> None:
+        """Raise for a model that sees tokens in both directions, where something is asked that it can't have.
+
+        Raises:
+            InputError: the message begins with `what`.
+        """
+        if not self.causal:
+            raise InputError(
+                f"{what} needs a model that reads from left to right, but {self.model_name} sees tokens in both "
+                "directions, as one that fills in masked tokens: read its logits at their positions."
+            )
 
     def check_one_core(self) -> None:
         """The one place where calls that know only one core, with one state, refuse a model.

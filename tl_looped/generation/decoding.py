@@ -121,7 +121,8 @@ class Decoder:
             ended: rows of which nobody needs either any more.
         """
         _, visible = visibility(self.tokens, self.real, None, self.prefix)
-        frame = self.transformer.frame(visible, self.positions, self.prompt.l_cycles)
+        run = self.prompt
+        frame = self.transformer.frame(visible, self.positions, self.tokens, run.l_cycles, run.step_sizes)
         x = self.transformer(self.tokens, frame, self.states, 0, self.n_loops)
         self.final = x[:, -1:]
         logits = self.transformer.unembed(self.transformer.finish(x, frame)[:, -1])
@@ -177,7 +178,10 @@ class CachedDecoder(Decoder):
         if visible is not None:
             in_prompt = stop <= visible.shape[1]
             visible = visible[:, start:stop, :stop] if in_prompt else self.real[:, None, :stop]
-        frame = self.transformer.frame(visible, self.positions[:, start:stop], self.prompt.l_cycles)
+        places, run = slice(start, stop), self.prompt
+        frame = self.transformer.frame(
+            visible, self.positions[:, places], self.tokens[:, places], run.l_cycles, run.step_sizes
+        )
         return frame._replace(kv=self.kv)
 
     def _run_to(self, stop: int, with_next: bool = False) -> State:

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.results import Result
-from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run, RunOptions, Runs, check_causal, with_run_options
+from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run, RunOptions, Runs, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
 from tl_looped.generation.loop_end import ExitRule
@@ -265,7 +265,7 @@ def _is_one(prompts: Prompts) -> bool:
 
 def _prepare(model: Engine, prompts: Prompts, n_loops: LoopCount | None, options: RunOptions) -> Runs:
     """Prompts that end together, with the seed of their draws."""
-    check_causal(model.cfg, "next token to generate")
+    model.cfg.check_causal("generating text")
     side = options.get("padding_side")
     if side not in (None, "left"):
         raise InputError(f"padding_side={side!r}, but new tokens must follow real ones: leave it out, or pass 'left'.")

@@ -4,12 +4,12 @@ from tl_looped.lens.agreement import ReadoutAgreement as ReadoutAgreement
 from tl_looped.lens.agreement import readout_agreement as readout_agreement
 from tl_looped.lens.exits import AccelerationRule as AccelerationRule
 from tl_looped.lens.exits import EntropyRule as EntropyRule
+from tl_looped.lens.exits import GateChanceRule as GateChanceRule
 from tl_looped.lens.exits import GateRule as GateRule
 from tl_looped.lens.exits import KLRule as KLRule
 from tl_looped.lens.exits import LatentRule as LatentRule
 from tl_looped.lens.exits import StableTopRule as StableTopRule
 from tl_looped.lens.exits import ThresholdRule as ThresholdRule
-from tl_looped.lens.exits import exit_distribution as exit_distribution
 from tl_looped.lens.lens import logit_lens as logit_lens
 from tl_looped.lens.lens import view_prompt as view_prompt
 from tl_looped.lens.measures import AGREEMENT as AGREEMENT

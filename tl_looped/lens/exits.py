@@ -141,13 +141,13 @@ class GateRule(ThresholdRule):
         """Raise InputError if the model has no gate, or a hook is on it."""
         if model.transformer.exit_logit is None:
             raise InputError(
-                f"{model.cfg.model_name} has no exit gate, so GateRule can't judge it: use KLRule, LatentRule, "
+                f"{model.cfg.model_name} has no exit gate, so {cls.__name__} can't judge it: use KLRule, LatentRule, "
                 "StableTopRule, EntropyRule or AccelerationRule."
             )
         if model.hook_dict.shared("hook_exit_gate").fwd_hooks:
             raise InputError(
-                "a hook is on 'hook_exit_gate', but GateRule computes the gate from the state, so an edit there would "
-                "be ignored: edit 'hook_state_post' instead, or remove the hook."
+                f"a hook is on 'hook_exit_gate', but {cls.__name__} computes the gate from the state, so an edit there "
+                "would be ignored: edit 'hook_state_post' instead, or remove the hook."
             )
 
     @classmethod
@@ -156,6 +156,22 @@ class GateRule(ThresholdRule):
         left = 1 - wide(end.gate_logit).sigmoid()
         memory["going on"] = left * memory.get("going on", 1)
         return 1 - memory["going on"]
+
+
+class GateChanceRule(GateRule):
+    """Stop where the chance that the model's gate gives to stopping after this very loop reaches the threshold.
+
+    Source:
+        arXiv 2605.11011 (its halting by "threshold"; by "cdf" is `GateRule`).
+    """
+
+    name: ClassVar[str] = "gate chance"
+    unit: ClassVar[str] = "exit probability"
+
+    @classmethod
+    def statistic(cls, end: LoopEnd, memory: Memory) -> Float[Tensor, " rows"]:
+        """The chance to stop here."""
+        return wide(end.gate_logit).sigmoid()
 
 
 class KLRule(ThresholdRule):
@@ -255,6 +271,7 @@ def _step(end: LoopEnd) -> Float[Tensor, "rows d_model"]:
 
 
 RULES: dict[str, type[ThresholdRule]] = {
-    rule.name: rule for rule in (GateRule, KLRule, LatentRule, AccelerationRule, EntropyRule, StableTopRule)
+    rule.name: rule
+    for rule in (GateRule, GateChanceRule, KLRule, LatentRule, AccelerationRule, EntropyRule, StableTopRule)
 }
 """All rules here, by name."""

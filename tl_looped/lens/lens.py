@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import log_probs_of
-from tl_looped.engine.runs import Prompts, RunOptions, check_causal, check_one_prompt, with_run_options
+from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.lens.measures import entropy, kl_divergence, token_rank, top_ids
 from tl_looped.lens.reads import (
@@ -220,7 +220,7 @@ def view_prompt(
     """
     check_eval(check_looped(model, several_stacks=True))
     runs = model.prepare(prompts, n_loops, **options)
-    check_causal(model.cfg, "token that those before it predict")
+    model.cfg.check_causal("view_prompt")
     run = model.batch_of(runs)
     check_one_prompt(run)
     if run.prefix is not None:

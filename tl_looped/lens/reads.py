@@ -130,7 +130,7 @@ def check_kind(model: LoopedModel, kind: LensKind, translated: bool, stack: str 
 
 def direct_input(
     model: LoopedModel, site: LensSite, x: Float[Tensor, "*dims d_model"]
-) -> Float[Tensor, "*dims d_model"]:
+) -> Float[Tensor, "*dims d_read"]:
     """What the unembedding reads in the direct lens: the final norm of a state, unless the head reads it as it is."""
     return model.transformer.head_input(x, closed=site == "state")
 

@@ -252,7 +252,7 @@ def trace_exits(
 
 def _checked(model: LoopedModel, rules: Sequence[type[ThresholdRule]] | None) -> list[type[ThresholdRule]]:
     if rules is None:
-        rules = [rule for rule in RULES.values() if rule is not GateRule or model.transformer.exit_logit]
+        rules = [rule for rule in RULES.values() if not issubclass(rule, GateRule) or model.transformer.exit_logit]
     if not isinstance(rules, Sequence):
         raise InputError(f"rules must be a list of classes of rules, such as [KLRule], got {rules!r}.")
     if not rules:

@@ -32,13 +32,16 @@ class Attention(nn.Module):
         self.cfg = cfg
         self.layer = (site.stack, site.layer)
         self.window = cfg.window(*self.layer)
+        self.scale = cfg.score_scale(*self.layer)
         self.turns_apart = self.window is not None and cfg.rotary_windowed is not None
         rotary = cfg.rotary_windowed if self.turns_apart else cfg.rotary
         self.style: RotaryStyle = "halves" if rotary is None else rotary.style
         self.norm_first = cfg.qk_norm is not None and not cfg.qk_norm.after_rotary
         self.norm_last = cfg.qk_norm is not None and cfg.qk_norm.after_rotary
-        without = ("hook_rot_q", "hook_rot_k") if rotary is None else ()
-        without = without if cfg.attn_gate else (*without, "hook_gate")
+        self.embeds_values = cfg.has_value_embed(*self.layer)
+        without = [] if rotary is not None else ["hook_rot_q", "hook_rot_k"]
+        without += [] if self.embeds_values else ["hook_value_gate", "hook_value_embed"]
+        without += [] if cfg.attn_gate else ["hook_gate"]
         self.hooks = HookGroup(registry, HookSite("attn.", site.stack, site.layer), looped, without)
         n_query, n_key = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         self.q = nn.Linear(cfg.d_model, n_query, bias=cfg.qk_bias)
@@ -47,6 +50,9 @@ class Attention(nn.Module):
         self.o = nn.Linear(n_query, cfg.d_model, bias=cfg.o_bias)
         if cfg.attn_gate:
             self.gate = nn.Linear(cfg.d_model, n_query, bias=False)
+        if self.embeds_values:
+            self.value_embed = nn.Embedding(cfg.d_vocab, n_key)
+            self.value_gate = nn.Linear(cfg.value_gate_size, cfg.kv_heads, bias=False)
         if cfg.qk_norm is not None:
             kind, eps = NORMS[cfg.qk_norm.kind], cfg.qk_norm.eps or cfg.eps
             sizes = (cfg.d_head, cfg.d_head) if cfg.qk_norm.per == "head" else (n_query, n_key)
@@ -82,7 +88,10 @@ class Attention(nn.Module):
         hooks, heads = self.hooks, (*x.shape[:2], -1, self.cfg.d_head)
         q = hooks.hook_q(self.q(x).view(heads), loop)
         k = hooks.hook_k(self.k(x).view(heads), loop)
-        v = hooks.hook_v(self.v(x).view(heads), loop)
+        v = self.v(x).view(heads)
+        if self.embeds_values:
+            v = v + self._token_values(x, frame, loop)
+        v = hooks.hook_v(v, loop)
         angles = frame.angles_windowed if self.turns_apart else frame.angles
         if self.norm_first:
             q, k = self._normed(q, k)
@@ -100,6 +109,17 @@ class Attention(nn.Module):
         z = hooks.hook_z(z, loop)
         out = self.o(z.flatten(-2))
         return self._through_result(out, z, loop) if hooks.hook_result.wants(loop) else out
+
+    def _token_values(
+        self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None
+    ) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """What the token itself adds to the values, by a gate of every head: 2σ(W y) E[token]."""
+        if frame.tokens is None:
+            raise ValueError("unreachable: a model whose layers read tokens gives them to its frames")
+        gate = 2 * self.value_gate(x[..., : self.cfg.value_gate_size]).sigmoid()
+        embed = self.value_embed(frame.tokens).unflatten(-1, (-1, self.cfg.d_head))
+        gate = self.hooks.hook_value_gate(gate, loop)
+        return gate[..., None] * self.hooks.hook_value_embed(embed, loop)
 
     def _normed(
         self, q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos kv_head d_head"]
@@ -139,7 +159,7 @@ class Attention(nn.Module):
             # Torch would put a lone query at the first key. (The comparison would stay a symbol in torch.compile.)
             triangle = True if mask is None and q.shape[2] == k.shape[2] else False  # noqa: SIM210
             z = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=triangle, scale=self.cfg.attn_scale, enable_gqa=k.shape[1] != q.shape[1]
+                q, k, v, mask, is_causal=triangle, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
             )
             if hooked:
                 z = self._explicit(q, k, v, visible, loop, z)
@@ -162,7 +182,7 @@ class Attention(nn.Module):
             hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
         else:
             hidden = ~visible[:, None]
-        scores = wide(q) @ wide(k).transpose(-1, -2) * (cfg.attn_scale or cfg.d_head**-0.5)
+        scores = wide(q) @ wide(k).transpose(-1, -2) * (self.scale or cfg.d_head**-0.5)
         if cfg.score_cap is not None:
             scores = (scores / cfg.score_cap).tanh() * cfg.score_cap
         scores = scores.masked_fill(hidden, float("-inf"))

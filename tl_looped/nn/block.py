@@ -10,18 +10,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.hooks import HookDict, HookGroup
+from tl_looped.engine.hooks import HookDict, HookGroup, settle
 from tl_looped.engine.network import Frame, matrix
 from tl_looped.engine.parts import ActFn
 from tl_looped.engine.schedule import HookSite
 from tl_looped.nn.attention import Attention
 from tl_looped.nn.norm import NORMS, Norm
+from tl_looped.nn.time import Modulation
 
 ACTS: dict[ActFn, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
+    "half_relu2": lambda x: F.relu(x).square() / 2,
 }
 
 
@@ -85,14 +87,18 @@ class Block(nn.Module):
         self.before = cfg.norm_placement not in ("output", "post")
         self.after = cfg.norm_placement in ("output", "output_sandwich")  # a norm on what a sub-layer gives
         self.on_stream = cfg.norm_placement in ("residual_sandwich", "post")  # a norm on the stream with it
-        self.hooks = HookGroup(registry, site, looped)
+        self.modulated = cfg.loop_time and looped
+        self.hooks = HookGroup(registry, site, looped, () if self.modulated else ("hook_modulation",))
+        if self.modulated:
+            self.modulation = nn.Linear(cfg.d_model, len(Modulation._fields) * cfg.d_model)
         self.attn = Attention(cfg, registry, site, looped)
         self.mlp = MLP(cfg, registry, site, looped)
         self.norm_hooks: dict[str, HookGroup] = {}
         names = ["ln1", "ln2"] if self.before else []
         for name in [*names, *(["ln1_post", "ln2_post"] if self.after or self.on_stream else [])]:
             self.add_module(name, NORMS[cfg.norm](cfg.d_model, cfg.eps))
-            self.norm_hooks[name] = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped)
+            without = () if self.modulated else ("hook_modulated",)
+            self.norm_hooks[name] = HookGroup(registry, HookSite(f"{name}.", site.stack, site.layer), looped, without)
 
     def share(self, other: Block) -> None:
         """Be the same layer as another at sites of its own: with its maps and norms in place of one's own."""
@@ -104,12 +110,26 @@ class Block(nn.Module):
     @property
     def query_input(self) -> tuple[str, Callable[[Tensor], Tensor]]:
         """What W_Q, W_K and W_V read: a site of the layer, and a function of the activation there."""
-        return ("ln1.hook_normalized", self.ln1.affine) if self.before else ("hook_resid_pre", lambda x: x)
+        if self.before and not self.modulated:
+            return "ln1.hook_normalized", self.ln1.affine
+        return "ln1.hook_modulated" if self.modulated else "hook_resid_pre", lambda x: x
 
     @property
     def neuron_gain(self) -> Float[Tensor, " d_model"] | None:
         """What multiplies every component that an MLP neuron writes, before it is added; None where nothing does."""
         return self.ln2_post.gain() if self.after or self.on_stream else None
+
+    def _modulation(self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None) -> Modulation:
+        """By what the loop's time gates and scales this layer: every position alike, unless a hook says otherwise."""
+        if frame.condition is None:
+            raise ValueError("unreachable: a model whose loops have a time gives it to its layers")
+        value, seen, changed = frame.condition
+        found = self.modulation(F.silu(value))
+        if seen is not None and changed is not None:
+            found = settle(found.expand(*x.shape[:2], -1), lambda: self.modulation(F.silu(seen)), changed)
+        if self.hooks.hook_modulation.wants(loop):
+            found = self.hooks.hook_modulation(found.expand(*x.shape[:2], -1), loop)
+        return Modulation(*found.chunk(len(Modulation._fields), dim=-1))
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None = None
@@ -117,13 +137,22 @@ class Block(nn.Module):
         """From resid_pre to resid_post; `loop` is None in a stack that runs once."""
         hooks, norm_hooks = self.hooks, self.norm_hooks
         x = hooks.hook_resid_pre(x, loop)
-        out = self.attn(self.ln1(x, loop, norm_hooks["ln1"]) if self.before else x, frame, loop)
+        by = self._modulation(x, frame, loop) if self.modulated else None
+        read = self.ln1(x, loop, norm_hooks["ln1"]) if self.before else x
+        if by is not None:
+            read = norm_hooks["ln1"].hook_modulated(read * (1 + by.scale_attn), loop)
+        out = self.attn(read, frame, loop)
+        out = out if by is None else by.gate_attn * out
         out = hooks.hook_attn_out(self.ln1_post(out, loop, norm_hooks["ln1_post"]) if self.after else out, loop)
         x = x + out
         if self.on_stream:
             x = self.ln1_post(x, loop, norm_hooks["ln1_post"])
         x = hooks.hook_resid_mid(x, loop)
-        out = self.mlp(self.ln2(x, loop, norm_hooks["ln2"]) if self.before else x, loop)
+        read = self.ln2(x, loop, norm_hooks["ln2"]) if self.before else x
+        if by is not None:
+            read = norm_hooks["ln2"].hook_modulated(read * (1 + by.scale_mlp), loop)
+        out = self.mlp(read, loop)
+        out = out if by is None else by.gate_mlp * out
         out = hooks.hook_mlp_out(self.ln2_post(out, loop, norm_hooks["ln2_post"]) if self.after else out, loop)
         x = x + out
         if self.on_stream:

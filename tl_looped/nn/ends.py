@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.network import CappedLinear
-from tl_looped.nn.norm import PlusOneRMSNorm
+from tl_looped.nn.block import ACTS
+from tl_looped.nn.norm import NORMS, PlusOneRMSNorm
 
 _DRAWN = (
     "embed.weight",
@@ -20,10 +22,26 @@ _DRAWN = (
 )  # N(0, 1): what a residual stream begins with
 
 
+class HeadTransform(nn.Module):
+    """N(act(W x + b)): what a head may read in place of the residual stream."""
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__()
+        width = cfg.d_embed or cfg.d_model
+        self.inner = nn.Linear(cfg.d_model, width)
+        self.act = ACTS[cfg.act_fn]
+        self.norm = NORMS[cfg.norm](width, cfg.eps)
+
+    def forward(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_read"]:
+        """What the head reads."""
+        return self.norm(self.act(self.inner(x)))
+
+
 def head(cfg: LoopedConfig, embed: nn.Embedding) -> nn.Linear:
     """From what the last norm gives to logits; its weight is the embedding's where the config ties them."""
     if cfg.logit_cap is None:
-        unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        width = cfg.d_embed or cfg.d_model
+        unembed = nn.Linear(width, cfg.d_vocab, bias=cfg.head_transform)
     else:
         unembed = CappedLinear(cfg.d_model, cfg.d_vocab, cfg.logit_cap)
     if cfg.tie_embeddings:

@@ -107,7 +107,19 @@ class PlusOneRMSNorm(RMSNorm):
         return 1 + wide(self.weight)
 
 
-class LayerNorm(RMSNorm):
+class CentredNorm(RMSNorm):
+    """w · (x − mean(x)) / sqrt(var(x) + eps)."""
+
+    def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """See the class."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
+
+    def centred(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        """X less its mean."""
+        return x - x.mean(-1, keepdim=True)
+
+
+class LayerNorm(CentredNorm):
     """w · (x − mean(x)) / sqrt(var(x) + eps) + b."""
 
     def __init__(self, size: int, eps: float):
@@ -117,10 +129,6 @@ class LayerNorm(RMSNorm):
     def fused(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
         """See the class."""
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-    def centred(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
-        """X less its mean."""
-        return x - x.mean(-1, keepdim=True)
 
     def affine(self, normalized: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
         """Times the weight, plus the bias."""
@@ -132,4 +140,5 @@ NORMS: dict[NormKind, type[Norm]] = {
     "rms_plus_one": PlusOneRMSNorm,
     "weightless": Weightless,
     "layer": LayerNorm,
+    "layer_no_bias": CentredNorm,
 }

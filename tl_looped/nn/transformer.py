@@ -8,8 +8,9 @@ logits = unembed(final_norm(coda(loop_norm(x))))      loop_norm here only where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,12 +18,17 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Frame, Network
+from tl_looped.engine.network import Condition, Frame, Network, matrix
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
 from tl_looped.nn.block import Block
-from tl_looped.nn.ends import head, random_weights
-from tl_looped.nn.norm import NORMS, Norm
+from tl_looped.nn.ends import HeadTransform, head, random_weights
+from tl_looped.nn.injection import DiagonalInjection
+from tl_looped.nn.norm import NORMS, LayerNorm, Norm
 from tl_looped.nn.rotary import Turns
+from tl_looped.nn.time import TimeEmbed, clock
+from tl_looped.nn.update import UpdateGate
+
+EXIT_EPS = 1e-5  # of the LayerNorm before an exit gate
 
 
 class LoopedTransformer(Network):
@@ -38,42 +44,69 @@ class LoopedTransformer(Network):
         self.hook_dict = HookDict()
         self.norm_hooks: dict[str, HookGroup] = {}
         without = [] if cfg.learned_positions else ["hook_pos_embed"]
+        without += [] if cfg.state_out else ["hook_state_out"]
+        without += [] if cfg.head_transform else ["hook_head_in"]
+        width = cfg.d_embed or cfg.d_model  # of the embeddings
         self.hooks = HookGroup(self.hook_dict, HookSite(""), looped=False, without=without)
-        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.embed = nn.Embedding(cfg.d_vocab, width)
         if cfg.learned_positions:
-            self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+            self.pos_embed = nn.Embedding(cfg.n_ctx, width)
+        if cfg.n_token_types:
+            self.type_embed = nn.Embedding(cfg.n_token_types, width)
         if cfg.embed_norm:
-            self.ln_embed = self._norm("ln_embed")
+            self.ln_embed = self._norm("ln_embed", width)
+        if cfg.d_embed is not None:
+            self.embed_map = nn.Linear(cfg.d_embed, cfg.d_model)
         self.prelude = self._stack(PRELUDE, cfg.n_prelude, looped=False)
         if cfg.prelude_norm:
             self.ln_prelude = self._norm("ln_prelude")
         absent = {"hook_injection_in": not cfg.reads_input_in_loops, "hook_exit_gate": not cfg.exit_gate}
-        absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_halt_gate": True}
+        absent |= dict.fromkeys(("hook_injection_decay", "hook_injection_step"), cfg.injection != "diagonal")
+        absent |= {"hook_condition": not cfg.loop_time, "hook_halt_gate": True}
+        absent |= {"hook_core_out": cfg.loop_update == "replace", "hook_update_gate": cfg.loop_update != "gated"}
         without = [name for name, is_so in absent.items() if is_so]
         self.loop_hooks = HookGroup(self.hook_dict, HookSite(""), looped=True, without=without)
         if cfg.injection in ("concat_linear", "concat_linear_prelude_first"):
             self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
+        if cfg.injection == "diagonal":
+            self.injection = DiagonalInjection(cfg.d_model)
+        if cfg.loop_time:
+            self.time_embed, self.step_embed = TimeEmbed(cfg.d_model), TimeEmbed(cfg.d_model)
         self.blocks = self._stack(CORE, cfg.n_core, looped=True)
+        for layer, block in enumerate(self.blocks):
+            if layer % cfg.layer_repeats:
+                cast(Block, block).share(cast(Block, self.blocks[layer - 1]))
+        if cfg.gate_rank is not None:
+            self.update_gate = UpdateGate(cfg.d_model, cfg.gate_rank)
         if cfg.norms_each_loop:
             self._hook_norm("ln_loop", looped=True)
         if cfg.loop_norm == "own":
             self.ln_loop = self._norm("")
         if cfg.exit_gate:
             self.exit_gate = nn.Linear(cfg.d_model, 1)
+        if cfg.exit_norm:
+            self.exit_norm = LayerNorm(cfg.d_model, EXIT_EPS)
+        if cfg.state_out:
+            self.state_out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
         if cfg.norms_last_loop:
             self._hook_norm("ln_coda")
         self.coda = self._stack(CODA, cfg.n_coda, looped=False)
+        if cfg.coda_is_core:
+            for again, block in zip(self.coda, self.blocks, strict=True):
+                cast(Block, again).share(cast(Block, block))
         if cfg.has_final_weights:
             self.ln_final = NORMS[cfg.final_norm_kind or cfg.norm](cfg.d_model, cfg.eps)
         if cfg.final_norm:
             self._hook_norm("ln_final")
+        if cfg.head_transform:
+            self.head_transform = HeadTransform(cfg)
         self.unembed = head(cfg, self.embed)
         self._turns = Turns(cfg)
 
-    def _norm(self, name: str) -> Norm:
+    def _norm(self, name: str, size: int | None = None) -> Norm:
         if name:
             self._hook_norm(name)
-        return NORMS[self.cfg.norm](self.cfg.d_model, self.cfg.eps)
+        return NORMS[self.cfg.norm](size or self.cfg.d_model, self.cfg.eps)
 
     def _hook_norm(self, name: str, looped: bool = False) -> None:
         # ln_loop and ln_coda may be the final norm's weights at other sites, with hook points of their own.
@@ -91,10 +124,15 @@ class LoopedTransformer(Network):
         self,
         visible: Bool[Tensor, "#batch pos key"] | None,
         positions: Int[Tensor, "rows pos"],
+        tokens: Int[Tensor, "batch pos"],
         l_cycles: int | None = None,
+        step_sizes: Sequence[float] | None = None,
     ) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
-        return Frame(positions, *self._turns.angles(positions, self.embed.weight.dtype), visible)
+        full, windowed = self._turns.angles(positions, self.embed.weight.dtype)
+        read = tokens if self.cfg.reads_tokens_in_layers else None
+        times = None if step_sizes is None else clock(step_sizes, self.embed.weight.dtype, positions.device)
+        return Frame(positions, full, windowed, visible, tokens=read, clock=times)
 
     def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""
@@ -104,8 +142,12 @@ class LoopedTransformer(Network):
         x = self.hooks.hook_embed(x)
         if self.cfg.learned_positions:
             x = x + self.hooks.hook_pos_embed(self.pos_embed(frame.positions.expand(len(x), -1)))
+        if self.cfg.n_token_types:
+            x = x + self.type_embed.weight[0]
         if self.cfg.embed_norm:
             x = self.ln_embed(x, None, self.norm_hooks["ln_embed"])
+        if self.cfg.d_embed is not None:
+            x = self.embed_map(x)
         for block in self.prelude:
             x = block(x, frame)
         return self.ln_prelude(x, None, self.norm_hooks["ln_prelude"]) if self.cfg.prelude_norm else x
@@ -119,6 +161,8 @@ class LoopedTransformer(Network):
             e = self.loop_hooks.hook_injection_in(e, t)
             if self.cfg.injection == "add":
                 x = x + e
+            elif self.cfg.injection == "diagonal":
+                x = cast(DiagonalInjection, self.injection)(x, e, t, self.loop_hooks)
             elif self.cfg.injection == "concat_linear":
                 x = self.injection(torch.cat((x, e), dim=-1))
             else:
@@ -130,6 +174,11 @@ class LoopedTransformer(Network):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state that `before` becomes when the core has made x of it; before any norm."""
         x = self.loop_hooks.hook_core_out(x, t)
+        if self.cfg.loop_update == "residual":
+            return before + x
+        if self.cfg.loop_update == "gated":
+            gate = self.loop_hooks.hook_update_gate(self.update_gate(x - before), t)
+            return gate * x + (1 - gate) * before
         return before + self.cfg.loop_step * (x - before)
 
     def loop(
@@ -147,16 +196,33 @@ class LoopedTransformer(Network):
         if first_layer and not self.cfg.resumes_in_loop:
             raise ValueError(f"a {self.cfg.loop_update} update needs the state that entered the loop")
         x = self.enter(state, e, t) if first_layer == 0 else state
-        for block in islice(self.blocks, first_layer, None):  # a slice would be a new ModuleList
-            x = block(x, frame, t)
+        x = self.run_layers(x, frame, t, first_layer)
         if self.cfg.loop_update != "replace":
             x = self.update(state, x, t)
         if self.cfg.norms_each_loop:
             x = self.close(x, t, self.norm_hooks["ln_loop"])
         x = self.loop_hooks.hook_state_post(x, t)
         if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
-            self.loop_hooks.hook_exit_gate(self.exit_gate(x).squeeze(-1), t)
+            self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
         return x
+
+    def run_layers(
+        self, x: Float[Tensor, "batch pos d_model"], frame: Frame, t: int, first: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Core layers first, ..., stop - 1 (None: all) in loop t, from what the first of them reads."""
+        if self.cfg.loop_time:
+            frame = frame._replace(condition=self.condition(x, frame, t))
+        for block in islice(self.blocks, first, stop):  # a slice would be a new ModuleList
+            x = block(x, frame, t)
+        return x
+
+    def condition(self, x: Float[Tensor, "batch pos d_model"], frame: Frame, t: int) -> Condition:
+        """What tells the layers the time of loop t."""
+        if frame.clock is None:
+            raise ValueError("unreachable: a run of a model whose loops have a time has step_sizes")
+        begins, step = frame.clock[t]
+        found, hook = self.time_embed(begins) + self.step_embed(step), self.loop_hooks.hook_condition
+        return Condition(found, *hook.fire(found.expand_as(x), t)) if hook.wants(t) else Condition(found)
 
     def close(
         self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
@@ -166,30 +232,39 @@ class LoopedTransformer(Network):
             return x
         return (self.ln_loop if self.cfg.loop_norm == "own" else self.ln_final)(x, t, hooks)
 
-    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state: after the coda and the final norm."""
         x = state
+        if self.cfg.state_out:
+            x = self.hooks.hook_state_out(self.state_out(x))
         if self.cfg.norms_last_loop:
             x = self.ln_final(x, None, self.norm_hooks["ln_coda"])
         for block in self.coda:
             x = block(x, frame)
-        return self.ln_final(x, None, self.norm_hooks["ln_final"]) if self.cfg.final_norm else x
+        if self.cfg.final_norm:
+            x = self.ln_final(x, None, self.norm_hooks["ln_final"])
+        return self.hooks.hook_head_in(self.head_transform(x)) if self.cfg.head_transform else x
 
-    def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_model"]:
-        """What the unembedding reads of a residual stream x if nothing but norms came after it; no hook sees it.
+    def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_read"]:
+        """What the unembedding reads of a residual stream x if no layers came after it; no hook sees it.
 
         Args:
             x: vectors of the residual stream.
             closed: whether x is a state, which the norm that closes loops has been applied to.
         """
+        if self.cfg.state_out:
+            x = self.state_out(x)
         if self.cfg.final_norm or self.cfg.norms_last_loop or (self.cfg.norms_each_loop and not closed):
-            return self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
-        return x
+            x = self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
+        return self.head_transform(x) if self.cfg.head_transform else x
 
     @property
     def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:
         """See `Network`."""
-        return (lambda state: self.exit_gate(state).squeeze(-1)) if self.cfg.exit_gate else None
+        return self._exit_logit if self.cfg.exit_gate else None
+
+    def _exit_logit(self, state: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+        return self.exit_gate(self.exit_norm(state) if self.cfg.exit_norm else state).squeeze(-1)
 
     @property
     def head_gain(self) -> Float[Tensor, " d_model"] | None:
@@ -197,6 +272,11 @@ class LoopedTransformer(Network):
         if self.cfg.final_norm or self.cfg.loop_norm == "each":
             return self.ln_final.gain()
         return self.ln_loop.gain() if self.cfg.loop_norm == "own" else None
+
+    @property
+    def after_loops(self) -> Float[Tensor, "d_model d_model"] | None:
+        """The linear map of the state before what comes after the loops; None where there is none."""
+        return matrix(self.state_out, "state_out") if self.cfg.state_out else None
 
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or for the injection."""

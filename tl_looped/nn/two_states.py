@@ -14,7 +14,7 @@ loops t · L to t · L + L − 1. Either stack has its own sites, of width d_mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -88,11 +88,14 @@ class TwoStateTransformer(Network):
         self,
         visible: Bool[Tensor, "#batch pos key"] | None,
         positions: Int[Tensor, "rows pos"],
+        tokens: Int[Tensor, "batch pos"],
         l_cycles: int | None = None,
+        step_sizes: Sequence[float] | None = None,
     ) -> Frame:
         """Prepare what all layers of a run share: see `Frame`."""
         angles = self._turns.angles(positions, self.embed.weight.dtype)
-        return Frame(positions, *angles, visible, l_cycles=l_cycles or self.l_cycles)
+        read = tokens if self.cfg.reads_tokens_in_layers else None
+        return Frame(positions, *angles, visible, l_cycles=l_cycles or self.l_cycles, tokens=read)
 
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or for the injection."""

@@ -21,7 +21,7 @@ from tl_looped.engine.checks import check_eval
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import digest, weights_digest
-from tl_looped.engine.runs import Prompts, RunOptions, check_causal, with_run_options
+from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.observe.batch import Batch
 from tl_looped.observe.measure import Measure, check_measures
@@ -87,7 +87,7 @@ def observe(
     if isinstance(model, Engine):
         for measure in chosen:
             if measure.reads_tokens:
-                check_causal(model.cfg, f"token after each position, which {measure.name!r} reads")
+                model.cfg.check_causal(f"measure {measure.name!r}")
         runner: Runner = LoopedRunner(model, model.prepare(prompts, n_loops, **options))
     else:
         runner = FeedforwardRunner(model, prompts, n_loops, options)

@@ -137,7 +137,8 @@ class FeedforwardRunner:
     def __init__(self, model: TransformerLensModel, prompts: Prompts, n_loops: LoopCount | None, options: RunOptions):
         self.model = model
         refused = {"n_loops": n_loops} | {
-            name: options.get(name) for name in ("seed", "initial_state", "position_ids", "attention_mask")
+            name: options.get(name)
+            for name in ("seed", "initial_state", "position_ids", "attention_mask", "step_sizes")
         }
         for name, value in refused.items():
             if value is not None:

@@ -83,6 +83,11 @@ def attribution_sweep(
         raise InputError("attribution pairs each loop with itself: leave 'source_loop' out, or use patch_sweep.")
     if n_steps is not None and given.cache is None:
         raise InputError("n_steps integrates from the corrupted prompt to another: pass that prompt's cache.")
+    if n_steps is not None and model.cfg.reads_tokens_in_layers:
+        raise InputError(
+            f"n_steps moves the embeddings to those of the other prompt, but layers of {model.cfg.model_name} read "
+            "tokens themselves, by value embeddings: leave out n_steps."
+        )
     steps = 1 if n_steps is None else check_count("n_steps", n_steps)
     when: When = "at" if "loop" in axes else "every"
     plan = Plan(model.cfg, run.counts, run.tokens.shape[1], site, axes, when, None, stack)

@@ -134,7 +134,7 @@ class Plan:
         if not self.looped:
             site = HookSite(self.component)
             begins = (0, 0) if self.component == "hook_state_init" else None
-            after = self.component.startswith(("ln_coda", "ln_final"))
+            after = self.component.startswith(("hook_state_out", "ln_coda", "ln_final", "hook_head_in"))
             end = (self.schedule.n_loops(None) - 1, self._last_layer)
             return Group(((site, site),), end if after else begins, outer)
         t = at.get("loop", 0)

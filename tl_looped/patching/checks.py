@@ -66,6 +66,10 @@ def check_source(source: Source, run: Run) -> None:
             f"the source ran {theirs.counts} loops, this call {run.counts}: pass n_loops={theirs.counts}, "
             "or cache the source again."
         )
+    if theirs.step_sizes != run.step_sizes:
+        raise InputError(
+            f"the source's loops took steps {theirs.step_sizes}, this run's {run.step_sizes}: pass both the same."
+        )
     if source.name == "cache" and theirs.tokens.shape != run.tokens.shape:
         raise InputError(
             f"source and patched prompts differ: tokens of shape {tuple(theirs.tokens.shape)} and "

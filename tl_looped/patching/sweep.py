@@ -135,8 +135,7 @@ class _Sweep:
         if layer < stop:
             core = one_core(self.model)
             x = core.enter(x, e, t) if layer == 0 else x
-            for block in core.blocks[layer:stop]:
-                x = block(x, self.frame, t)
+            x = core.run_layers(x, self.frame, t, layer, stop)
         return (t, max(layer, stop)), x
 
     def _patched(

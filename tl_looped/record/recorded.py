@@ -278,7 +278,8 @@ class Recorded(AnyResult, Dataset[dict[str, Any]]):
         rows = Rows(ids, tuple(torch.ones_like(one, dtype=torch.bool) for one in ids))
         n_loops, source = self.made_by["n_loops"], self.made_by["initial_state"]
         seed = int(source.removeprefix("seed ")) if source.startswith("seed ") else None
-        run = model.batch_of(Runs(rows, n_loops, 0, n_loops, True, seed=seed), range(len(ids)))
+        step_sizes = self.made_by.get("step_sizes") and tuple(self.made_by["step_sizes"])
+        run = model.batch_of(Runs(rows, n_loops, 0, n_loops, True, seed=seed, step_sizes=step_sizes), range(len(ids)))
         at = torch.cat([(self._rows[0]["prompt"] == i).nonzero()[:, 0] for i in chosen])
         found = {}
         for name in self.places:

@@ -105,13 +105,17 @@ class _Checks:
         self.limit = max(1e-5, 2 * eps)  # of a difference, as a share of the largest number
         self.logits: dict[int, Tensor] = {}
 
+    def options(self, n_loops: int) -> dict[str, Any]:
+        """Of the run that the whole one is after so many loops: where loops have a time, its steps are those."""
+        return self.seeding | ({"step_sizes": (1 / self.n_loops,) * n_loops} if self.model.cfg.loop_time else {})
+
     def run(self, n_loops: int, hooks: list[tuple[Any, Any]] | None = None) -> Float[Tensor, "1 pos d_vocab"]:
         """Logits of a run with that many loops; of an unhooked one, kept."""
         loops = self.counted(n_loops)
         if hooks is not None:
-            return self.model.run_with_hooks(self.tokens, loops, fwd_hooks=hooks, **self.seeding)
+            return self.model.run_with_hooks(self.tokens, loops, fwd_hooks=hooks, **self.options(n_loops))
         if n_loops not in self.logits:
-            self.logits[n_loops] = self.model(self.tokens, loops, **self.seeding)
+            self.logits[n_loops] = self.model(self.tokens, loops, **self.options(n_loops))
         return self.logits[n_loops]
 
     def counted(self, n_loops: int) -> LoopCount:

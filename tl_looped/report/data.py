@@ -136,6 +136,7 @@ def collect(
         InputError: a prompt that the model can't read, an answer that is not one token, or a bad loop count or seed.
     """
     check_eval(check_looped(model))
+    model.cfg.check_causal("the report")
     asked = tuple(questions)
     if not asked:
         raise InputError("a report needs at least one prompt.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.numbers import median
+from tl_looped.engine.words import describe
 from tl_looped.report.data import Reading, ReportData
 from tl_looped.viz.style import show_token
 
@@ -37,7 +38,7 @@ def model_in_words(data: ReportData) -> list[tuple[str, str]]:
         ("width", f"d_model {cfg.d_model}, MLP {cfg.d_mlp}, {heads}; vocabulary {cfg.d_vocab:,}"),
         ("weights", f"{data.n_parameters:,} in {data.dtype}, run on {data.device}"),
     ]
-    return words + [(name, state_in_words(data) if name == "initial state" else text) for name, text in cfg.describe()]
+    return words + [(name, state_in_words(data) if name == "initial state" else text) for name, text in describe(cfg)]
 
 
 def state_in_words(data: ReportData) -> str:

@@ -182,7 +182,8 @@ def neuron_shares(
 
     With `fold`, a norm between the MLP and the stream (`ln2_post`) has its weight multiplied into the neurons'
     directions, and the final norm (the one that closes a loop, for Ouro) into W_U; its scale is positive and the same
-    for all tokens, so it changes neither moment. Injection, later layers and later loops are left out, also where they
+    for all tokens, so it changes neither moment. A linear map of the state after the loops (Parcae) is part of what the
+    core's neurons write to the head. Injection, later layers and later loops are left out, also where they
     have weights of their own on the stream's way (Huginn's layers).
 
     Args:
@@ -194,8 +195,8 @@ def neuron_shares(
         progress: show a bar over layers.
 
     Raises:
-        InputError: a threshold that is not a number, below 0, or above what the vocabulary's size allows; or weights
-            that are not finite.
+        InputError: a threshold that is not a number, below 0, or above what the vocabulary's size allows; weights that
+            are not finite; or `fold` of a model whose layers are gated by the loop's time.
 
     Source:
         Gurnee et al. 2024, arXiv 2401.12181 (kurtosis above 10, by the sign of the skew); arXiv 2604.11791.
@@ -208,6 +209,16 @@ def neuron_shares(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "
             f"{min_kurtosis:g}: pass a smaller min_kurtosis."
         )
+    if model.cfg.head_transform:
+        raise InputError(
+            f"the head of {model.cfg.model_name} reads the stream through a map with an activation function, so a "
+            "neuron's effect on logits depends on the rest: look at states (tl_looped.lens.logit_lens) instead."
+        )
+    if fold and model.cfg.loop_time:
+        raise InputError(
+            f"a gate that changes with the loop multiplies what neurons of {model.cfg.model_name} write, so no one "
+            "weight can be folded in: pass fold=False."
+        )
     transformer = one_core(model)
     blocks: list[tuple[str, int, Any]] = []
     for stack, modules in ((PRELUDE, transformer.prelude), (CORE, transformer.blocks), (CODA, transformer.coda)):
@@ -216,8 +227,8 @@ def neuron_shares(
     if fold and transformer.head_gain is not None:
         W_U = _scaled(W_U, transformer.head_gain[:, None])
     found = [
-        logit_effects(_directions(block, fold), W_U, unit)
-        for _, _, block in tqdm(blocks, desc="Neurons", disable=not progress)
+        logit_effects(_directions(block, fold, transformer.after_loops if stack == CORE else None), W_U, unit)
+        for stack, _, block in tqdm(blocks, desc="Neurons", disable=not progress)
     ]
     options = {"unit": unit, "fold": fold}
     return NeuronShares(
@@ -231,9 +242,10 @@ def neuron_shares(
     )
 
 
-def _directions(block: Block, fold: bool) -> Float[Tensor, "d_mlp d_model"]:
+def _directions(block: Block, fold: bool, then: Tensor | None) -> Float[Tensor, "d_mlp d_model"]:
     w = block.mlp.W_out
-    return _scaled(w, block.neuron_gain) if fold and block.neuron_gain is not None else w
+    w = _scaled(w, block.neuron_gain) if fold and block.neuron_gain is not None else w
+    return w if then is None else wide(w) @ wide(then).T
 
 
 def _scaled(weight: Tensor, by: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def text_loss(
     """Mean next-token cross entropy after the last loop, in nats; the initial state is drawn from `seed`, or afresh."""
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    frame = model.frame(None, positions[:1])
+    frame = model.frame(None, positions[:1], tokens)
     state = own_state(model.cfg, positions, seed, torch.float32)
     logits = model.readout(model(tokens, frame, state, 0, n_loops), frame)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -93,7 +93,7 @@ def initialised(cfg: LoopedConfig, seed: int) -> LoopedTransformer:
 def query_logits(model: LoopedTransformer, contexts: Contexts, n_loops: int) -> Float[Tensor, "loop batch query vocab"]:
     """Logits at all queries of packed contexts after every loop."""
     tokens, positions, visible = (torch.from_numpy(array) for array in contexts.packed())
-    frame = model.frame(visible[None], positions[None])
+    frame = model.frame(visible[None], positions[None], tokens)
     e = model.read(tokens, frame)
     state, states = torch.zeros_like(e), []
     for t in range(n_loops):
