@@ -20,7 +20,7 @@ ROOMS = [
     "viz", "report", "adapters",
 ]  # fmt: skip
 ONE_PROMPT = {"path_independence", "trajectory", "jacobian_spectrum", "massive_activations", "view_prompt"}
-ONE_PROMPT |= {"state_motion", "attention_bound", "attention_stability"}
+ONE_PROMPT |= {"state_motion", "attention_bound", "attention_stability", "lyapunov_exponents"}
 
 
 def total(logits: Tensor) -> Tensor:

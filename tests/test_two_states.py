@@ -144,7 +144,7 @@ def test_a_pair_for_one_core_is_refused():
         ({"n_coda": 1}, "n_coda=1 does not go with two_states"),
         ({"injection": "concat_linear"}, "injection='concat_linear' does not go with two_states"),
         ({"prefix_lm": True, "causal": False}, "prefix_lm=True says who sees whom"),
-        ({"two_states": None, "causal": False}, "causal=False are parts of models with two_states"),
+        ({"two_states": None, "causal": False, "prefix_lm": False}, "causal=False are parts of models with two_states"),
         ({"loop_norm": "last"}, "loop_norm='last' does not go with two_states"),
     ],
 )
