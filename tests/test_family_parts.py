@@ -495,7 +495,7 @@ def test_a_layer_twice_in_a_row_is_one_layers_weights_at_two_sites():
     torch.testing.assert_close(cache["resid_post", 1, 0], first(first(cache["resid_pre", 0, 0], frame, 0), frame, 0))
     edited = model.run_with_hooks(tokens, 1, fwd_hooks=[("blocks.1.attn.hook_z", lambda x, hook: 0 * x)])
     assert not torch.equal(edited, model(tokens, 1))  # the second call alone
-    assert dict(model.cfg.describe())["layers"] == "each 2 times in a row"
+    assert dict(describe(model.cfg))["layers"] == "each 2 times in a row"
     with pytest.raises(InputError, match=r"n_core \(3\) must be a multiple of layer_repeats \(2\)"):
         config(n_core=3, layer_repeats=2)
 
