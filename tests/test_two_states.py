@@ -312,6 +312,7 @@ def test_the_loss_leaves_out_what_is_seen(model: LoopedModel, tokens: Tensor):
         ({"prefix_length": 6}, "prefix_length is 6, but prompt 0 has 5 tokens: pass no more"),
         ({"prefix_length": [5, 9]}, "prefix_length is 9, but prompt 1 has 5 tokens"),
         ({"prefix_length": [5]}, "prefix_length has 1 lengths for 2 prompts: pass one for each"),
+        ({"prefix_length": 2.5}, "prefix_length must be an integer, got 2.5"),
         ({"prefix_length": -1}, "prefix_length must be at least 0, got -1"),
         ({"prefix_length": 1, "token_type_ids": torch.ones(2, 5)}, "say the same: leave one out"),
         ({"token_type_ids": torch.ones(2, 4)}, r"of shape \(2, 5\) = \[batch, pos\], 1 for tokens .* \(2, 4\)"),
@@ -319,7 +320,9 @@ def test_the_loss_leaves_out_what_is_seen(model: LoopedModel, tokens: Tensor):
         ({"prefix_length": 1, "attention_mask": torch.ones(2, 5, 5)}, "who sees whom in full: leave out prefix_length"),
     ],
 )
-def test_a_wrong_prefix_is_refused(model: LoopedModel, tokens: Tensor, options: dict[str, Any], message: str):
+def test_a_wrong_prefix_is_refused(
+    model: LoopedModel, tokens: Tensor, options: dict[str, Any], message: str, as_a_user: None
+):
     with pytest.raises(InputError, match=message):
         model(tokens, **options)
 

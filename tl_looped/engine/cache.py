@@ -349,11 +349,9 @@ class LoopedCache(AnyResult, ActivationCache):
         """
         wanted = [loops] if isinstance(loops, int) else list(loops)
         chosen = {self._index("loop", loop, self.run.n_loops) for loop in wanted}
-        kept = {}
-        for name, tensor in self.cache_dict.items():
-            site = HookSite.parse(name)
-            if site.loop is None or site.loop in self.schedule.loops_in(site.stack, chosen):
-                kept[name] = tensor
+        sites = {name: HookSite.parse(name) for name in self.cache_dict}
+        of_loops = {name: self.schedule.loops_in(site.stack, chosen) for name, site in sites.items()}
+        kept = {n: x for n, x in self.cache_dict.items() if sites[n].loop is None or sites[n].loop in of_loops[n]}
         return self._with(kept, kept_loops=tuple(sorted(chosen)))
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> LoopedCache:

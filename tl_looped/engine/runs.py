@@ -294,16 +294,17 @@ def resolve_prefix(
         raise InputError(f"attention_mask says who sees whom in full: leave out {given[0]}.")
     if len(given) == 2:
         raise InputError("prefix_length and token_type_ids say the same: leave one out.")
+    if kinds is None and length is None and cfg.prefix_lm and isinstance(prompts, Mapping):
+        kinds = prompts.get("token_type_ids")
+    if full is not None or (cfg.causal and length is None and kinds is None):
+        return None
     _, real = rows.padded()
     if not cfg.causal:
-        return None if full is not None else real
+        return real
     if length is not None:
-        prefix = _leading(real, [length] * len(rows) if isinstance(length, int) else list(length))
+        each = isinstance(length, (list, tuple))
+        prefix = _leading(real, list(length) if each else [cast(int, length)] * len(rows))
     else:
-        if kinds is None and cfg.prefix_lm and isinstance(prompts, Mapping):
-            kinds = prompts.get("token_type_ids")
-        if kinds is None:
-            return None
         prefix = torch.as_tensor(kinds).cpu()
         prefix = prefix[None] if prefix.ndim == 1 else prefix
         if prefix.shape != real.shape or not bool(((prefix == 0) | (prefix == 1)).all()):
