@@ -1,5 +1,6 @@
 // Draws every element of class tl-loop-attention: circuitsvis's AttentionHeads, with a choice of layer and loop above.
-// Its data is the JSON in the element (see LoopAttention in attention.py); `CircuitsVis` comes with the bundle before.
+// Its data is the JSON in the element (see LoopAttention in attention.py), with attention in steps of 1/255, deflated;
+// a layer is unpacked when it is looked at. `CircuitsVis` comes with the bundle before.
 (() => {
   let views = 0;
 
@@ -8,6 +9,23 @@
     element.textContent = text; // never innerHTML: tokens are anybody's text
     parent.append(element);
     return element;
+  }
+
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  // [head][query][key] of one loop, as numbers from 0 to 1.
+  function patternOf(layer, place, size) {
+    const entries = size * size;
+    return Array.from({ length: layer.heads }, (_, head) =>
+      Array.from({ length: size }, (_, query) => {
+        const start = (place * layer.heads + head) * entries + query * size;
+        return Array.from(layer.levels.subarray(start, start + size), (level) => level / 255);
+      }),
+    );
   }
 
   function draw(root) {
@@ -35,13 +53,15 @@
       if (clicked >= 0) head = clicked;
     });
 
-    function show() {
+    async function show() {
       const layer = layers[layerChoice.value];
+      layer.levels ??= await unpack(layer.pattern);
+      if (layer !== layers[layerChoice.value]) return; // the reader has gone on
       const place = Number(loopChoice.value);
       const loop = layer.loops[place];
       loopChoice.disabled = layer.loops.length < 2;
       loopText.textContent = loop === null ? "runs once" : `${loop}`;
-      const pattern = layer.pattern[place];
+      const pattern = patternOf(layer, place, tokens.length);
       const target = document.createElement("div");
       target.id = `tl-heads-${Date.now()}-${views++}`; // circuitsvis finds its element by id
       holder.replaceChildren(target);
@@ -74,6 +94,7 @@
 
   for (const root of document.querySelectorAll(".tl-loop-attention:not([data-drawn])")) {
     root.dataset.drawn = "true";
+    root.parentElement?.querySelector(":scope > .tl-still")?.remove();
     draw(root);
   }
 })();

@@ -36,6 +36,7 @@
 
   for (const root of document.querySelectorAll(".tl-tokens:not([data-drawn])")) {
     root.dataset.drawn = "true";
+    root.parentElement?.querySelector(":scope > .tl-still")?.remove();
     draw(root);
   }
 })();
