@@ -13,11 +13,23 @@ from plotly.colors import DEFAULT_PLOTLY_COLORS
 from plotly.io.base_renderers import MimetypeRenderer, PlotlyRenderer
 
 from tl_looped.viz.marks import Colors, as_numbers, bars, heatmap, point, scatter
-from tl_looped.viz.still import WIDTH, Scale, annotation, document, frame, label_room, look_up, px, text, width_of
+from tl_looped.viz.still import (
+    WIDTH,
+    Number,
+    Scale,
+    annotation,
+    document,
+    frame,
+    label_room,
+    look_up,
+    px,
+    text,
+    width_of,
+)
 
 _SVG = "image/svg+xml"
 _STILL = "tl_looped_still"  # our renderer's name; it is never plotly's default
-Plot = tuple[float, float, float, float]
+Plot = tuple[Number, Number, Number, Number]
 
 
 class Figure(go.Figure):
@@ -94,7 +106,7 @@ class _Still:
             )
             behind += below
             around += above
-        bases: dict[Any, float] = {}
+        bases: dict[Any, Number] = {}
         for i, trace in enumerate(self.traces):
             drawn = self._trace(trace, DEFAULT_PLOTLY_COLORS[i % len(DEFAULT_PLOTLY_COLORS)], bases)
             marks += drawn
@@ -123,7 +135,7 @@ class _Still:
         top, bottom = float(margin.get("t", 60)), float(margin.get("b", 60))
         return left, top, WIDTH - right, self.height - bottom
 
-    def _left_labels(self) -> float:
+    def _left_labels(self) -> Number:
         """How much room the labels and the title at the left need."""
         names = look_up(self.layout, "yaxis.ticktext") or ()
         title = str(look_up(self.layout, "yaxis.title.text", ""))
@@ -166,7 +178,7 @@ class _Still:
         scale.low, scale.high = self._range(scale, values, letter, group)
         return scale
 
-    def _range(self, scale: Scale, values: Sequence[Any], letter: str, group: set[str]) -> tuple[float, float]:
+    def _range(self, scale: Scale, values: Sequence[Any], letter: str, group: set[str]) -> tuple[Number, Number]:
         layout = scale.layout
         fixed = next((r for r in (self._axis_layout(name).get("range") for name in sorted(group)) if r), None)
         if fixed:
@@ -194,7 +206,7 @@ class _Still:
                 middle, share = (one.start + one.end) / 2, min(units) / unit
                 one.start, one.end = middle + (one.start - middle) * share, middle + (one.end - middle) * share
 
-    def _missing_room(self) -> float:
+    def _missing_room(self) -> Number:
         """Pixels by which what stands under the lowest plots is higher than the margin."""
         margin = self.height - self.plot[3]
         under = [scale for name, scale in self.scales.items() if name[0] == "x"]
@@ -204,7 +216,7 @@ class _Still:
 
     # What is drawn.
 
-    def _trace(self, trace: Mapping[str, Any], color: str, bases: dict[Any, float]) -> list[str]:
+    def _trace(self, trace: Mapping[str, Any], color: str, bases: dict[Any, Number]) -> list[str]:
         if trace.get("visible") in (False, "legendonly"):
             return []
         x, y = (self.scales[trace.get(f"{letter}axis") or letter] for letter in "xy")
@@ -281,7 +293,7 @@ class _Still:
             x, y = (x + width_of(name) + 52, y) if self.flat else (x, y + 19)
         return parts
 
-    def _sample(self, trace: Mapping[str, Any], x: float, y: float) -> str:
+    def _sample(self, trace: Mapping[str, Any], x: Number, y: Number) -> str:
         marker = trace.get("marker") or {}
         shade = marker.get("color") if isinstance(marker.get("color"), str) else None
         index = self.traces.index(trace)
@@ -330,7 +342,7 @@ def _values(trace: Mapping[str, Any], letter: str) -> list[Any]:
     ]
 
 
-def _counts(trace: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+def _counts(trace: Mapping[str, Any]) -> tuple[list[Number], list[Number]]:
     """(edges, counts) of a histogram with given bins."""
     bins = trace["xbins"]
     edges = np.arange(bins["start"], bins["end"] + bins["size"] / 2, bins["size"])

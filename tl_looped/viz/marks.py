@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from plotly.colors import get_colorscale, sample_colorscale
 
-from tl_looped.viz.still import Scale, look_up, nice_step, number, px, text
+from tl_looped.viz.still import Number, Scale, look_up, nice_step, number, px, text
 
 _DASHES = {"dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "10 5"}
 _MOST_GRID = 64  # rows or columns of a heatmap with lines between them
@@ -38,7 +38,7 @@ def color_table(scale: Any) -> np.ndarray:
     return np.array([[round(float(part)) for part in shade[4:-1].split(",")] for shade in sampled])
 
 
-def shades(values: np.ndarray, low: float, high: float, scale: Any) -> np.ndarray:
+def shades(values: np.ndarray, low: Number, high: Number, scale: Any) -> np.ndarray:
     """Values as RGBA pixels [*values, 4], with nothing where a value is missing."""
     share = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
     known = np.isfinite(values)
@@ -62,7 +62,7 @@ class Colors:
         """Values as RGBA."""
         return shades(values, self.low, self.high, self.scale)
 
-    def bar(self, plot: tuple[float, float, float, float]) -> list[str]:
+    def bar(self, plot: tuple[Number, Number, Number, Number]) -> list[str]:
         """The colour bar, beside a plot (left, top, right, bottom)."""
         if self.spec.get("showscale") is False:
             return []
@@ -99,7 +99,7 @@ class Colors:
         return parts
 
 
-def _image(address: str, x: float, y: float, width: float, height: float) -> str:
+def _image(address: str, x: Number, y: Number, width: Number, height: Number) -> str:
     return (
         f'<image href="{address}" x="{px(x)}" y="{px(y)}" width="{px(width)}" height="{px(height)}" '
         'preserveAspectRatio="none" style="image-rendering:pixelated"/>'
@@ -140,7 +140,7 @@ def heatmap(trace: Mapping[str, Any], x: Scale, y: Scale, colors: Colors) -> lis
     return parts
 
 
-def _cell(places: Sequence[float], scale: Scale) -> float:
+def _cell(places: Sequence[Number], scale: Scale) -> Number:
     step = abs(places[1] - places[0]) if len(places) > 1 else 1.0
     return step / (abs(scale.high - scale.low) or 1) * abs(scale.end - scale.start)
 
@@ -215,7 +215,7 @@ def _markers(
     return parts if (opacity := marker.get("opacity", 1)) == 1 else [f'<g opacity="{opacity}">{"".join(parts)}</g>']
 
 
-def point(a: float, b: float, r: float, fill: str, symbol: str = "circle") -> str:
+def point(a: Number, b: Number, r: Number, fill: str, symbol: str = "circle") -> str:
     """A marker of radius r."""
     if symbol.startswith("square"):
         return f'<rect x="{px(a - r)}" y="{px(b - r)}" width="{px(2 * r)}" height="{px(2 * r)}" fill="{fill}"/>'
@@ -233,7 +233,7 @@ def point(a: float, b: float, r: float, fill: str, symbol: str = "circle") -> st
 
 
 def bars(
-    places: Sequence[Any], heights: Sequence[Any], bases: Sequence[float], wide: float, x: Scale, y: Scale, color: str
+    places: Sequence[Any], heights: Sequence[Any], bases: Sequence[Number], wide: Number, x: Scale, y: Scale, color: str
 ) -> list[str]:
     """Upright bars of a width in units of the axis."""
     parts = []

@@ -16,6 +16,7 @@ from typing import Any
 
 from tl_looped.viz.style import FONT, INK
 
+Number = int | float
 WIDTH = 760  # pixels: a notebook's cell
 
 _TAG = re.compile(r"<[^>]*>")
@@ -29,13 +30,20 @@ def look_up(values: Any, path: str, default: Any = None) -> Any:
     return default if values is None else values
 
 
-def px(value: float) -> str:
+def px(value: Number) -> str:
     """A length in pixels, to a tenth."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def text(
-    words: object, x: float, y: float, *, size: float = 12, anchor: str = "middle", color: str = INK, turn: float = 0
+    words: object,
+    x: Number,
+    y: Number,
+    *,
+    size: Number = 12,
+    anchor: str = "middle",
+    color: str = INK,
+    turn: Number = 0,
 ) -> str:
     """Words with their baseline at (x, y), turned around that point, without plotly's tags but its line breaks."""
     lines = [html.unescape(_TAG.sub("", line)) for line in re.split(r"<br ?/?>", str(words))]
@@ -46,7 +54,7 @@ def text(
     return f"<text {place}{turned}>{''.join(spans)}</text>"
 
 
-def width_of(words: object, size: float = 12) -> float:
+def width_of(words: object, size: Number = 12) -> Number:
     """About how many pixels wide words are."""
     lines = re.split(r"<br ?/?>", str(words))
     return 0.56 * size * max(len(html.unescape(_TAG.sub("", line))) for line in lines)
@@ -64,15 +72,15 @@ class Scale:
         layout: plotly's description of it.
     """
 
-    start: float
-    end: float
-    low: float
-    high: float
+    start: Number
+    end: Number
+    low: Number
+    high: Number
     log: bool
     names: list[str]
     layout: Mapping[str, Any] = field(repr=False)
 
-    def place(self, value: Any) -> float | None:
+    def place(self, value: Any) -> Number | None:
         """Data as the axis counts it; None for a gap."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return None
@@ -82,14 +90,14 @@ class Scale:
             return math.log10(value) if value > 0 else None
         return float(value)
 
-    def at(self, value: Any) -> float | None:
+    def at(self, value: Any) -> Number | None:
         """The pixel of a value; None for a gap."""
         place = self.place(value)
         if place is None:
             return None
         return self.start + (place - self.low) / ((self.high - self.low) or 1) * (self.end - self.start)
 
-    def ticks(self) -> list[tuple[float, str]]:
+    def ticks(self) -> list[tuple[Number, str]]:
         """(pixel, label) of every tick."""
         labels = self._labels()
         low, high = sorted((self.low, self.high))
@@ -100,7 +108,7 @@ class Scale:
             for place, label in shown
         ]
 
-    def _labels(self) -> list[tuple[float, str]]:
+    def _labels(self) -> list[tuple[Number, str]]:
         values = self.layout.get("tickvals")
         if values is not None:
             names = self.layout.get("ticktext") or [number(value) for value in values]
@@ -118,7 +126,7 @@ class Scale:
         return [((first + i) * step, number((first + i) * step, form)) for i in range(min(count, 60))]
 
 
-def _powers(low: float, high: float) -> list[tuple[float, str]]:
+def _powers(low: Number, high: Number) -> list[tuple[Number, str]]:
     """Ticks at powers of ten; where fewer than two are in sight, at 1, 2 and 5 times them."""
     whole = list(range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1))
     if len(whole) < 2:
@@ -134,7 +142,7 @@ def _raised(k: int) -> str:
     return str(k).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def nice_step(span: float, count: int) -> float:
+def nice_step(span: Number, count: int) -> Number:
     """A step of 1, 2 or 5 times a power of ten, for about so many ticks."""
     if not span > 0:
         return 1.0
@@ -174,7 +182,7 @@ def frame(scale_x: Scale, scale_y: Scale) -> tuple[list[str], list[str]]:
 
 
 def _tick_labels(
-    scale: Scale, ticks: Sequence[tuple[float, str]], across: bool, left: float, bottom: float
+    scale: Scale, ticks: Sequence[tuple[Number, str]], across: bool, left: Number, bottom: Number
 ) -> list[str]:
     layout, parts = scale.layout, []
     size, turned = _tick_size(layout), 0.0 if across else turn_of(scale, ticks)
@@ -195,11 +203,11 @@ def _tick_labels(
     return parts
 
 
-def _tick_size(layout: Mapping[str, Any]) -> float:
+def _tick_size(layout: Mapping[str, Any]) -> Number:
     return min(12.0, look_up(layout, "tickfont.size", 12))
 
 
-def turn_of(scale: Scale, ticks: Sequence[tuple[float, str]]) -> float:
+def turn_of(scale: Scale, ticks: Sequence[tuple[Number, str]]) -> Number:
     """The angle of labels under an axis, in degrees: as the layout says, or turned where two would touch."""
     given, size = scale.layout.get("tickangle"), _tick_size(scale.layout)
     if given is not None:
@@ -211,7 +219,7 @@ def turn_of(scale: Scale, ticks: Sequence[tuple[float, str]]) -> float:
     return -60.0 if any(touch) else 0.0
 
 
-def label_room(scale: Scale, ticks: Sequence[tuple[float, str]]) -> float:
+def label_room(scale: Scale, ticks: Sequence[tuple[Number, str]]) -> Number:
     """How many pixels the labels under an axis take."""
     if not ticks or scale.layout.get("showticklabels") is False:
         return 0.0
@@ -219,12 +227,12 @@ def label_room(scale: Scale, ticks: Sequence[tuple[float, str]]) -> float:
     return 12 + 0.8 * max(width_of(label, size) for _, label in ticks) if turn_of(scale, ticks) else 16.0
 
 
-def annotation(note: Mapping[str, Any], at: Mapping[str, Scale], plot: tuple[float, float, float, float]) -> str:
+def annotation(note: Mapping[str, Any], at: Mapping[str, Scale], plot: tuple[Number, Number, Number, Number]) -> str:
     """A note of the layout, at its place in the plot (left, top, right, bottom) or on its axes."""
     left, top, right, bottom = plot
     size = look_up(note, "font.size", 12)
 
-    def pixel(which: str, low: float, high: float) -> float:
+    def pixel(which: str, low: Number, high: Number) -> Number:
         value, reference = float(note[which]), note.get(f"{which}ref", which)
         if reference == "paper":
             return low + value * (high - low)
@@ -250,7 +258,7 @@ def annotation(note: Mapping[str, Any], at: Mapping[str, Scale], plot: tuple[flo
     )
 
 
-def document(parts: Sequence[str], width: float, height: float, label: str) -> str:
+def document(parts: Sequence[str], width: Number, height: Number, label: str) -> str:
     """The whole picture."""
     font = html.escape(FONT, quote=True)
     return (
