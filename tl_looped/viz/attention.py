@@ -35,7 +35,7 @@ from tl_looped.viz.style import (
 _MOST_PANELS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerAttention:
     """Attention of one layer for one prompt, in the loops at which it was kept.
 
@@ -50,6 +50,9 @@ class LayerAttention:
     layer: int
     loops: tuple[int | None, ...]
     pattern: Float[Tensor, "loop head query key"]
+
+    def __repr__(self) -> str:
+        return f"LayerAttention({self.name}, pattern {[*self.pattern.shape]})"
 
     @property
     def name(self) -> str:
@@ -70,7 +73,7 @@ def attention_heads(pattern: Float[Tensor, "head query key"], tokens: Sequence[s
     return circuitsvis_heads(pattern.float().cpu(), shown, attention_head_names=names, positive_color=DARK_BLUE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoopAttention:
     """A circuitsvis view of attention heads in which the reader picks layer and loop.
 
@@ -87,6 +90,10 @@ class LoopAttention:
     tokens: Sequence[str]
     layers: Sequence[LayerAttention]
     start: int = 0
+
+    def __repr__(self) -> str:
+        names = ", ".join(layer.name for layer in self.layers[:8]) + (", ..." if len(self.layers) > 8 else "")
+        return f"LoopAttention({len(self.tokens)} tokens; {names})"
 
     def fragment(self) -> str:
         """The view as an element of a page that has `circuitsvis_script()`."""

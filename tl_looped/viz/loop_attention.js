@@ -32,6 +32,7 @@
     const { tokens, layers, start, color } = JSON.parse(root.querySelector("script").textContent);
     const bar = make("div", "", root);
     bar.className = "tl-picker";
+    bar.style.cssText = "display:flex; flex-wrap:wrap; gap:8px 28px; align-items:center; margin-bottom:8px";
     const layerLabel = make("label", "Layer ", bar);
     const layerChoice = make("select", "", layerLabel);
     for (const [index, layer] of layers.entries()) make("option", layer.name, layerChoice).value = index;
@@ -42,6 +43,7 @@
     const loopText = make("output", "", loopLabel);
     const holder = make("div", "", root);
     holder.className = "tl-heads";
+    holder.style.maxWidth = "640px"; // else the picture is as wide as the page
     let head = 0; // the head that the reader clicked; it stays when the loop changes
 
     function thumbnails() {

@@ -16,6 +16,7 @@
     if (props.length > 1) {
       const bar = document.createElement("div");
       bar.className = "tl-picker";
+      bar.style.marginBottom = "8px";
       const label = document.createElement("label");
       label.textContent = "Loop ";
       const choice = document.createElement("input");

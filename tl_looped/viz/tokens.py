@@ -25,7 +25,7 @@ from tl_looped.viz.style import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoopTokens:
     """A circuitsvis view of tokens; where it has several loops, the reader picks one.
 
@@ -47,6 +47,9 @@ class LoopTokens:
     props: Sequence[dict[str, Any]]
     picture: go.Figure
     start: int = 0
+
+    def __repr__(self) -> str:
+        return f"LoopTokens({self.component}: {self.caption})"
 
     def fragment(self) -> str:
         """The view as an element of a page that has `circuitsvis_script()`."""
