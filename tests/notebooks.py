@@ -45,6 +45,7 @@ def executed(path: Path, timeout: int = 300) -> Any:
         kernel_name="python3",
         resources={"metadata": {"path": str(DEMOS)}},
         record_timing=False,
+        coalesce_streams=True,  # else a print's lines come in as many pieces as the machine was busy
     )
     client.execute()
     notebook.metadata = {
