@@ -16,7 +16,7 @@ EACH = [pytest.param(path, id=path.stem) for path in NOTEBOOKS]
 
 
 def test_there_are_notebooks() -> None:
-    assert len(NOTEBOOKS) >= 1
+    assert len(NOTEBOOKS) == 8
 
 
 @pytest.mark.parametrize("path", EACH)
