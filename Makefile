@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-numbers lint docs browser benchmarks clean
+.PHONY: help install demo test test-numbers lint docs notebooks browser benchmarks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s%s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ lint: $(STAMP) ## check style and types
 
 docs: $(STAMP) ## make the documentation, build/docs/index.html
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+
+notebooks: $(STAMP) ## run the notebooks of demos/ again, and store what they show
+	$(BIN)/python tests/notebooks.py
 
 # Debian's packages where they can be had; else the tests that need a browser skip, and say why.
 browser: ## install Chromium and its driver for the tests that look at the report

@@ -1,17 +1,22 @@
 """Figures from tensors: the right numbers in the right place, under readable and harmless labels."""
 
+import base64
 import html
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
+import zlib
+from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import pytest
 import torch
 from circuitsvis.utils.render import RenderedHTML
-from helpers import config
+from helpers import config, tiny, tokens_for
 
-from tl_looped import viz
+from tl_looped import InputError, viz
+from tl_looped.viz import browser
 from tl_looped.viz.readout import readout_curves, readout_heatmap
 from tl_looped.viz.state import state_convergence, step_by_position
 from tl_looped.viz.style import (
@@ -186,15 +191,52 @@ def test_loop_attention_holds_every_loop_and_no_code():
     data = json.loads(re.search(r">(\{.*\})<", fragment)[1])
     assert data["tokens"] == ["<bos>", "·a", "</script>", "⏎"]
     assert data["layers"][0]["loops"] == [0, 1, 2]
-    torch.testing.assert_close(torch.tensor(data["layers"][0]["pattern"]), attention()[0].pattern, atol=5e-4, rtol=0)
+    levels = zlib.decompress(base64.b64decode(data["layers"][0]["pattern"]))
+    kept = torch.tensor(list(levels)).reshape(3, data["layers"][0]["heads"], 4, 4) / 255
+    torch.testing.assert_close(kept, attention()[0].pattern, atol=0.5 / 255 + 1e-6, rtol=0)
     assert fragment.lower().count("<script") == 1  # its data
 
 
 def test_loop_attention_stands_alone_in_a_notebook():
     shown = viz.LoopAttention(TOKENS, attention())._repr_html_()
     assert shown.count("</script") == 2  # of its data and of its code, and none inside
-    assert "CircuitsVis.render" in shown
-    assert "unpkg" not in shown
+    code = zlib.decompress(base64.b64decode(re.search(r'atob\("([^"]+)"', shown)[1])).decode()
+    assert "CircuitsVis.render" in code
+    assert "unpkg" not in shown + code
+    assert len(shown) < 600_000
+    picture = ElementTree.fromstring(base64.b64decode(re.search(r'svg\+xml;base64,([^"]+)"', shown)[1]))
+    assert "core layer 0: where the last position looks" in picture.attrib["aria-label"]
+
+
+def test_the_code_comes_once_in_a_notebook_and_again_when_its_cell_runs_again(monkeypatch: pytest.MonkeyPatch):
+    parent: dict = {}
+    shell = SimpleNamespace(get_parent=lambda: parent)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr(browser, "_host", None)
+
+    def brings(run: str, cell: str) -> bool:
+        parent.update(header={"msg_id": run}, metadata={"cellId": cell})
+        return "atob" in viz.LoopAttention(TOKENS, attention())._repr_html_()
+
+    shown = [("1", "a"), ("1", "a"), ("2", "b"), ("3", "a"), ("4", "b")]
+    assert [brings(*one) for one in shown] == [True, False, False, True, False]
+
+
+def test_attention_of_a_cache():
+    model = tiny("huginn")
+    _, cache = model.run_with_cache(tokens_for(model, pos=4), 3)
+    view = viz.LoopAttention.of(cache, TOKENS)
+    assert {layer.name for layer in view.layers} >= {"prelude layer 0", "core layer 0"}
+    core = view.layers[view.start]
+    assert (core.name, core.loops) == ("core layer 0", (0, 1, 2))
+    assert torch.equal(core.pattern[2], cache["pattern", 0, 2][0])
+    with pytest.raises(InputError, match=r"patterns are over 4 x 4 positions, but 3 tokens were given"):
+        viz.LoopAttention.of(cache, TOKENS[:3])
+    _, other = model.run_with_cache(tokens_for(model, pos=4), names_filter="hook_embed")
+    with pytest.raises(InputError, match=r"no attention pattern: make it without names_filter"):
+        viz.LoopAttention.of(other, TOKENS)
+    alone = viz.LoopAttention(TOKENS, [view.layers[0]])
+    assert "prelude layer 0" in alone._repr_html_()
 
 
 def test_layer_attention_names():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import html
+import inspect
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError
+from tl_looped.engine.errors import InputError, LoopedError
 from tl_looped.engine.files import read_safetensors, write_whole
 from tl_looped.engine.parts import LinearRope, Llama3Rope, QKNorm, Rotary
 from tl_looped.engine.schedule import LoopSchedule, Pass
@@ -29,10 +31,19 @@ Self = TypeVar("Self", bound="AnyResult")
 
 _FORMAT = "tl_looped.result"
 _MOST_ROWS = 12  # of the table in a notebook
+_PICTURE_WIDTH = 520  # pixels, of the picture there
+_MOST_PICTURE = 150_000  # bytes of it
 # The classes that a file may name besides the result's own; never looked up by import.
 _PARTS: dict[str, type] = {
     part.__name__: part for part in (LoopSchedule, Pass, LoopedConfig, Rotary, LinearRope, Llama3Rope, QKNorm)
 }
+
+
+@runtime_checkable
+class _HasStill(Protocol):
+    """A figure of `tl_looped.viz`: a room above this one."""
+
+    def still_svg(self) -> str: ...
 
 
 class AnyResult:
@@ -52,15 +63,38 @@ class AnyResult:
         return f"{type(self).__name__}({made})" + "".join(f"\n    {line}" for line in _lines(parts))
 
     def _repr_html_(self) -> str:
+        """A small picture where `plot()` draws one, else a table of what it holds; above it, a line of what made it."""
         first, *_ = repr(self).splitlines()
+        shown = self._picture() or self._table()
+        return f"<div><code>{html.escape(first)}</code>{shown}</div>"
+
+    def _picture(self) -> str:
+        """`plot()` as a still picture in HTML; nothing where there is none, or where it asks what to draw."""
+        method = type(self).plot
+        _, *given = inspect.signature(method).parameters.values()
+        if method is AnyResult.plot or any(one.default is one.empty for one in given):
+            return ""
+        try:
+            figure = self.plot()
+        except LoopedError:  # several measures, or nothing to draw: the table is left
+            return ""
+        if not isinstance(figure, _HasStill):
+            return ""
+        drawn = figure.still_svg()
+        if len(drawn) > _MOST_PICTURE:
+            return ""
+        address = base64.b64encode(drawn.encode()).decode()
+        name = html.escape(type(self).__name__)
+        return f'<br><img alt="{name}" width="{_PICTURE_WIDTH}" src="data:image/svg+xml;base64,{address}">'
+
+    def _table(self) -> str:
         tensors = {name: value for name, value in self._contents().items() if isinstance(value, Tensor)}
         rows = [
             {"": name, "shape": " × ".join(map(str, value.shape)), **_range(value)}
             for name, value in islice(tensors.items(), _MOST_ROWS)
         ]
         table = pd.DataFrame(rows).to_html(index=False, border=0) if rows else ""
-        more = f"<i>and {len(tensors) - _MOST_ROWS} more</i>" if len(tensors) > _MOST_ROWS else ""
-        return f"<div><code>{html.escape(first)}</code>{table}{more}</div>"
+        return table + (f"<i>and {len(tensors) - _MOST_ROWS} more</i>" if len(tensors) > _MOST_ROWS else "")
 
     def _contents(self) -> dict[str, Any]:
         """What it holds, by name."""

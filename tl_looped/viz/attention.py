@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
 from circuitsvis.attention import attention_heads as circuitsvis_heads
 from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tl_looped.engine.schedule import CORE
-from tl_looped.viz.browser import notebook_html
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.schedule import CORE, HookSite
+from tl_looped.viz.browser import notebook_html, packed
+from tl_looped.viz.figure import Figure, still_svg
 from tl_looped.viz.style import (
     DARK_BLUE,
     PROBABILITY_SCALE,
@@ -29,10 +33,9 @@ from tl_looped.viz.style import (
 )
 
 _MOST_PANELS = 8
-_DECIMALS = 3  # of attention in a page: what a picture can show, at half the size of five digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerAttention:
     """Attention of one layer for one prompt, in the loops at which it was kept.
 
@@ -47,6 +50,9 @@ class LayerAttention:
     layer: int
     loops: tuple[int | None, ...]
     pattern: Float[Tensor, "loop head query key"]
+
+    def __repr__(self) -> str:
+        return f"LayerAttention({self.name}, pattern {[*self.pattern.shape]})"
 
     @property
     def name(self) -> str:
@@ -67,12 +73,13 @@ def attention_heads(pattern: Float[Tensor, "head query key"], tokens: Sequence[s
     return circuitsvis_heads(pattern.float().cpu(), shown, attention_head_names=names, positive_color=DARK_BLUE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoopAttention:
     """A circuitsvis view of attention heads in which the reader picks layer and loop.
 
-    Shows itself in a notebook, without a network. A page that has `circuitsvis_script()` once takes `fragment()` for
-    each view instead, which is only data.
+    Shows itself in a notebook, without a network; where no script runs, as a still picture of what the last position
+    looks at. A page that has `circuitsvis_script()` once takes `fragment()` for each view instead, which is only data.
+    Attention is kept in steps of 1/255.
 
     Attributes:
         tokens: the token at each position.
@@ -84,30 +91,73 @@ class LoopAttention:
     layers: Sequence[LayerAttention]
     start: int = 0
 
+    def __repr__(self) -> str:
+        names = ", ".join(layer.name for layer in self.layers[:8]) + (", ..." if len(self.layers) > 8 else "")
+        return f"LoopAttention({len(self.tokens)} tokens; {names})"
+
     def fragment(self) -> str:
         """The view as an element of a page that has `circuitsvis_script()`."""
         return f'<div class="tl-loop-attention">{data_block(self._props())}</div>'
 
+    @classmethod
+    def of(cls, cache: LoopedCache, tokens: Sequence[str], batch: int = 0) -> LoopAttention:
+        """The attention patterns that a cache has, of every layer and loop.
+
+        >>> from tl_looped import LoopedModel
+        >>> model = LoopedModel.from_pretrained("looped-hops")
+        >>> _, cache = model.run_with_cache("a=4; c=a; ? c", names_filter=lambda name: name.endswith("hook_pattern"))
+        >>> [layer.name for layer in LoopAttention.of(cache, model.to_str_tokens("a=4; c=a; ? c")).layers]
+        ['prelude layer 0', 'core layer 0', 'core layer 1']
+
+        Args:
+            cache: with patterns in it.
+            tokens: of the prompt, as `model.to_str_tokens` gives them.
+            batch: which prompt of the cache.
+
+        Raises:
+            InputError: it has no pattern, or one over other positions than the tokens.
+        """
+        found: dict[tuple[str, int], dict[int | None, Tensor]] = {}
+        for name, pattern in cache.cache_dict.items():
+            site = HookSite.parse(name)
+            if site.component == "attn.hook_pattern" and site.stack is not None and site.layer is not None:
+                one = pattern[batch] if cache.has_batch_dim else pattern
+                found.setdefault((site.stack, site.layer), {})[site.loop] = one
+        if not found:
+            raise InputError(
+                "this cache has no attention pattern: make it without names_filter, or with one that takes them: "
+                'lambda name: name.endswith("hook_pattern").'
+            )
+        shape = next(iter(next(iter(found.values())).values())).shape
+        if tuple(shape[-2:]) != (len(tokens), len(tokens)):
+            raise InputError(
+                f"patterns are over {shape[-2]} x {shape[-1]} positions, but {len(tokens)} tokens were given: pass "
+                "model.to_str_tokens(prompt) of the same prompt, and cache all positions."
+            )
+        layers = [
+            LayerAttention(*place, tuple(loops), torch.stack([*loops.values()])) for place, loops in found.items()
+        ]
+        return cls(tokens, layers, next((i for i, layer in enumerate(layers) if layer.stack == CORE), 0))
+
     def _repr_html_(self) -> str:
-        return notebook_html(self.fragment())
+        shown = self.layers[self.start]
+        name = f"{shown.name}: where the last position looks"
+        figure = attention_from_position([shown], self.tokens).update_layout(title={"text": name})
+        return notebook_html(self.fragment(), still_svg(figure))
 
     def _props(self) -> dict[str, Any]:
         layers = [
-            {"name": layer.name, "loops": list(layer.loops), "pattern": _rounded(layer.pattern)}
+            {"name": layer.name, "loops": list(layer.loops), "heads": layer.pattern.shape[1], "pattern": _levels(layer)}
             for layer in self.layers
         ]
         tokens = [show_token(token) for token in self.tokens]
         return {"tokens": tokens, "layers": layers, "start": self.start, "color": DARK_BLUE}
 
 
-def _rounded(pattern: Tensor) -> list[Any]:
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(one) for one in value]
-        rounded = round(value, _DECIMALS)
-        return int(rounded) if rounded in (0, 1) else rounded
-
-    return short(pattern.double().nan_to_num().cpu().tolist())
+def _levels(layer: LayerAttention) -> str:
+    """Attention in steps of 1/255, [loop, head, query, key], packed."""
+    levels = (layer.pattern.detach().float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    return packed(levels.cpu().numpy().tobytes())
 
 
 def attention_from_position(layers: Sequence[LayerAttention], tokens: Sequence[str], position: int = -1) -> go.Figure:
@@ -124,12 +174,14 @@ def attention_from_position(layers: Sequence[LayerAttention], tokens: Sequence[s
     """
     panels = _panels(layers, position)
     n_rows = len(panels[0][1])
-    loops = [t for t in layers[0].loops if t is not None]
+    loops = ["once" if t is None else t for t in layers[0].loops]
     inner, gap = max(70, min(20 * n_rows, 240)), 46
     height = len(panels) * (inner + gap) + 90
     spacing = gap / (height - 110) if len(panels) > 1 else 0
     titles = [title for title, _ in panels]
-    fig = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=spacing, subplot_titles=titles)
+    fig = make_subplots(
+        figure=Figure(), rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=spacing, subplot_titles=titles
+    )
     labels = [show_token(token) for token in tokens]
     for row, (_, values) in enumerate(panels, start=1):
         fig.add_trace(

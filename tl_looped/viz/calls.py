@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import INK, base_layout, heading, heatmap_axes, loop_axis, numbers
 
 _MOST_LINES = 32  # loops up to which lines are drawn between them
@@ -44,7 +45,7 @@ def call_matrix(
     names = [f"loop {loop}, layer {layer}" for loop in loops for layer in layers]
     places, width = list(range(len(names))), len(layers)
     low, high = bounds
-    fig = go.Figure(
+    fig = Figure(
         go.Heatmap(
             z=numbers(matrix),
             x=places,

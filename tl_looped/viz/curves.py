@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import CORE, LoopSchedule, Pass
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import (
     BLUE,
     GREEN,
@@ -109,7 +110,7 @@ def grouped_curves(
         kind, mend = ("positive", ": pass log=False") if hidden else ("finite", "")
         where = "" if group == "depth" else " in any loop"
         raise InputError(f"{label} has no {kind} value{where}, so there is nothing to draw{mend}.")
-    fig = go.Figure()
+    fig = Figure()
     edges = None if band is None else [_drawable(edge, log)[0] for edge in band]
     if edges is not None and len(drawn) <= _MOST_BANDS:
         for line in drawn:
@@ -366,7 +367,7 @@ def layer_shares(
         label: what they are shares of.
         title: of the figure.
     """
-    fig = go.Figure()
+    fig = Figure()
     for (name, share), color, symbol in zip(
         shares.items(), (BLUE, ORANGE, GREEN), ("circle", "diamond", "square"), strict=False
     ):
@@ -396,7 +397,7 @@ def aligned_curves(curves: Mapping[str, Float[Tensor, " layer"]], title: str = "
         curves: up to three, by name, one finite value a layer.
         title: of the figure.
     """
-    fig = go.Figure()
+    fig = Figure()
     for (name, curve), (color, symbol) in zip(curves.items(), _STYLES[: len(curves)], strict=True):
         n = len(curve)
         deviation = curve - curve.mean()
@@ -433,7 +434,7 @@ def loop_line(values: Float[Tensor, " loop"], texts: Sequence[str], label: str, 
     """
     if not bool(values.isfinite().any()):
         raise InputError(f"the {label} has no finite value, so there is nothing to draw.")
-    fig = go.Figure(
+    fig = Figure(
         go.Scatter(
             x=list(range(len(values))),
             y=numbers(values),

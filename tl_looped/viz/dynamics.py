@@ -15,6 +15,7 @@ from torch import Tensor
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import median, quantile
 from tl_looped.viz.calls import call_matrix
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.patching import EFFECT_SCALE
 from tl_looped.viz.style import (
     BLUE,
@@ -102,7 +103,7 @@ def convergence_curves(
     """
     n_loops, n_layers, n_tokens = distances.shape
     low, middle, high = (quantile(distances, q) for q in (0.1, 0.5, 0.9))
-    colors, fig = layer_colors(n_layers) if layered else [BLUE], go.Figure()
+    colors, fig = layer_colors(n_layers) if layered else [BLUE], Figure()
     for layer in range(n_layers):
         judged = converged[layer][~converged[layer].isnan()]
         name = f"layer {layer}" if layered else "distance"
@@ -154,7 +155,7 @@ def cycle_histogram(smallest: Float[Tensor, " token"], threshold: float, title: 
     low = min(float(defined.min()), threshold)
     size = max((1 - low) / 40, 1e-6)
     bins = {"start": threshold - math.ceil((threshold - low) / size) * size, "end": 1 + size, "size": size}
-    fig = go.Figure(
+    fig = Figure(
         go.Histogram(
             x=numbers(defined), xbins=bins, marker={"color": BLUE}, hovertemplate="%{y} tokens near %{x}<extra></extra>"
         )
@@ -200,7 +201,12 @@ def trajectory_figure(
     columns = min(n_tokens, 3)
     rows = -(-n_tokens // columns)
     fig = make_subplots(
-        rows=rows, cols=columns, subplot_titles=names, horizontal_spacing=0.1, vertical_spacing=0.3 / rows
+        figure=Figure(),
+        rows=rows,
+        cols=columns,
+        subplot_titles=names,
+        horizontal_spacing=0.1,
+        vertical_spacing=0.3 / rows,
     )
     for i in range(n_tokens):
         for trace in _paths(scores[:, :, i, :2], in_legend=i == 0):
@@ -282,7 +288,7 @@ def limit_curves(
     total = int((labels >= 0).sum())
     if not total:
         raise InputError("no token has a limit behaviour, so there is nothing to draw.")
-    n_loops, fig = len(cosines), go.Figure()
+    n_loops, fig = len(cosines), Figure()
     for index, (behaviour, color) in enumerate(zip(behaviours, _BEHAVIOUR_COLORS, strict=False)):
         tokens: list[int] = (labels == index).nonzero().flatten().tolist()
         legend = f"{behaviour}: {len(tokens)} of {total} tokens"
@@ -316,7 +322,7 @@ def path_curves(
     Raises:
         InputError: no distance above zero.
     """
-    n_positions, fig = distances.shape[1], go.Figure()
+    n_positions, fig = distances.shape[1], Figure()
     for pos in range(max(0, n_positions - 1 - _MOST_LINES), n_positions - 1):
         look: dict[str, Any] = {"legendgroup": "other", "showlegend": pos == n_positions - 2}
         look["hovertemplate"] = f"loop %{{x}}: %{{y:.3g}}<extra>position {pos}: {plotly_text(tokens[pos])}</extra>"
@@ -349,7 +355,7 @@ def motion_curves(
     if not bool((step > 0).any()):
         raise InputError("no step is above zero, so there is nothing to draw.")
     titles = ["Length of the step", "Angle to the step before"]
-    fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.18, subplot_titles=titles)
+    fig = make_subplots(figure=Figure(), rows=1, cols=2, horizontal_spacing=0.18, subplot_titles=titles)
     curves = {"last position": (last, {"color": BLUE, "width": 2})}
     if len(last) > 1:
         curves["median over tokens"] = (torch.ones_like(last), {"color": ORANGE, "width": 2, "dash": "dash"})
@@ -374,7 +380,7 @@ def spectrum_plane(real: Float[Tensor, " k"], imag: Float[Tensor, " k"], title: 
     """
     turn = torch.linspace(0, 2 * math.pi, 181, dtype=torch.float64)
     circle = {"x": numbers(turn.cos()), "y": numbers(turn.sin()), "mode": "lines", "hoverinfo": "skip"}
-    fig = go.Figure(go.Scatter(**circle, name="unit circle", line={"color": INK, "width": 1.5}))
+    fig = Figure(go.Scatter(**circle, name="unit circle", line={"color": INK, "width": 1.5}))
     sizes = torch.complex(real.double(), imag.double()).abs()
     fig.add_trace(
         go.Scatter(

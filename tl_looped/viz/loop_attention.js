@@ -1,5 +1,6 @@
 // Draws every element of class tl-loop-attention: circuitsvis's AttentionHeads, with a choice of layer and loop above.
-// Its data is the JSON in the element (see LoopAttention in attention.py); `CircuitsVis` comes with the bundle before.
+// Its data is the JSON in the element (see LoopAttention in attention.py), with attention in steps of 1/255, deflated;
+// a layer is unpacked when it is looked at. `CircuitsVis` comes with the bundle before.
 (() => {
   let views = 0;
 
@@ -10,10 +11,28 @@
     return element;
   }
 
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  // [head][query][key] of one loop, as numbers from 0 to 1.
+  function patternOf(layer, place, size) {
+    const entries = size * size;
+    return Array.from({ length: layer.heads }, (_, head) =>
+      Array.from({ length: size }, (_, query) => {
+        const start = (place * layer.heads + head) * entries + query * size;
+        return Array.from(layer.levels.subarray(start, start + size), (level) => level / 255);
+      }),
+    );
+  }
+
   function draw(root) {
     const { tokens, layers, start, color } = JSON.parse(root.querySelector("script").textContent);
     const bar = make("div", "", root);
     bar.className = "tl-picker";
+    bar.style.cssText = "display:flex; flex-wrap:wrap; gap:8px 28px; align-items:center; margin-bottom:8px";
     const layerLabel = make("label", "Layer ", bar);
     const layerChoice = make("select", "", layerLabel);
     for (const [index, layer] of layers.entries()) make("option", layer.name, layerChoice).value = index;
@@ -24,6 +43,7 @@
     const loopText = make("output", "", loopLabel);
     const holder = make("div", "", root);
     holder.className = "tl-heads";
+    holder.style.maxWidth = "640px"; // else the picture is as wide as the page
     let head = 0; // the head that the reader clicked; it stays when the loop changes
 
     function thumbnails() {
@@ -35,13 +55,15 @@
       if (clicked >= 0) head = clicked;
     });
 
-    function show() {
+    async function show() {
       const layer = layers[layerChoice.value];
+      layer.levels ??= await unpack(layer.pattern);
+      if (layer !== layers[layerChoice.value]) return; // the reader has gone on
       const place = Number(loopChoice.value);
       const loop = layer.loops[place];
       loopChoice.disabled = layer.loops.length < 2;
       loopText.textContent = loop === null ? "runs once" : `${loop}`;
-      const pattern = layer.pattern[place];
+      const pattern = patternOf(layer, place, tokens.length);
       const target = document.createElement("div");
       target.id = `tl-heads-${Date.now()}-${views++}`; // circuitsvis finds its element by id
       holder.replaceChildren(target);
@@ -74,6 +96,7 @@
 
   for (const root of document.querySelectorAll(".tl-loop-attention:not([data-drawn])")) {
     root.dataset.drawn = "true";
+    root.parentElement?.querySelector(":scope > .tl-still")?.remove();
     draw(root);
   }
 })();

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from torch import Tensor
 
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import GREY, base_layout, curve_axes, layer_colors, loop_axis, numbers, plotly_text
 
 
@@ -37,7 +38,7 @@ def loop_series(lines: Sequence[Series], loops: Sequence[int], label: str, title
         label: what was measured, with its unit.
         title: of the figure.
     """
-    fig = go.Figure()
+    fig = Figure()
     colors = iter(layer_colors(max(1, sum(not line.control for line in lines))))
     for line in lines:
         color = GREY if line.control else next(colors)

@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from torch import Tensor
 
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import base_layout, numbers, plotly_text, shorten
 
 # Blue and red are told apart with every kind of colour blindness; white is no effect.
@@ -57,7 +58,7 @@ def patching_heatmap(
         ygap=1,
         colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "exponentformat": "power"},
     )
-    fig = go.Figure(heat)
+    fig = Figure(heat)
     fig.update_xaxes(**_axis(right, columns))
     fig.update_yaxes(**_axis(down, rows), autorange="reversed")
     height = 150 + max(22 * min(n_down, 40), 120)

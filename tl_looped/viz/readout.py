@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import (
     BLUE,
     DARK_BLUE,
@@ -143,7 +144,7 @@ def _top_token_cells(
     room = int(PLOT_WIDTH / n_columns / 8)  # characters that fit in a cell
     longest = max(len(show_token(top[0])) for row in top_tokens for top in row)
     written = n_rows <= _MOST_ROWS_WITH_TEXT and room >= min(3, longest)
-    fig = go.Figure(
+    fig = Figure(
         go.Heatmap(
             z=[[cell[0] for cell in row] for row in probs],
             x=list(range(n_columns)),
@@ -228,7 +229,7 @@ def readout_curves(
 
 
 def _panels(spacing: float, *titles: str) -> go.Figure:
-    return make_subplots(rows=1, cols=len(titles), horizontal_spacing=spacing, subplot_titles=titles)
+    return make_subplots(figure=Figure(), rows=1, cols=len(titles), horizontal_spacing=spacing, subplot_titles=titles)
 
 
 def _line(
@@ -346,7 +347,7 @@ def lens_losses(
         layers: which core layers they are.
         site: what is read.
     """
-    fig = go.Figure()
+    fig = Figure()
     n_loops = len(direct)
     for i, (layer, color) in enumerate(zip(layers, layer_colors(len(layers)), strict=True)):
         what = "state" if site == "state" else f"layer {layer}"

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -53,7 +54,7 @@ def head_changes(
     n_loops, n_layers, n_heads = change.shape
     names = [f"layer {layer} head {head}" for layer in range(n_layers) for head in range(n_heads)]
     n_rows = len(names)
-    fig = go.Figure(
+    fig = Figure(
         go.Heatmap(
             z=numbers(change.flatten(1).T),
             x=list(range(n_loops)),
@@ -117,7 +118,7 @@ def bound_scatter(
         for layer in range(n_layers)
         for head in range(n_heads)
     ]
-    fig, hidden, every = go.Figure(), 0, []
+    fig, hidden, every = Figure(), 0, []
     for values, name, color, symbol in (
         (plain, "as the proposition has it: no rotary, biases, q/k norms", GREY, "circle"),
         (observed, "the model's own attention", ORANGE, "diamond"),

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.engine.numbers import median
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -46,7 +47,7 @@ def state_convergence(
     n_loops, n_positions = step.shape
     loops = list(range(n_loops))
     titles = ["How far each loop moves the state", "Direction: cosine of xₜ and xₜ₊₁"]
-    fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=titles)
+    fig = make_subplots(figure=Figure(), rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=titles)
     for column, values in ((1, step), (2, cosine)):
         by_position = numbers(values.T)
         for j in range(max(0, n_positions - 1 - _MOST_GREY_LINES), n_positions - 1):
@@ -97,7 +98,7 @@ def step_by_position(step: Float[Tensor, "loop pos"], tokens: Sequence[str]) -> 
     """
     n_loops, n_positions = step.shape
     positions = list(range(n_positions))
-    fig = go.Figure()
+    fig = Figure()
     for t, (color, values) in enumerate(zip(loop_colors(n_loops), numbers(step), strict=True)):
         line = {"color": color, "width": 2 if n_loops <= 16 else 1}
         hover = "position %{x}: %{y:.3g}" + f"<extra>loop {t}</extra>"

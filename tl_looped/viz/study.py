@@ -10,6 +10,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import BLUE, GREEN, ORANGE, PINK, base_layout, curve_axes, loop_axis, numbers, plotly_text
 
 _COLORS, _DASHES = (BLUE, ORANGE, GREEN, PINK), ("solid", "dash", "dot", "dashdot")
@@ -37,6 +38,7 @@ def study_panels(
     across, down, groups = (list(dict.fromkeys(kind)) for kind in (columns, rows, colors))
     titles = [f"{column}, {row}" for row in down for column in across]
     fig = make_subplots(
+        figure=Figure(),
         rows=len(down),
         cols=len(across),
         subplot_titles=[plotly_text(title) for title in titles],

@@ -6,7 +6,7 @@ import html
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -27,6 +27,8 @@ LAYER_SCALE = [[0.0, "#08306B"], [0.5, "#1F83A6"], [1.0, "#63BE5B"]]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 MONOSPACE = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+
+AnyFigure = TypeVar("AnyFigure", bound=go.Figure)
 
 PLOT_WIDTH = 850  # about how many pixels wide a plot over positions is on a page of ours
 
@@ -97,7 +99,7 @@ def data_block(values: str | dict[str, Any]) -> str:
     return f'<script type="application/json">{text.replace("<", chr(92) + "u003c")}</script>'
 
 
-def base_layout(fig: go.Figure, height: int, **layout: Any) -> go.Figure:
+def base_layout(fig: AnyFigure, height: int, **layout: Any) -> AnyFigure:
     """Give a figure the look of all our figures: `height` in pixels, the width of its page."""
     fig.update_layout(
         template="none",  # the default template would add 7 kB to every figure of a page

@@ -16,6 +16,7 @@
     if (props.length > 1) {
       const bar = document.createElement("div");
       bar.className = "tl-picker";
+      bar.style.marginBottom = "8px";
       const label = document.createElement("label");
       label.textContent = "Loop ";
       const choice = document.createElement("input");
@@ -36,6 +37,7 @@
 
   for (const root of document.querySelectorAll(".tl-tokens:not([data-drawn])")) {
     root.dataset.drawn = "true";
+    root.parentElement?.querySelector(":scope > .tl-still")?.remove();
     draw(root);
   }
 })();

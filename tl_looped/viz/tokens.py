@@ -7,25 +7,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.viz.browser import notebook_html
-from tl_looped.viz.style import data_block, numbers, show_token
+from tl_looped.viz.figure import Figure, still_svg
+from tl_looped.viz.readout import readout_heatmap
+from tl_looped.viz.style import (
+    PROBABILITY_SCALE,
+    base_layout,
+    data_block,
+    heatmap_axes,
+    numbers,
+    plotly_text,
+    show_token,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoopTokens:
     """A circuitsvis view of tokens; where it has several loops, the reader picks one.
 
-    Shows itself in a notebook, without a network. A page that has `circuitsvis_script()` once takes `fragment()` for
-    each view instead, which is only data.
+    Shows itself in a notebook, without a network; where no script runs, as a still picture. A page that has
+    `circuitsvis_script()` once takes `fragment()` for each view instead, which is only data.
 
     Attributes:
         component: the circuitsvis component.
         caption: a sentence that is put above it.
         loops: which loops there are; empty where the component itself has the choice.
         props: what the component draws, for each loop.
+        picture: what stands where no script runs.
         start: index of the loop to show first.
     """
 
@@ -33,7 +45,11 @@ class LoopTokens:
     caption: str
     loops: Sequence[int]
     props: Sequence[dict[str, Any]]
+    picture: go.Figure
     start: int = 0
+
+    def __repr__(self) -> str:
+        return f"LoopTokens({self.component}: {self.caption})"
 
     def fragment(self) -> str:
         """The view as an element of a page that has `circuitsvis_script()`."""
@@ -41,7 +57,7 @@ class LoopTokens:
         return f'<div class="tl-tokens"><p>{html.escape(self.caption)}</p>{data_block(data)}</div>'
 
     def _repr_html_(self) -> str:
-        return notebook_html(self.fragment())
+        return notebook_html(self.fragment(), still_svg(self.picture))
 
 
 def token_log_probs(
@@ -80,7 +96,8 @@ def token_log_probs(
         f"{show_token(tokens[0])}, is not predicted and not shown. Hover over a token for its probability and the top "
         "tokens there (#0 is the highest)."
     )
-    return LoopTokens("TokenLogProbs", caption, loops, props, start % len(loops))
+    picture = _own_tokens(tokens, log_probs, loops)
+    return LoopTokens("TokenLogProbs", caption, loops, props, picture, start % len(loops))
 
 
 def top_tokens_table(
@@ -120,7 +137,33 @@ def top_tokens_table(
     caption = "The most probable next tokens at each position, the highest first. Hover over one for its probability."
     if list(positions) != list(range(len(positions))):
         caption += f" The columns are the positions {', '.join(map(str, positions))}."
-    return LoopTokens("TopkTokens", caption, (), [props])
+    read = [str(position) for position in positions]
+    last = [loop[-1] for loop in top_tokens]
+    picture = readout_heatmap(top_probs[:, -1].nan_to_num(), last, read, list(positions), list(loops), layers[-1])
+    return LoopTokens("TopkTokens", caption, (), [props], picture)
+
+
+def _own_tokens(tokens: Sequence[str], log_probs: Float[Tensor, "loop next"], loops: Sequence[int]) -> go.Figure:
+    """The prompt's tokens in every loop, darker where they were more probable."""
+    cells = go.Heatmap(
+        z=numbers(log_probs.exp()),
+        text=[[plotly_text(token) for token in tokens[1:]]] * len(loops),
+        texttemplate="%{text}",
+        colorscale=PROBABILITY_SCALE,
+        zmin=0,
+        zmax=1,
+        xgap=1,
+        ygap=1,
+        colorbar={"title": {"text": "probability of<br>the token"}, "tickformat": ".0%", "thickness": 14},
+    )
+    fig = base_layout(Figure(cells), height=120 + 24 * len(loops), margin={"l": 60, "r": 20, "t": 20, "b": 50})
+    heatmap_axes(fig)
+    fig.update_xaxes(
+        title={"text": "position"}, tickvals=list(range(len(tokens) - 1)), ticktext=list(range(1, len(tokens)))
+    )
+    rows = list(range(len(loops)))
+    fig.update_yaxes(title={"text": "after loop"}, autorange="reversed", tickvals=rows, ticktext=list(loops))
+    return fig
 
 
 def _shown(token: str) -> str:
