@@ -417,7 +417,7 @@ def verdict_shares(
     """
     groups = {"all": torch.ones_like(pos, dtype=torch.bool), **{str(i): pos == i for i in pos.unique().tolist()}}
     counts = torch.stack([torch.bincount(verdict[tokens], minlength=len(names)) for tokens in groups.values()])
-    fig = go.Figure()
+    fig = Figure()
     for index, name in enumerate(names):
         if counts[0, index]:
             total, part = counts.sum(1), counts[:, index]
@@ -441,7 +441,7 @@ def exponent_bars(exponents: Float[Tensor, " k"], error: Float[Tensor, " k"], ti
     """
     look: dict[str, Any] = {"marker": {"color": BLUE}, "error_y": {"type": "data", "array": numbers(error)}}
     look["hovertemplate"] = "exponent %{x}: %{y:.4g} nats a loop<extra></extra>"
-    fig = go.Figure(go.Bar(x=[*range(len(exponents))], y=numbers(exponents), **look))
+    fig = Figure(go.Bar(x=[*range(len(exponents))], y=numbers(exponents), **look))
     curve_axes(fig)
     fig.update_xaxes(title={"text": "exponent, the largest first"}, dtick=1)
     fig.update_yaxes(title={"text": "nats a loop<br>(above 0 differences grow)"}, zeroline=True, zerolinecolor=INK)
