@@ -14,6 +14,8 @@ from tl_looped.adapters.nanochat import LoopedNanochatAdapter, NanochatAdapter
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
 from tl_looped.adapters.raven import RavenAdapter
+from tl_looped.adapters.registry import register as register
+from tl_looped.adapters.registry import third_parties
 from tl_looped.engine.errors import LoadError
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -33,8 +35,16 @@ def adapter_for(config: Json) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.claims(config):
             return adapter
-    known = ", ".join(adapter.family for adapter in ADAPTERS)
+    others = third_parties()
+    claiming = [adapter for adapter in others if adapter.claims(config)]
+    if len(claiming) == 1:
+        return claiming[0]
+    named = f"architectures={config.get('architectures')}, model_type={config.get('model_type')!r}"
+    if claiming:
+        families = ", ".join(adapter.family for adapter in claiming)
+        raise LoadError(f"several adapters claim {named}: {families}. Uninstall or unregister all but one.")
+    known = ", ".join(adapter.family for adapter in (*ADAPTERS, *others))
     raise LoadError(
-        f"unknown family: architectures={config.get('architectures')}, model_type={config.get('model_type')!r}. "
-        f"Known families: {known}."
+        f"unknown family: {named}. Known families: {known}. An adapter of your own makes another load, see "
+        "tl_looped.adapters.register."
     )
