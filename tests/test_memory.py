@@ -230,10 +230,14 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-class Lora(nn.Linear):
+class Lora(nn.Module):
     """What PEFT puts in the place of a linear map."""
 
     __module__ = "peft.tuners.lora.layer"
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
 
 
 class Merging(nn.Module):
@@ -246,7 +250,7 @@ def quantise(model: Any) -> None:
 
 
 def adapt(model: Any) -> None:
-    model.model.layers[0].self_attn.q_proj = Lora(32, 32, bias=False)
+    model.model.layers[0].self_attn.q_proj = Lora(nn.Linear(32, 32, bias=False))
 
 
 def reparametrise(model: Any) -> None:

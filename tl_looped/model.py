@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +83,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         loop_layers: tuple[int, int] | None = None,
         n_loops: int | None = None,
         update: LoopUpdate | None = None,
+        adapter: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
 
@@ -101,17 +103,22 @@ class LoopedModel(CachingHooks, GeneratesText):
             n_loops: how often they run, in runs that do not say; None for once: the feedforward model itself.
             update: what a loop makes of the state x, with F(x) what comes out of the core: "replace": F(x), the
                 default. "damped": x + (F(x) - x) / n_loops.
+            adapter: a LoRA adapter of PEFT that was trained on this model, as a folder or a hub id: merged into the
+                weights in float32, which are then cast. Keys of its adapter_config.json are ignored as "adapter.KEY".
 
         Raises:
             InputError: a dtype, device, revision or subfolder that can't be; layers that the model does not have, or
                 looping asked of a model that is looped already.
             LoadError: an unknown family, a config key or value that is not implemented, a missing, extra or misshapen
                 weight, one with NaN or infinite values or of integers, weights of mixed formats, a pickled checkpoint,
-                a tokenizer that can't be read, or a name that is neither.
+                a tokenizer that can't be read, an adapter of another kind or for another model, or a name that is none.
         """
         place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
         folder = find(name, revision, subfolder)
-        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        looping = Looping(loop_layers, n_loops, update)
+        changes = Changes(ignore_config_keys, looping)
+        if adapter is not None:
+            changes = replace(changes, adapter=find(adapter), adapter_name=str(adapter))
         full_name = f"{name}/{subfolder}" if subfolder else str(name)
         tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         return cls(load(folder, full_name, place, kind, changes), tokenizer).eval()

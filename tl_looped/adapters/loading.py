@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from tl_looped.adapters import Adapter, Looping, Source, adapter_for
 from tl_looped.adapters.base import ConfigKeys, Json, without
+from tl_looped.adapters.lora import CONFIG, PREFIX, merged
 from tl_looped.adapters.weights import FORMATS, FolderWeights, Weights, read_json, some
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError
@@ -29,10 +30,14 @@ class Changes:
     Attributes:
         ignore_config_keys: keys of config.json to read as if they were not there.
         looping: how to loop the model, where it is a feedforward one.
+        adapter: the folder of a LoRA adapter to merge into the weights.
+        adapter_name: what it is called.
     """
 
     ignore_config_keys: Iterable[str] = ()
     looping: Looping = field(default_factory=Looping)
+    adapter: Path | None = None
+    adapter_name: str = ""
 
 
 def load(
@@ -51,9 +56,18 @@ def load(
         dtype: of the weights; None: as stored.
         changes: to what the checkpoint says.
     """
+    _check_model(folder)
     values, generation = read_json(folder / "config.json"), folder / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.exists() else None
-    plan = Plan.of(values, ends, FolderWeights(folder), name, changes or Changes())
+    changes, weights = changes or Changes(), FolderWeights(folder)
+    if changes.adapter is not None:
+        keys = changes.ignore_config_keys
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        called = {name, str(folder.resolve()), str(values.get("_name_or_path") or name)}
+        ignored = [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX)]
+        weights, name = merged(weights, changes.adapter, called, ignored), f"{name} + {changes.adapter_name}"
+        changes = replace(changes, ignore_config_keys=[key for key in keys if not key.startswith(PREFIX)])
+    plan = Plan.of(values, ends, weights, name, changes)
     kind = dtype or plan.one_dtype()
 
     def place(rows: Tensor, source: Source) -> nn.Parameter:
@@ -62,6 +76,16 @@ def load(
         return nn.Parameter(weight.contiguous())
 
     return plan.built(place)
+
+
+def _check_model(folder: Path) -> None:
+    """Raise where a folder holds an adapter and no model."""
+    if (folder / CONFIG).exists() and not (folder / "config.json").exists():
+        base = read_json(folder / CONFIG).get("base_model_name_or_path")
+        raise LoadError(
+            f"{folder} holds an adapter and no model: load the model that it is for, with it: "
+            f"LoopedModel.from_pretrained({base!r}, adapter={str(folder)!r})."
+        )
 
 
 @dataclass(frozen=True)

@@ -119,10 +119,10 @@ def _check_modules(model: PreTrainedModel) -> None:
     own, odd, adapters = type(model).__module__, [], []
     for name, module in model.named_modules():
         kind, home = type(module).__name__, type(module).__module__
-        if home.startswith("transformer_lens.") or not list(module.parameters(recurse=False)):
-            continue
-        if home.startswith("peft."):
+        if home.startswith("peft.tuners.") and isinstance(getattr(module, "base_layer", None), nn.Module):
             adapters.append(f"{name} ({kind})")
+        elif home.startswith("transformer_lens.") or not list(module.parameters(recurse=False)):
+            continue
         elif home != own and not home.startswith(_PLAIN):
             odd.append(f"{name} ({kind})")
     if adapters:
