@@ -107,7 +107,6 @@ def test_configs_that_lack_a_value(released, family: str, key: str):
         ("is_encoder_decoder", True),
         ("no_rope_layers", [0, 1]),
         ("vision_config", {"hidden_size": 4}),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("text_config", "other.json"),
     ],
 )

@@ -13,7 +13,7 @@ from helpers import PARITY, make, refuse, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tl_looped import LoadError, LoopedModel
-from tl_looped.adapters.loading import load_tokenizer
+from tl_looped.adapters.tokenizer import load_tokenizer
 
 VOCABULARY = {
     letter: i for i, letter in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "<|end|>"])

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from tl_looped.adapters import Looping, loading
+from tl_looped.adapters import Looping
+from tl_looped.adapters.hub import find
+from tl_looped.adapters.loading import Changes, load
+from tl_looped.adapters.memory import share, share_bridge
+from tl_looped.adapters.saving import save
+from tl_looped.adapters.tokenizer import load_tokenizer
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import ReturnType
@@ -32,8 +39,8 @@ Self = TypeVar("Self", bound="LoopedModel")
 class LoopedModel(CachingHooks, GeneratesText):
     """A looped language model with a hook point at every activation of every loop.
 
-    Make one with `from_pretrained` or `from_config`. It is TransformerLens's HookedRootModule with names that have the
-    loop in them (`engine.schedule`), and every run takes:
+    Make one with `from_pretrained`, `from_model`, `from_bridge` or `from_config`. It is TransformerLens's
+    HookedRootModule with names that have the loop in them (`engine.schedule`), and every run takes:
 
     - `n_loops`: how many loops; by default as many as the model was trained with. With two stacks that loop, a count
       or a pair: see `prepare`.
@@ -78,6 +85,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         loop_layers: tuple[int, int] | None = None,
         n_loops: int | None = None,
         update: LoopUpdate | None = None,
+        adapter: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
 
@@ -97,24 +105,92 @@ class LoopedModel(CachingHooks, GeneratesText):
             n_loops: how often they run, in runs that do not say; None for once: the feedforward model itself.
             update: what a loop makes of the state x, with F(x) what comes out of the core: "replace": F(x), the
                 default. "damped": x + (F(x) - x) / n_loops.
+            adapter: a LoRA adapter of PEFT that was trained on this model, as a folder or a hub id: merged into the
+                weights in float32, which are then cast. Keys of its adapter_config.json are ignored as "adapter.KEY".
 
         Raises:
             InputError: a dtype, device, revision or subfolder that can't be; layers that the model does not have, or
                 looping asked of a model that is looped already.
             LoadError: an unknown family, a config key or value that is not implemented, a missing, extra or misshapen
                 weight, one with NaN or infinite values or of integers, weights of mixed formats, a pickled checkpoint,
-                a tokenizer that can't be read, or a name that is neither.
+                a tokenizer that can't be read, an adapter of another kind or for another model, or a name that is none.
         """
         place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
-        folder = loading.find(name, revision, subfolder)
+        folder = find(name, revision, subfolder)
         looping = Looping(loop_layers, n_loops, update)
+        changes = Changes(ignore_config_keys, looping)
+        if adapter is not None:
+            changes = replace(changes, adapter=find(adapter), adapter_name=str(adapter))
         full_name = f"{name}/{subfolder}" if subfolder else str(name)
-        tokenizer = loading.load_tokenizer(folder) if tokenizer is None else tokenizer
-        return cls(loading.load(folder, full_name, place, kind, ignore_config_keys, looping), tokenizer).eval()
+        tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+        return cls(load(folder, full_name, place, kind, changes), tokenizer).eval()
+
+    @classmethod
+    def from_model(
+        cls: type[Self],
+        hf_model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        loop_layers: tuple[int, int] | None = None,
+        n_loops: int | None = None,
+        update: LoopUpdate | None = None,
+        ignore_config_keys: Iterable[str] = (),
+    ) -> Self:
+        """A model of transformers that is in memory, looked into loop by loop: its weights are shared, not copied.
+
+        A weight that both store alike is one `nn.Parameter` of both models, with one gradient. One that they store in
+        another way (GPT-2's matrices are turned, queries, keys and values are one tensor in GPT-2 and Huginn) is a
+        Parameter of its own on the same memory: an edit or an optimizer's step of one model is seen by the other, a
+        gradient is not. `to` and `half` on one of the models change or part them, so move and cast before.
+
+        Args:
+            hf_model: with its head, as AutoModelForCausalLM.from_pretrained(...); of remote code too, where the family
+                is one that loads. Compiled or in DataParallel, it is the model inside.
+            tokenizer: its tokenizer; None for token ids only.
+            loop_layers, n_loops, update, ignore_config_keys: as in `from_pretrained`.
+
+        Raises:
+            InputError: weights that are not plain (quantised, with adapters, not loaded), on several devices, or in a
+                bridge; or what is no model of transformers.
+            LoadError: an unknown family, and what `from_pretrained` refuses in a config or weights.
+
+        Example:
+            hf_model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+            model = LoopedModel.from_model(hf_model, AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"))
+        """
+        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        return cls(share(hf_model, changes), tokenizer).eval()
+
+    @classmethod
+    def from_bridge(
+        cls: type[Self],
+        bridge: TransformerBridge,
+        *,
+        loop_layers: tuple[int, int] | None = None,
+        n_loops: int | None = None,
+        update: LoopUpdate | None = None,
+        ignore_config_keys: Iterable[str] = (),
+    ) -> Self:
+        """The model in a TransformerBridge, with its tokenizer: the weights are shared as in `from_model`.
+
+        Args:
+            bridge: of TransformerLens, its weights not processed.
+            loop_layers, n_loops, update, ignore_config_keys: as in `from_pretrained`.
+
+        Raises:
+            InputError: weights that are processed (folded norms, centred weights) or not plain; or no bridge.
+            LoadError: an architecture that has no native form here, and what `from_pretrained` refuses.
+
+        Example:
+            bridge = TransformerBridge.boot_transformers("gpt2")
+            model = LoopedModel.from_bridge(bridge, loop_layers=(4, 8), n_loops=2)
+        """
+        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        return cls(share_bridge(bridge, changes), bridge.tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, weights and tokenizer in tl_looped's own format; `from_pretrained(folder)` reads it back."""
-        loading.save(self.transformer, self.tokenizer, Path(folder))
+        save(self.transformer, self.tokenizer, Path(folder))
 
     # Running.
 

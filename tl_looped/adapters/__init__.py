@@ -23,6 +23,8 @@ from tl_looped.adapters.base import ConfigKeys as ConfigKeys
 from tl_looped.adapters.base import Json
 from tl_looped.adapters.base import Looping as Looping
 from tl_looped.adapters.base import Source as Source
+from tl_looped.adapters.registry import register as register
+from tl_looped.adapters.registry import third_parties
 from tl_looped.engine.errors import LoadError
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -51,8 +53,16 @@ def adapter_for(config: Json) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.claims(config):
             return adapter
-    known = ", ".join(adapter.family for adapter in ADAPTERS)
+    others = third_parties()
+    claiming = [adapter for adapter in others if adapter.claims(config)]
+    if len(claiming) == 1:
+        return claiming[0]
+    named = f"architectures={config.get('architectures')}, model_type={config.get('model_type')!r}"
+    if claiming:
+        families = ", ".join(adapter.family for adapter in claiming)
+        raise LoadError(f"several adapters claim {named}: {families}. Uninstall or unregister all but one.")
+    known = ", ".join(adapter.family for adapter in (*ADAPTERS, *others))
     raise LoadError(
-        f"unknown family: architectures={config.get('architectures')}, model_type={config.get('model_type')!r}. "
-        f"Known families: {known}."
+        f"unknown family: {named}. Known families: {known}. An adapter of your own makes another load, see "
+        "tl_looped.adapters.register."
     )

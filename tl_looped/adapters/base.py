@@ -60,10 +60,15 @@ class ConfigKeys:
         values: the JSON object.
         where: what its keys are called in messages, before the key itself.
         whole: whether these are the keys of a whole config.json, among which are those that transformers writes.
+        file: what it was read from, in messages.
+        ignored_as: what stands before a key in `ignore_config_keys`.
     """
 
-    def __init__(self, values: Json, where: str = "", whole: bool = True):
+    def __init__(
+        self, values: Json, where: str = "", whole: bool = True, file: str = "config.json", ignored_as: str = ""
+    ):
         self._values, self._where, self._whole = values, where, whole
+        self._file, self._ignored_as = file, ignored_as
         self._asked: set[str] = set()
         self._sections: list[ConfigKeys] = []
 
@@ -77,7 +82,7 @@ class ConfigKeys:
         """A value that must be there."""
         value = self.get(key)
         if value is None:
-            raise LoadError(f"config.json has no {self._where + key!r}, which this family needs.")
+            raise LoadError(f"{self._file} has no {self._where + key!r}, which this family needs.")
         return value
 
     def one_of(self, *keys: str, default: Any = None) -> Any:
@@ -86,7 +91,7 @@ class ConfigKeys:
         values = list(given.values())
         if any(value != values[0] for value in values):
             shown = " and ".join(f"{self._where}{key}={value!r}" for key, value in given.items())
-            raise LoadError(f"config.json has {shown}, which should be the same.")
+            raise LoadError(f"{self._file} has {shown}, which should be the same.")
         return values[0] if values else default
 
     def only(self, **allowed: Any) -> None:
@@ -97,8 +102,8 @@ class ConfigKeys:
             if value is not None and (isinstance(value, (list, dict)) or value not in accepted):
                 shown = " or ".join(repr(one) for one in sorted(accepted, key=repr))
                 raise LoadError(
-                    f"config.json has {self._where}{key}={reprlib.repr(value)}, which is not implemented: only {shown} "
-                    "is."
+                    f"{self._file} has {self._where}{key}={reprlib.repr(value)}, which is not implemented: only "
+                    f"{shown} is."
                 )
 
     def harmless(self, *keys: str) -> None:
@@ -113,8 +118,8 @@ class ConfigKeys:
         """The keys below a key, none where it is missing; they too must all be used. `whole`: see the class."""
         value = self.get(key, {})
         if not isinstance(value, Mapping):
-            raise LoadError(f"config.json has {self._where}{key}={reprlib.repr(value)}, which should be an object.")
-        self._sections.append(ConfigKeys(value, f"{self._where}{key}.", whole))
+            raise LoadError(f"{self._file} has {self._where}{key}={reprlib.repr(value)}, which should be an object.")
+        self._sections.append(ConfigKeys(value, f"{self._where}{key}.", whole, self._file))
         return self._sections[-1]
 
     def __bool__(self) -> bool:
@@ -137,8 +142,9 @@ class ConfigKeys:
         if left:
             shown = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in sorted(left.items()))
             raise LoadError(
-                f"config.json has {shown}, which no {family} model here uses, so the numbers could come out wrong. If "
-                f"you know that it changes nothing in a forward pass, pass ignore_config_keys={sorted(left)}."
+                f"{self._file} has {shown}, which no {family} model here uses, so the numbers could come out wrong. If "
+                "you know that it changes nothing in a forward pass, pass ignore_config_keys="
+                f"{[self._ignored_as + key for key in sorted(left)]}."
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tl_looped.adapters.loading import save, whole_folder
+from tl_looped.adapters.saving import save, whole_folder
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.nn import LoopedTransformer
 from tl_looped.training.recipes import Rates, Recipe
