@@ -174,7 +174,10 @@ def test_a_saved_copy_is_the_model(folder: str, tmp_path):
     copy = LoopedModel.from_pretrained(tmp_path / "copy")
     with torch.no_grad():
         assert copy.cfg == model.cfg
-        assert torch.equal(copy(tokens), model(tokens))
+        kept = dict(copy.named_parameters())
+        assert all(torch.equal(weight, kept[name]) for name, weight in model.named_parameters())
+        # Where weights lie in memory changes the order in which kernels add.
+        torch.testing.assert_close(copy(tokens), model(tokens), atol=1e-4, rtol=1e-5)
 
 
 @every_folder
