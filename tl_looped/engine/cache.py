@@ -86,18 +86,18 @@ class CacheWriter:
 class LoopedCache(AnyResult, ActivationCache):
     """Activations of one run, by site and loop.
 
-    ========================================  =================================================================
-    cache["resid_post", layer, loop]          a core layer in one loop; negative numbers count from the end
-    cache["scale", layer, loop, "ln1"]        a norm's site, named as in TransformerLens
-    cache["state_post", loop]                 a site of the loop itself
-    cache["prelude.resid_post", layer]        a layer that runs once; also "coda.…"
-    cache["coda.scale", layer, None, "ln1"]   a norm's site in it
-    cache["embed"]                            a site that fires once
-    cache["blocks.2.loop.3.attn.hook_z"]      any full name
-    cache.stack("pattern", layer)             all loops, [loop, ...]
-    cache.stack("resid_post")                 all loops and core layers, [loop, layer, ...]
-    cache["L_blocks.resid_post", layer, loop] where two stacks loop: one must be named; loops are that stack's own
-    ========================================  =================================================================
+    =========================================  =================================================================
+    cache["resid_post", layer, loop]           a core layer in one loop; negative numbers count from the end
+    cache["scale", layer, loop, "ln1"]         a norm's site, named as in TransformerLens
+    cache["state_post", loop]                  a site of the loop itself
+    cache["prelude.resid_post", layer]         a layer that runs once; also "coda.…"
+    cache["coda.scale", layer, None, "ln1"]    a norm's site in it
+    cache["embed"]                             a site that fires once
+    cache["blocks.2.loop.3.attn.hook_z"]       any full name
+    cache.stack("pattern", layer)              all loops, [loop, ...]
+    cache.stack("resid_post")                  all loops and core layers, [loop, layer, ...]
+    cache["L_blocks.resid_post", layer, loop]  where two stacks loop: one must be named; loops are that stack's own
+    =========================================  =================================================================
 
     Reading a site of a loop without saying which raises, and names the loops that are cached. Gradients have the same
     names with "_grad" behind. Every activation is its own: editing one changes no other, and nothing of the caller's.
