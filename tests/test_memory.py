@@ -169,6 +169,17 @@ def remote(family: str) -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
+def test_two_stacks_in_memory():
+    """HRM-Text, whose modules are named in another way than its checkpoints are."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(PARITY / "hrm-text", attn_implementation="eager").eval()
+    ours, tokens = LoopedModel.from_model(model), expected("hrm-text")["input_ids"]
+    with torch.no_grad():
+        close(ours(tokens), model(tokens).logits)
+        model.lm_head.weight *= 2
+        close(ours(tokens), model(tokens).logits)
+
+
 def test_a_compiled_or_wrapped_model_is_the_model_inside():
     model = theirs()
     wanted = logits(model)
