@@ -400,3 +400,17 @@ def test_what_asks_for_one_core_refuses_by_name(model: LoopedModel, tokens: Tens
 def test_the_realised_depth_view_does_not_build_two_stacks(model: LoopedModel):
     with pytest.raises(InputError, match="the realised-depth view does not build two stacks that loop"):
         model.unrolled()
+
+
+def test_a_record_comes_back_as_the_cache_of_its_own_run(model: LoopedModel, tokens: Tensor, tmp_path: Path):
+    """Of a pair of counts, the second is not the trained one; of the fast stack, loops are its own."""
+    sites = ["L_blocks.resid_post", "H_blocks.state_post"]
+    recorded = record(model, tokens, (2, 3), sites=sites, out=tmp_path / "pair", progress=False)
+    kept, (_, cache) = recorded.cache(model, range(len(tokens))), model.run_with_cache(tokens, (2, 3))
+    assert kept.run.counts == (2, 3) and kept.kept_loops == (0, 1)
+    for name in sites:
+        assert torch.equal(kept.stack(name), cache.stack(name))
+    assert torch.equal(kept["L_blocks.resid_post", 1, 4], cache["L_blocks.resid_post", 1, 4])
+    prefixed = record(model, tokens, sites=sites, out=tmp_path / "prefix", progress=False, prefix_length=2)
+    with pytest.raises(InputError, match="the run was given prefix, which is not kept here"):
+        prefixed.cache(model, [0])

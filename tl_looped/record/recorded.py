@@ -261,14 +261,14 @@ class Recorded(AnyResult, Dataset[dict[str, Any]]):
 
         Raises:
             InputError: another model, prompts of different length or that are not there; or a run whose initial
-                state, positions or full attention mask were given, which are not kept here.
+                state, positions, full attention mask or prefix were given, which are not kept here.
         """
         chosen = [resolve_index("prompt", i, len(self.tokens)) for i in prompts]
         ours, theirs = self.cfg.to_dict(), model.cfg.to_dict()
         other = [key for key, value in theirs.items() if ours[key] != value and key != "model_name"]
         if other:
             raise InputError(f"this was recorded from another model, which differs in {', '.join(other)}.")
-        given = ("initial_state", "position_ids", "attention_mask")
+        given = ("initial_state", "position_ids", "attention_mask", "prefix")
         kept = [key for key in given if str(self.made_by.get(key)).startswith("given")]
         if kept:
             raise InputError(f"the run was given {kept[0]}, which is not kept here: read activations with tensor.")
@@ -279,14 +279,16 @@ class Recorded(AnyResult, Dataset[dict[str, Any]]):
         n_loops, source = self.made_by["n_loops"], self.made_by["initial_state"]
         seed = int(source.removeprefix("seed ")) if source.startswith("seed ") else None
         step_sizes = self.made_by.get("step_sizes") and tuple(self.made_by["step_sizes"])
-        run = model.batch_of(Runs(rows, n_loops, 0, n_loops, True, seed=seed, step_sizes=step_sizes), range(len(ids)))
+        more = {"l_cycles": self.made_by.get("l_cycles"), "step_sizes": step_sizes}
+        run = model.batch_of(Runs(rows, n_loops, 0, n_loops, True, seed=seed, **more), range(len(ids)))
         at = torch.cat([(self._rows[0]["prompt"] == i).nonzero()[:, 0] for i in chosen])
         found = {}
         for name in self.places:
             values = self._read(name, at).unflatten(0, (len(chosen), -1))
             found[name] = values.movedim(1, HookSite.parse(name).pos_axis).contiguous()
-        loops = {HookSite.parse(name).loop for name in self.places} - {None}
-        return LoopedCache(found, model, run, loops=[t for t in loops if t is not None])
+        sites, schedule = map(HookSite.parse, self.places), model.cfg.schedule(run.counts)
+        loops = {t for site in sites if site.loop is not None for t in schedule.around(site.stack, [site.loop])}
+        return LoopedCache(found, model, run, loops=loops)
 
     # Tables and pictures.
 

@@ -326,11 +326,12 @@ def steering_sweep(
                     raise InputError(f"metric must return a number for each prompt, [batch], got {tuple(found.shape)}.")
                 values[i, rows] = found.double().cpu()
                 bar.update()
+    made_by = {"model": model.cfg.model_name, **model.batch_of(runs, [0]).describe()}
     effects = (values[1:] - values[0]).reshape(len(every), len(strengths), len(loops), len(runs))
     at = 0 if layer is None else directions.layers.index(layer)
     relative = directions.relative[:, at].mean(0, keepdim=True) if when == "every" else directions.relative[:, at]
     return Steered(
-        made_by={"model": model.cfg.model_name, "n_loops": runs.n_loops, "site": directions.site, "layer": layer},
+        made_by=made_by | {"site": directions.site, "layer": layer},
         when=when,
         strengths=tuple(map(float, strengths)),
         loops=tuple(-1 if t is None else t for t in loops),
