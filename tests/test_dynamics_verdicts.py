@@ -37,6 +37,19 @@ def test_no_word_is_wrong(kind: str, n_loops: int, noise: float):
         assert found["undecided"] <= 1  # an approach that has hardly begun, or part of a turn
 
 
+def test_what_no_sum_of_modes_follows_is_left_undecided():
+    """Random walks, noise with a memory, growth by a power: nothing is said of them, rather than a wrong word."""
+    draws, times = torch.Generator().manual_seed(0), torch.arange(64, dtype=torch.float64)[:, None] + 1
+    start = torch.eye(D_MODEL, dtype=torch.float64)[0]
+    steps = torch.randn(64, D_MODEL, generator=draws, dtype=torch.float64) / 4
+    lasting = [steps[0]]
+    for step in steps[1:]:
+        lasting.append(0.9 * lasting[-1] + step)
+    made = [start + 0.2 * steps.cumsum(0), start + 0.1 * torch.stack(lasting), times.sqrt() * start]
+    made += [3 * start + steps[0] / times.sqrt()]
+    assert {VERDICTS[index] for index in judge_states(torch.stack(made, dim=1))["verdict"]} == {"undecided"}
+
+
 def test_chaos_is_told_from_noise_and_from_what_repeats():
     henon = states(KINDS["chaos"][1]["Hénon map"], 256)
     assert one(henon)["word"] == "chaotic"

@@ -358,7 +358,8 @@ def long_run(
     - *drifting*: a mode lasts that has not made half a turn: the state moves on, in norm, direction or both;
     - *orbit*: what lasts goes round and comes back after a whole number of loops (`period`, `amplitude`);
     - *quasi-periodic*: it goes round, and no whole number up to half the window brings it back;
-    - *chaotic*: no such sum foretells the last quarter, neighbours in space foretell one loop, and not eight;
+    - *chaotic*: no such sum foretells the last quarter or explains the most, and neighbours in space foretell one loop,
+      but not some later one up to the eighth;
     - *undecided*: none of these is certain. More loops, a wider number format, or a smaller `slowest` decide.
 
     The slower the motion and the larger the noise, the more loops it takes: rest can't be told from an approach that

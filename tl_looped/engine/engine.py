@@ -246,13 +246,12 @@ class Engine(HookedRootModule):
 
     def batch_of(self, runs: Runs, rows: Sequence[int] | None = None) -> Run:
         """Some of the rows (or all) as one batch. Rows that are named are of one length, and lose their padding."""
+        positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
         if rows is None:
             tokens, real = runs.rows.padded()
-            positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
         else:
             tokens = torch.stack([runs.rows.unpadded(row) for row in rows])
             real = torch.ones_like(tokens, dtype=torch.bool)
-            positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
             kept = [(row, runs.rows.places(row)) for row in rows]
             if positions is not None:
                 positions = torch.stack([positions[row, at.to(positions.device)] for row, at in kept])

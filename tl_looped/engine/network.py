@@ -104,9 +104,9 @@ class Network(nn.Module, ABC):
         """The part of a state that the head reads: all of it, or one of two states."""
         return state
 
-    @abstractmethod
     def needs_input(self, state_given: bool) -> bool:
         """Whether a run reads the tokens: for the initial state, or in a loop."""
+        return self.cfg.reads_input_in_loops or not state_given
 
     @abstractmethod
     def begin(

@@ -273,10 +273,6 @@ class LoopedTransformer(Network):
         """The linear map of the state before what comes after the loops; None where there is none."""
         return matrix(self.state_out, "state_out") if self.cfg.state_out else None
 
-    def needs_input(self, state_given: bool) -> bool:
-        """Whether a run reads the tokens: for the initial state, or for the injection."""
-        return self.cfg.reads_input_in_loops or not state_given
-
     def begin(
         self,
         tokens: Int[Tensor, "batch pos"],

@@ -97,10 +97,6 @@ class TwoStateTransformer(Network):
         read = tokens if self.cfg.reads_tokens_in_layers else None
         return Frame(positions, *angles, visible, l_cycles=l_cycles or self.l_cycles, tokens=read)
 
-    def needs_input(self, state_given: bool) -> bool:
-        """Whether a run reads the tokens: for the initial state, or for the injection."""
-        return self.cfg.reads_input_in_loops or not state_given
-
     def begin(
         self,
         tokens: Int[Tensor, "batch pos"],
