@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tl_looped import LoopedModel
+from tl_looped.__main__ import main
 from tl_looped.claims import ArchitectureStudy, architecture, initialise, study_architectures
 from tl_looped.claims.architectures import DEGENERATE, DISTINCT, NONE, REPORTED, Sizes, _measure
 from tl_looped.engine.errors import InputError
-from tl_looped.report.cli import main
 
 SIZES = Sizes(d_model=16, n_heads=2, prompts=2, pos=5)
 LOOPS = 16

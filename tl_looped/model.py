@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from tl_looped.adapters import Looping
 from tl_looped.adapters.hub import find
 from tl_looped.adapters.loading import Changes, load
-from tl_looped.adapters.memory import share, share_bridge
 from tl_looped.adapters.saving import save
 from tl_looped.adapters.tokenizer import load_tokenizer
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
@@ -31,7 +29,11 @@ from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_o
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer, NativeNetwork, build
-from tl_looped.unrolled import UnrolledModel
+
+if TYPE_CHECKING:  # TransformerBridge takes two seconds to import: what needs it does so when it is called
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from tl_looped.unrolled import UnrolledModel
 
 Self = TypeVar("Self", bound="LoopedModel")
 
@@ -159,6 +161,8 @@ class LoopedModel(CachingHooks, GeneratesText):
             model = LoopedModel.from_model(hf_model, AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"))
         """
         changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        from tl_looped.adapters.memory import share
+
         return cls(share(hf_model, changes), tokenizer).eval()
 
     @classmethod
@@ -186,6 +190,8 @@ class LoopedModel(CachingHooks, GeneratesText):
             model = LoopedModel.from_bridge(bridge, loop_layers=(4, 8), n_loops=2)
         """
         changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        from tl_looped.adapters.memory import share_bridge
+
         return cls(share_bridge(bridge, changes), bridge.tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -218,6 +224,8 @@ class LoopedModel(CachingHooks, GeneratesText):
             n_loops: loops to unroll; None for the count it was trained with.
             initial_state, seed: what every run of the view starts from, as in `forward`.
         """
+        from tl_looped.unrolled import UnrolledModel
+
         total, *_ = resolve_loops(n_loops, None, None, self.cfg)
         return UnrolledModel(self, total, initial_state, seed)
 

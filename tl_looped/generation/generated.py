@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, cast
 
 import pandas as pd
-import plotly.express as px
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +24,8 @@ from tl_looped.generation.loop_end import ExitRule
 from tl_looped.generation.sampling import Sampling
 from tl_looped.generation.stopping import Stopping
 from tl_looped.generation.stream import GenerationStep, TokenStream, check_hooks
+from tl_looped.viz.figure import Figure
+from tl_looped.viz.style import base_layout, heading, plotly_text
 
 GenerateReturn = Literal["input", "str", "tokens", "result"]
 
@@ -73,13 +74,19 @@ class Generated(Result):
 
     def plot(self) -> go.Figure:
         """The log probability of each new token, a line for each row; its text and loops when hovered over."""
-        table = self.to_dataframe()
-        labels = {"log_prob": "log probability (nats)", "pos": "position", "batch": "row"}
-        title = f"Generated tokens: {self.made_by.get('model', '')}"
-        more = ["text", "token", "loops"]
-        return px.line(
-            table, x="pos", y="log_prob", color="batch", hover_data=more, markers=True, labels=labels, title=title
-        )
+        lines = [
+            go.Scatter(
+                x=one.pos,
+                y=one.log_prob,
+                text=[f"{plotly_text(str(text))} (token {token}, {n} loops)" for text, token, n in what],
+                name=f"row {row}",
+                mode="lines+markers",
+            )
+            for row, one in self.to_dataframe().groupby("batch")
+            for what in [zip(one.text, one.token, one.loops, strict=True)]
+        ]
+        figure = Figure(lines, {"xaxis_title": "position", "yaxis_title": "log probability (nats)"})
+        return base_layout(figure, 400, title=heading(f"Generated tokens: {self.made_by.get('model', '')}"))
 
 
 class GeneratesText(Engine):
