@@ -106,13 +106,20 @@ def _add_study(commands: Commands) -> None:
         help="which norms have fixed points, with and without input injection",
         description="Run randomly initialised cores of three norms, with and without input injection, for many loops; "
         "write their distances to the last loop and a verdict on each as FOLDER/architectures.csv and "
-        "FOLDER/architectures.html.",
+        "FOLDER/architectures.html. A run that was interrupted goes on from FOLDER/architectures.safetensors.",
     )
     one.add_argument("--layers", type=int, nargs="+", default=[4, 12, 16], metavar="N", help="core sizes (4 12 16)")
     one.add_argument("--seeds", type=int, default=3, metavar="N", help="random initialisations of each kind (3)")
     one.add_argument("--n-loops", type=int, default=128, metavar="N", help="loops to run (128)")
     names = ["huginn", "fan_in", "normal"]
     one.add_argument("--init", nargs="+", default=names, choices=names, help=f"how to initialise ({' '.join(names)})")
+    one.add_argument(
+        "--input-scale",
+        nargs="+",
+        default=["own", "1"],
+        metavar="RMS",
+        help="how large embedding and state are; own: as initialised (own 1)",
+    )
     one.add_argument("--out", default=".", metavar="FOLDER", help="where to write (the current folder)")
     one.set_defaults(run="study_untrained")
 

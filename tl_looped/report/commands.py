@@ -23,15 +23,27 @@ from tl_looped.report.study import architectures_page
 def study_untrained(options: argparse.Namespace) -> int:
     """Run `tl-looped study architectures`."""
     folder = Path(options.out)
-    targets = [check_output(folder / f"architectures.{kind}") for kind in ("csv", "html")]
-    study = study_architectures(options.layers, options.seeds, options.n_loops, options.init)
+    scales = [_scale(text) for text in options.input_scale]
+    kept = folder / "architectures.safetensors"
+    study = study_architectures(
+        options.layers, options.seeds, options.n_loops, options.init, input_scales=scales, out=kept
+    )
     contents = study.to_dataframe().to_csv(index=False), architectures_page(study, options.command)
-    for name in options.init:
-        print(f"\nInitialisation {name}\n{study.claims(name).to_string(index=False)}")
-    for target, content in zip(targets, contents, strict=True):
-        write_whole(target, content)
+    for name, scale in study.starts():
+        inputs = "" if scale is None else f", inputs of scale {scale:g}"
+        print(f"\nInitialisation {name}{inputs}\n{study.claims(name, scale).to_string(index=False)}")
+    print(f"\nWhat decides\n{study.decides().to_string(index=False)}")
+    for kind, content in zip(("csv", "html"), contents, strict=True):
+        target = write_whole(folder / f"architectures.{kind}", content)
         print(f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _scale(text: str) -> float | None:
+    try:
+        return None if text == "own" else float(text)
+    except ValueError as error:
+        raise InputError(f"--input-scale must be own or a number above 0, got {text!r}.") from error
 
 
 def report(options: argparse.Namespace) -> int:
