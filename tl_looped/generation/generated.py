@@ -169,7 +169,7 @@ class GeneratesText(Engine):
             raise InputError(f"watch must be a function of a LoopEnd and a position, got {cast(object, watch)!r}.")
         runs = _prepare(self, input, n_loops, options)
         prompt = self.batch_of(runs)
-        n_positions = _check_prompt(self, prompt, max_new_tokens)
+        n_positions = _check_prompt(self, prompt, max_new_tokens, use_past_kv_cache)
         batch = len(prompt.tokens)
         stopping = Stopping.checked(self.tokenizer, self.cfg, batch, stop_at_eos, eos_token_id, stop_strings)
         states = NewStates(self, runs, prompt, n_positions, new_states)
@@ -292,7 +292,7 @@ def _prepare(model: Engine, prompts: Prompts, n_loops: LoopCount | None, options
     return replace(runs, rows=rows, seed=DEFAULT_SEED if runs.seed is None else runs.seed)
 
 
-def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int) -> int:
+def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int, cached: bool) -> int:
     """How many positions there may be in the end; an error where new tokens can't follow."""
     length, n_ctx = prompt.tokens.shape[1], model.cfg.n_ctx
     if length + max_new_tokens > n_ctx:
@@ -300,6 +300,13 @@ def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int) -> int:
         raise InputError(
             f"the prompt of {length} tokens and max_new_tokens={max_new_tokens} make {length + max_new_tokens}, more "
             f"than the model's context of {n_ctx}: {room}."
+        )
+    grows = model.cfg.grows_rotary_from()
+    if cached and grows is not None and length + max_new_tokens > grows:
+        raise InputError(
+            f"the prompt of {length} tokens and max_new_tokens={max_new_tokens} make more than {grows}, from where on "
+            "this model's dynamic rotary scaling turns all positions anew for every token, so keys can't be kept: pass "
+            "use_past_kv_cache=False, or stay below."
         )
     behind = (~prompt.attention_mask[:, -1]).nonzero().flatten().tolist()
     if behind:
