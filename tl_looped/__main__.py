@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tl-looped", description="Looped language models in TransformerLens: look inside every loop."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_report, _add_check, _add_study):
+    for add in (_add_report, _add_check, _add_convert, _add_study):
         add(commands)
     return parser
 
@@ -92,6 +92,19 @@ def _add_check(commands: Commands) -> None:
     )
     command.add_argument("model", metavar="ID_OR_FOLDER", help="hub id, folder or embedded model")
     command.set_defaults(run="check_model")
+
+
+def _add_convert(commands: Commands) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="turn a pickled checkpoint of a training run into a folder that loads",
+        description="Turn a pickled checkpoint (.pt, .pth, .bin, .ckpt) into a folder of safetensors and config.json. "
+        "It is read in a process of its own, with torch's weights-only reading, which refuses all but tensors.",
+    )
+    command.add_argument("source", metavar="FILE_OR_FOLDER", help="the checkpoint, or the folder that it is in")
+    command.add_argument("out", metavar="NEW_FOLDER", help="the folder to make")
+    command.add_argument("--config", metavar="FILE", help="the model's config, JSON or YAML (what lies beside it)")
+    command.set_defaults(run="convert_checkpoint")
 
 
 def _add_study(commands: Commands) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tl_looped.adapters.convert import convert
 from tl_looped.claims import study_architectures
 from tl_looped.dynamics.limits import FEWEST_LOOPS
 from tl_looped.engine.errors import InputError, check_count
@@ -18,6 +19,13 @@ from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built
 from tl_looped.report.readouts import readout_sections
 from tl_looped.report.sections import report_page
 from tl_looped.report.study import architectures_page
+
+
+def convert_checkpoint(options: argparse.Namespace) -> int:
+    """Run `tl-looped convert`."""
+    folder = convert(options.source, options.out, options.config)
+    print(f"Wrote {folder}: LoopedModel.from_pretrained({str(folder)!r})")
+    return 0
 
 
 def study_untrained(options: argparse.Namespace) -> int:
