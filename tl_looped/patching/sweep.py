@@ -146,7 +146,7 @@ class _Sweep:
 
     def values(self, progress: bool) -> tuple[Float[Tensor, "metric *cells"], Float[Tensor, "metric *batch"]]:
         """(every cell's metrics, those of the unpatched run)."""
-        baseline, plan = self.metrics(self.logits), self.plan
+        baseline, plan = self.metrics(self.logits.clone()), self.plan  # a metric may write to what it is given
         store = baseline.new_zeros(len(baseline), math.prod(plan.sizes), *baseline.shape[1:])
         with tqdm(total=store.shape[1], desc=f"Patching {plan.component}", disable=not progress) as bar:
             for batch in self.batches.all:
