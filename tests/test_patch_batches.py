@@ -101,6 +101,7 @@ def test_layers_that_read_tokens_or_know_the_time_and_windows(starts: list[list[
         {"learned_positions": True, "rotary": None},
         {"loop_update": "residual"},
         {"score_cap": 3.0},
+        {"windows": (2, None), "n_key_value_heads": 2},
     ):
         model = make(torch.float64, **changes)
         clean, corrupted = prompts(model, pos=LENGTH)

@@ -109,8 +109,8 @@ class _Patch(NamedTuple):
 
     origin: HookSite
     cells: list[int]
-    read: Int[Tensor, "cell axis"]
-    written: Int[Tensor, "cell axis"]
+    read: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]  # the cells first
 
 
 class _Sweep:
@@ -225,14 +225,18 @@ class _Sweep:
             for site, origin in group.sites:
                 cells.setdefault(site, {}).setdefault(origin, []).extend(range(at, at + len(places)))
             at += len(places)
-        device = self.run.tokens.device
-        where = torch.tensor([place for _, places in parts for place in places], dtype=torch.long).to(device)
-        writers: list[tuple[HookName, HookFn]] = []
-        shift = torch.tensor([start if axis == "pos" else 0 for axis in self.plan.inner], dtype=torch.long).to(device)
-        for site, by_origin in cells.items():
-            patches = [_Patch(origin, rows, where[rows], where[rows] - shift) for origin, rows in by_origin.items()]
-            writers.append((site.name, partial(self._write, patches)))
-        return writers
+        where = torch.tensor([place for _, places in parts for place in places], dtype=torch.long)
+        before = torch.tensor([start if axis == "pos" else 0 for axis in self.plan.inner], dtype=torch.long)
+
+        def patch(origin: HookSite, rows: list[int]) -> _Patch:
+            read, index, device = where[rows], torch.tensor(rows), self.run.tokens.device
+            written = torch.cat((index[:, None], read - before), dim=1)
+            return _Patch(origin, rows, read.to(device).unbind(1), written.to(device).unbind(1))
+
+        return [
+            (site.name, partial(self._write, [patch(origin, rows) for origin, rows in by_origin.items()]))
+            for site, by_origin in cells.items()
+        ]
 
     def _write(self, patches: Sequence[_Patch], x: Tensor, hook: LoopHookPoint) -> None:
         """Put what the source gives at every cell's place, into what the hook may write to."""
@@ -242,15 +246,14 @@ class _Sweep:
         shape = [self.pos if name in ("pos", "query") else size for name, size in named]
         target = rows.movedim([dim + 1 for dim in dims], list(range(1, 1 + len(dims))))
         for patch in patches:
-            cells = torch.tensor(patch.cells).to(x.device)
             if self.source.constant:
                 value = give(patch.origin, x.new_zeros(()).expand(shape)).to(x).expand(shape)
-                value = value.movedim(dims, list(range(len(dims))))[patch.read.unbind(1)] if dims else value
+                value = value.movedim(dims, list(range(len(dims))))[patch.read] if dims else value
             else:
                 value = torch.stack([give(patch.origin, rows[cell]).to(x).expand(shape) for cell in patch.cells])
                 value = value.movedim([dim + 1 for dim in dims], list(range(1, 1 + len(dims))))
-                value = value[(torch.arange(len(cells), device=x.device), *patch.read.unbind(1))]
-            target[(cells, *patch.written.unbind(1))] = value
+                value = value[(torch.arange(len(value), device=x.device), *patch.read)]
+            target[patch.written] = value
 
 
 def _repeat(x: Tensor, cells: int) -> Tensor:
