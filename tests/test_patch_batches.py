@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FOLDERS, load
 from helpers import TWO_STATES, make, tokens_for, waits, word_tokenizer
 from patching_helpers import CASES, SITES, by_hand, case, cells, everywhere, legal_axes, prompts, run_clean, sizes_of
 from torch import Tensor
@@ -68,6 +69,35 @@ def test_what_comes_before_a_position_need_not_run_again(name: str, starts: list
                 sweep(model, corrupted, cache, site, ("pos",), when="every"), model, corrupted, cache, 2, when="every"
             )
     assert set(map(tuple, starts)) == {tuple(range(LENGTH))}
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_family_gives_what_single_runs_give(folder: str, starts: list[list[int]]) -> None:
+    model = load(folder, torch.float64)
+    clean, corrupted = (tokens_for(model, pos=LENGTH, seed=seed) for seed in (1, 8))
+    metric, stack = everywhere(model), model.cfg.looping[-1]
+    with torch.no_grad():
+        cache, untouched = run_clean(model, clean, 2), metric(model(corrupted, 2))
+        for site, component in (("z", "attn.hook_z"), ("state_post", "hook_state_post"), ("embed", "hook_embed")):
+            layered, looped = site == "z", site != "embed"
+            axes = (*(("loop",) if looped else ()), *(("layer",) if layered else ()), "pos")
+            how = {"stack": stack} if looped else {}
+            found, same = (
+                sweep(model, corrupted, source, site, axes, **how) for source in (cache, run_clean(model, corrupted, 2))
+            )
+            torch.testing.assert_close(same.values, untouched.expand_as(same.values), **EXACT)
+            of_stack = f"{stack}." if layered or len(model.cfg.looping) > 1 else ""
+            for number, at in enumerate(found.index_df.to_dict("records")):
+                layer = f"{at['layer']}." if layered else ""
+                name = f"{of_stack}{layer}loop.{at['loop']}.{component}" if looped else component
+
+                def write(x: Tensor, hook: Any, p: int = at["pos"]) -> None:
+                    x[:, p] = cache[hook.name][:, p]
+
+                alone = metric(model.run_with_hooks(corrupted, 2, fwd_hooks=[(name, write)]))
+                torch.testing.assert_close(found.values.flatten(0, -2)[number], alone, **EXACT)
+    assert all(one == (list(range(LENGTH)) if model.cfg.causal else [0]) for one in starts)
 
 
 def test_keys_of_a_pattern_are_counted_from_the_first(starts: list[list[int]]) -> None:
