@@ -98,7 +98,7 @@ def test_the_bound_for_rotary_attention_is_never_violated(
     d_head, style = 2 * half, "adjacent" if adjacent else "halves"
     W_Q, W_K = weights(seed, 2, 1, 5, d_head)
     frequencies = component_frequencies(Rotary(style=style), d_head)
-    angles = rotary_angles(frequencies, torch.arange(pos)[None], torch.float64)
+    angles = rotary_angles(Rotary(style=style), frequencies, torch.arange(pos)[None], torch.float64)
 
     def pattern(x: Tensor) -> Tensor:
         q, k = (rotate((x @ w).movedim(0, 1)[None], angles, style)[0].movedim(1, 0) for w in (W_Q, W_K))

@@ -7,9 +7,9 @@ import torch
 from helpers import FAMILIES, PARITY, make, parity, word_tokenizer
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.__main__ import main
 from tl_looped.engine.hooks import LoopHandle, SharedHookPoint
 from tl_looped.report import check
-from tl_looped.report.cli import main
 
 
 def failed(model: LoopedModel) -> set[str]:

@@ -128,7 +128,7 @@ def test_a_looped_model_is_not_looped_again(options: dict[str, Any]):
     ("folder", "config", "message"),
     [
         ("ff-llama", {"hidden_act": "gelu"}, r"hidden_act='gelu', which is not implemented: only 'silu' is"),
-        ("ff-llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"rope_type='yarn', which is not"),
+        ("ff-llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_type='longrope', which"),
         ("ff-qwen2", {"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\]: .* each of 4 layers"),
         ("ff-gemma2", {"sliding_window": None}, r"layers of sliding_attention, but no sliding_window"),
         ("ff-gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True, which is not"),

@@ -209,7 +209,7 @@ def test_pickles_are_not_opened(released):
     folder = released("ouro")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    refuse(folder, r"has only pickled weights \(pytorch_model.bin\), which can run code when read: convert them")
+    refuse(folder, r"has only pickled weights \(pytorch_model.bin\), which can run code when read: run tl-")
 
 
 def test_code_beside_the_weights_is_not_run(released):

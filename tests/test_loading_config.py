@@ -34,7 +34,7 @@ LLAMA3 = {
             r"layer_types=\['sliding.*only 'full_attention' in all 3 layers",
         ),
         ("ouro", {"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\]: only .* in all 3 layers"),
-        ("ouro", {"rope_scaling": {"rope_type": "yarn"}}, r"rope_type='yarn', which is not implemented"),
+        ("ouro", {"rope_scaling": {"rope_type": "longrope"}}, r"rope_type='longrope', which is not implemented"),
         ("ouro", {"rope_theta": None}, r"has no 'rope_theta'"),
         ("ouro", {"total_ut_steps": 0}, r"n_loops must be at least 1, got 0"),
         ("ouro", {"hidden_size": "48"}, r"d_model must be an integer, got '48'"),

@@ -17,11 +17,14 @@ from helpers import PARITY, make
 from report_helpers import ATTACK, HOSTILE, hostile_model, hostile_tokenizer
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.__main__ import _parser, main
+from tl_looped.claims.architectures import INITIALISATION_WORDS, LAYERS
+from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.files import check_output, write_whole
 from tl_looped.lens import logit_lens, view_prompt
 from tl_looped.report import Prompt, ReportData, built_in, collect, report_page
-from tl_looped.report import cli as cli_module
-from tl_looped.report.cli import main
+from tl_looped.report import commands as commands_module
+from tl_looped.report.analyses import LONG_RUN
 from tl_looped.report.html import Section, page
 from tl_looped.viz import LayerAttention, LoopAttention
 from tl_looped.viz.style import show_token
@@ -160,7 +163,7 @@ def test_built_in_prompts_are_for_models_by_name(monkeypatch: pytest.MonkeyPatch
     model = make(tokenizer=hostile_tokenizer(), d_vocab=17)
     monkeypatch.setattr(model, "to_tokens", lambda text: None)
     for name in ("looped-hops", "looped-hops-settling"):
-        assert cli_module._built_in(model, name) == built_in(name)
+        assert commands_module._built_in(model, name) == built_in(name)
 
 
 @pytest.mark.parametrize("arguments", [[], ["report"], ["check"]])
@@ -169,6 +172,21 @@ def test_commands_have_help(arguments: list[str], capsys: pytest.CaptureFixture[
         main([*arguments, "--help"])
     assert ended.value.code == 0
     assert " ".join(["usage: tl-looped", *arguments]) in capsys.readouterr().out
+
+
+def test_defaults_are_the_analyses_own():
+    options = _parser().parse_args(["study", "architectures"])
+    assert tuple(options.layers) == LAYERS
+    assert options.n_loops == N_LOOPS
+    assert tuple(options.init) == tuple(INITIALISATION_WORDS)
+    assert _parser().parse_args(["report"]).long_run == LONG_RUN
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; sys.argv[1:] = ['--help']\ntry: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    code = f"from tl_looped.__main__ import main\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_module_is_the_command():

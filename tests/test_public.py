@@ -185,3 +185,13 @@ def _numbers(found: Any) -> dict[str, torch.Tensor]:
     """The tensors of a result."""
     contents = found._contents() if isinstance(found, AnyResult) else vars(found) if hasattr(found, "__dict__") else {}
     return {name: value for name, value in contents.items() if isinstance(value, torch.Tensor)}
+
+
+def test_names_of_the_package_are_found_when_asked_for():
+    tree = ast.parse(Path(tl_looped.__file__).read_text(encoding="utf-8"))
+    found = [name.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    names = {name for name in found if name}
+    assert names == set(tl_looped._HOMES) and names <= set(dir(tl_looped))
+    assert all(getattr(tl_looped, name).__module__.startswith("tl_looped.") for name in names - {"DEFAULT_SEED"})
+    with pytest.raises(AttributeError, match="'tl_looped' has no attribute 'HookedTransformer': LoopedCache, .* are"):
+        getattr(tl_looped, "HookedTransformer")  # noqa: B009 - pyright knows that it is not there

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tl_looped import LoopedModel
-from tl_looped.claims import ArchitectureStudy, architecture, initialise, study_architectures
+from tl_looped.__main__ import main
+from tl_looped.claims import ArchitectureStudy, architecture, architectures, initialise, study_architectures
 from tl_looped.claims.architectures import DEGENERATE, DISTINCT, NONE, REPORTED, Sizes, _measure
 from tl_looped.engine.errors import InputError
-from tl_looped.report.cli import main
 
 SIZES = Sizes(d_model=16, n_heads=2, prompts=2, pos=5)
 LOOPS = 16
@@ -27,7 +27,7 @@ LIMITS = {"tolerance": 1e-2, "hold": 0.25, "threshold": 0.99, "share": 0.9}
 
 @lru_cache
 def study() -> ArchitectureStudy:
-    return study_architectures((2, 3), 2, LOOPS, ["huginn"], sizes=SIZES, progress=False)
+    return study_architectures((2, 3), 2, LOOPS, ["huginn"], input_scales=[None], sizes=SIZES, progress=False)
 
 
 # What it runs.
@@ -67,6 +67,9 @@ def test_a_cell_equals_a_plain_computation(index: int) -> None:
         for p in range(5)
     ]
     assert cell["smallest_cosine"] == pytest.approx(statistics.median(smallest), abs=1e-5)
+    written = sum(cache[name, layer, 0] for name in ("attn_out", "mlp_out") for layer in range(cell["layers"]))
+    read = cache["resid_pre", 0, 0]
+    assert cell["writes"] == pytest.approx(float(written.norm(dim=-1).mean() / read.norm(dim=-1).mean()), rel=1e-5)
     norms = states[:, -1].norm(dim=-1).mean((1, 2))
     assert cell["growth"] == pytest.approx(float(norms[-1] / norms[0]), rel=1e-4)
 
@@ -108,6 +111,17 @@ def test_initialisations() -> None:
             assert torch.equal(found[name], again[name]) and not torch.equal(found[name], other[name])
         assert all(bool((weight == 1).all()) for name, weight in found.items() if "ln" in name)
     assert architecture(2, "pre", True, "huginn", sizes).embed_scale == pytest.approx(math.sqrt(128))
+
+
+@pytest.mark.parametrize("how", ["huginn", "fan_in", "normal"])
+def test_an_input_scale_is_the_size_of_embedding_and_state(how: Any) -> None:
+    sizes = Sizes(d_model=128, n_heads=4)
+    for injection in (True, False):
+        model = LoopedModel.from_config(architecture(2, "pre", injection, how, sizes, 16, 0.5))
+        initialise(model, how, 0)
+        _, cache = model.run_with_cache(torch.arange(200).reshape(-1, 10), n_loops=1, seed=0 if injection else None)
+        for name in ("embed", "state_init"):
+            assert float(cache[name].square().mean().sqrt()) == pytest.approx(0.5, rel=0.05), name
 
 
 # What it says.
@@ -194,13 +208,48 @@ def test_the_figure_has_a_panel_for_each_kind_and_a_line_for_each_model() -> Non
     drawn = torch.tensor(figure.data[0].y[:-1], dtype=torch.float32)
     torch.testing.assert_close(drawn, study().medians[first, :-1], rtol=1e-4, atol=0)
     assert figure.data[0].y[-1] is None  # zero has no place on a logarithmic axis
-    with pytest.raises(InputError, match=r"no initialisation 'zeros', but \['huginn'\]"):
+    with pytest.raises(
+        InputError, match=r"no initialisation 'zeros' with input_scale=None, but \[\('huginn', None\)\]"
+    ):
         study().plot("zeros")
 
 
 def test_a_study_is_kept_in_a_file(tmp_path: Path) -> None:
     again = ArchitectureStudy.load(study().save(tmp_path / "study"))
     assert again.claims("huginn").equals(study().claims("huginn")) and torch.equal(again.distances, study().distances)
+
+
+def test_what_decides_is_told_by_the_writes() -> None:
+    cell = study().cells[0]
+    given = [(0.1, 1.0), (0.2, 0.95), (0.4, 0.2), (0.5, 1.0), (0.9, 0.0)]
+    cells = tuple({**cell, "writes": writes, "converged": converged} for writes, converged in given)
+    (row,) = dataclasses.replace(study(), cells=cells).decides().to_dict("records")
+    assert (row["models"], row["at_rest"], row["rest_up_to"], row["none_from"]) == (5, 3, 0.2, 0.9)
+    assert row["auc"] == pytest.approx(5 / 6)  # of the six pairs only (0.4, 0.5) is the wrong way round
+    (row,) = dataclasses.replace(study(), cells=cells[:2]).decides().to_dict("records")
+    assert row["rest_up_to"] == 0.2 and math.isnan(row["none_from"]) and math.isnan(row["auc"])
+
+
+def test_a_study_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"layers": (2,), "seeds": 1, "n_loops": 16, "initialisations": ["normal"]}
+    options |= {"sizes": SIZES, "progress": False}
+    whole, file, left = study_architectures(**options), tmp_path / "new" / "kept.safetensors", iter(range(5))
+    real = architectures.initialise
+
+    def stop(*args: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(architectures, "initialise", stop)
+    with pytest.raises(KeyboardInterrupt):
+        study_architectures(**options, out=file)
+    assert len(ArchitectureStudy.load(file).cells) == 5
+    monkeypatch.setattr(architectures, "initialise", real)
+    again = study_architectures(**options, out=file)
+    assert again.to_dataframe().equals(whole.to_dataframe()) and len(whole.cells) == 12
+    with pytest.raises(InputError, match=r"holds a study with other seeds, input_scales: give out= another file"):
+        study_architectures(**{**options, "seeds": 2}, input_scales=[0.5], out=file)
 
 
 # Bad input.
@@ -215,6 +264,8 @@ def test_a_study_is_kept_in_a_file(tmp_path: Path) -> None:
         ({"layers": (1,)}, "layers must be at least 2, got 1"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"n_loops": 15}, "n_loops must be at least 16, got 15"),
+        ({"input_scales": [0.0]}, "an input scale must be a finite number above 0, got 0"),
+        ({"input_scales": [1.0, 1.0]}, "input_scales must be a list of one value or more, each once"),
         ({"initialisations": ["zeros"]}, "initialisations must be of .*, got 'zeros'"),
         ({"tolerance": 0}, "tolerance must be a finite number above 0"),
         ({"share": 1.5}, "share must be a number above 0 and at most 1"),
@@ -235,26 +286,38 @@ def test_sizes_that_do_not_fit() -> None:
 
 def test_the_command_writes_table_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--layers", "2", "--seeds", "1", "--n-loops", "16", "--init", "huginn", "normal"]
+    tmp_path = tmp_path / "new"
     assert main(["study", "architectures", *options, "--out", str(tmp_path)]) == 0
     with open(tmp_path / "architectures.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and {row["initialisation"] for row in rows} == {"huginn", "normal"}
+    assert len(rows) == 24 and {row["input_scale"] for row in rows} == {"", "1.0"}
+    assert {row["initialisation"] for row in rows} == {"huginn", "normal"}
     for row in rows:
         assert row["verdict"] in (DISTINCT, DEGENERATE, NONE) and -1 <= float(row["smallest_cosine"]) <= 1.00001
         assert float(row["distance_15"]) == 0 and float(row["distance_0"]) > 0 and "distance_16" not in row
         assert float(row["median_0"]) > 0
     html = (tmp_path / "architectures.html").read_text(encoding="utf-8")
-    for text in ("Initialisation: huginn", "Initialisation: normal", "the paper reports", "--n-loops 16"):
+    for text in (
+        "Initialisation: huginn",
+        "Initialisation: normal, inputs of scale 1",
+        "What decides",
+        "the paper reports",
+        "--n-loops 16",
+    ):
         assert text in html
-    assert "Initialisation: fan_in" not in html and html.count('<div class="plot">') == 2
+    assert "Initialisation: fan_in" not in html and html.count('<div class="plot">') == 4
     assert "default-src 'none'" in html  # the page fetches nothing
     out = capsys.readouterr().out
     assert out.count("Wrote") == 2 and "fixed point, degenerate" in out
 
 
 def test_the_command_refuses_before_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "architectures", "--out", str(tmp_path / "missing")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["study", "architectures", "--out", str(tmp_path / "file")]) == 2
+    assert "can't be written" in capsys.readouterr().err
+    (tmp_path / "file").unlink()
+    assert main(["study", "architectures", "--input-scale", "big", "--out", str(tmp_path)]) == 2
+    assert "--input-scale must be own or a number above 0, got 'big'" in capsys.readouterr().err
     assert main(["study", "architectures", "--n-loops", "2", "--out", str(tmp_path)]) == 2
     assert "n_loops must be at least 16, got 2" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from tl_looped.adapters import Looping
 from tl_looped.adapters.hub import find
 from tl_looped.adapters.loading import Changes, load
-from tl_looped.adapters.memory import share, share_bridge
 from tl_looped.adapters.saving import save
 from tl_looped.adapters.tokenizer import load_tokenizer
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
@@ -31,7 +29,11 @@ from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_o
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer, NativeNetwork, build
-from tl_looped.unrolled import UnrolledModel
+
+if TYPE_CHECKING:  # TransformerBridge takes two seconds to import: what needs it does so when it is called
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from tl_looped.unrolled import UnrolledModel
 
 Self = TypeVar("Self", bound="LoopedModel")
 
@@ -85,6 +87,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         loop_layers: tuple[int, int] | None = None,
         n_loops: int | None = None,
         update: LoopUpdate | None = None,
+        n_ctx: int | None = None,
         adapter: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint whole and exactly, without running code from it.
@@ -105,6 +108,8 @@ class LoopedModel(CachingHooks, GeneratesText):
             n_loops: how often they run, in runs that do not say; None for once: the feedforward model itself.
             update: what a loop makes of the state x, with F(x) what comes out of the core: "replace": F(x), the
                 default. "damped": x + (F(x) - x) / n_loops.
+            n_ctx: the longest prompt, instead of the checkpoint's: positions beyond it turn by the same frequencies, or
+                as dynamic scaling has it. To scale them in another way, change rope_scaling in config.json.
             adapter: a LoRA adapter of PEFT that was trained on this model, as a folder or a hub id: merged into the
                 weights in float32, which are then cast. Keys of its adapter_config.json are ignored as "adapter.KEY".
 
@@ -118,7 +123,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         place, kind = check_device(device), None if dtype is None or dtype == "auto" else check_dtype(dtype)
         folder = find(name, revision, subfolder)
         looping = Looping(loop_layers, n_loops, update)
-        changes = Changes(ignore_config_keys, looping)
+        changes = Changes(ignore_config_keys, looping, n_ctx)
         if adapter is not None:
             changes = replace(changes, adapter=find(adapter), adapter_name=str(adapter))
         full_name = f"{name}/{subfolder}" if subfolder else str(name)
@@ -134,6 +139,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         loop_layers: tuple[int, int] | None = None,
         n_loops: int | None = None,
         update: LoopUpdate | None = None,
+        n_ctx: int | None = None,
         ignore_config_keys: Iterable[str] = (),
     ) -> Self:
         """A model of transformers that is in memory, looked into loop by loop: its weights are shared, not copied.
@@ -147,7 +153,7 @@ class LoopedModel(CachingHooks, GeneratesText):
             hf_model: with its head, as AutoModelForCausalLM.from_pretrained(...); of remote code too, where the family
                 is one that loads. Compiled or in DataParallel, it is the model inside.
             tokenizer: its tokenizer; None for token ids only.
-            loop_layers, n_loops, update, ignore_config_keys: as in `from_pretrained`.
+            loop_layers, n_loops, update, n_ctx, ignore_config_keys: as in `from_pretrained`.
 
         Raises:
             InputError: weights that are not plain (quantised, with adapters, not loaded), on several devices, or in a
@@ -158,7 +164,9 @@ class LoopedModel(CachingHooks, GeneratesText):
             hf_model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
             model = LoopedModel.from_model(hf_model, AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"))
         """
-        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update), n_ctx)
+        from tl_looped.adapters.memory import share
+
         return cls(share(hf_model, changes), tokenizer).eval()
 
     @classmethod
@@ -169,13 +177,14 @@ class LoopedModel(CachingHooks, GeneratesText):
         loop_layers: tuple[int, int] | None = None,
         n_loops: int | None = None,
         update: LoopUpdate | None = None,
+        n_ctx: int | None = None,
         ignore_config_keys: Iterable[str] = (),
     ) -> Self:
         """The model in a TransformerBridge, with its tokenizer: the weights are shared as in `from_model`.
 
         Args:
             bridge: of TransformerLens, its weights not processed.
-            loop_layers, n_loops, update, ignore_config_keys: as in `from_pretrained`.
+            loop_layers, n_loops, update, n_ctx, ignore_config_keys: as in `from_pretrained`.
 
         Raises:
             InputError: weights that are processed (folded norms, centred weights) or not plain; or no bridge.
@@ -185,7 +194,9 @@ class LoopedModel(CachingHooks, GeneratesText):
             bridge = TransformerBridge.boot_transformers("gpt2")
             model = LoopedModel.from_bridge(bridge, loop_layers=(4, 8), n_loops=2)
         """
-        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update))
+        changes = Changes(ignore_config_keys, Looping(loop_layers, n_loops, update), n_ctx)
+        from tl_looped.adapters.memory import share_bridge
+
         return cls(share_bridge(bridge, changes), bridge.tokenizer).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -218,6 +229,8 @@ class LoopedModel(CachingHooks, GeneratesText):
             n_loops: loops to unroll; None for the count it was trained with.
             initial_state, seed: what every run of the view starts from, as in `forward`.
         """
+        from tl_looped.unrolled import UnrolledModel
+
         total, *_ = resolve_loops(n_loops, None, None, self.cfg)
         return UnrolledModel(self, total, initial_state, seed)
 

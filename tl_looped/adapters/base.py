@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,16 @@ from transformers import GenerationConfig
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError, check_count, nearest
-from tl_looped.engine.parts import LinearRope, Llama3Rope, LoopUpdate, Rotary, check_choice
+from tl_looped.engine.parts import (
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LoopUpdate,
+    RopeScaling,
+    Rotary,
+    YarnRope,
+    check_choice,
+)
 
 Json = Mapping[str, Any]
 
@@ -295,7 +305,7 @@ def rotary(config: ConfigKeys, default_base: float | None = None) -> Rotary:
     """
     before, since = config.section("rope_scaling"), config.section("rope_parameters")
     sections = [section for section in (before, since.section("full_attention") or since) if section]
-    scalings = [scaling(section) for section in sections]
+    scalings = [scaling(section, config.get("max_position_embeddings")) for section in sections]
     bases = [base for base in (config.get("rope_theta"), *(one.get("rope_theta") for one in sections)) if base]
     for what, values in (("rope_theta", bases), ("rotary scaling", scalings)):
         if any(value != values[0] for value in values):
@@ -306,20 +316,37 @@ def rotary(config: ConfigKeys, default_base: float | None = None) -> Rotary:
     return Rotary(base, scaling=next(iter(scalings), None))
 
 
-def scaling(section: ConfigKeys) -> Llama3Rope | LinearRope | None:
-    """Scaling of the frequencies, as the keys of one kind of layer say."""
+def scaling(section: ConfigKeys, n_ctx: int | None) -> RopeScaling | None:
+    """Scaling of the frequencies, as the keys of one kind of layer say.
+
+    Args:
+        section: the keys.
+        n_ctx: max_position_embeddings, the original context where the section names none.
+    """
     kind = section.one_of("rope_type", "type", default="default")
     if kind == "default":
         return None
     if kind == "linear":
         return LinearRope(section.need("factor"))
-    if kind != "llama3":
+    if kind == "dynamic":  # it grows from max_position_embeddings on, whatever else may be written
+        section.get("original_max_position_embeddings")
+        return DynamicRope(section.need("factor"), check_count("max_position_embeddings", n_ctx))
+    if kind not in ("llama3", "yarn"):
         raise LoadError(
-            f"config.json has rope_type={kind!r}, which is not implemented: only 'default', 'linear' and 'llama3' are."
+            f"config.json has rope_type={kind!r}, which is not implemented: 'default', 'linear', 'dynamic', 'llama3' "
+            "and 'yarn' are."
         )
-    return Llama3Rope(
-        factor=section.need("factor"),
-        low_freq_factor=section.need("low_freq_factor"),
-        high_freq_factor=section.need("high_freq_factor"),
-        original_n_ctx=section.need("original_max_position_embeddings"),
-    )
+    factor = section.get("factor") if kind == "yarn" else section.need("factor")
+    original = check_count("original_max_position_embeddings", section.get("original_max_position_embeddings", n_ctx))
+    if kind == "yarn":
+        return _yarn(section, factor or check_count("max_position_embeddings", n_ctx) / original, original)
+    return Llama3Rope(factor, section.need("low_freq_factor"), section.need("high_freq_factor"), original)
+
+
+def _yarn(section: ConfigKeys, factor: float, original: int) -> YarnRope:
+    sharper, one, all_dims = (section.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if sharper is None and one and all_dims:
+        grown = [1 + 0.1 * scale * math.log(max(factor, 1.0)) for scale in (one, all_dims)]
+        sharper = grown[0] / grown[1]
+    fast, slow = section.get("beta_fast") or 32.0, section.get("beta_slow") or 1.0
+    return YarnRope(factor, original, fast, slow, sharper, section.get("truncate", True))

@@ -196,7 +196,8 @@ def _gemma3(config: ConfigKeys, layers: int) -> Differences:
     since = config.section("rope_parameters")
     if since:
         full, near = since.section("full_attention"), since.section("sliding_attention")
-        turns = [Rotary(one.need("rope_theta"), scaling=scaling(one)) for one in (full, near)]
+        n_ctx = config.get("max_position_embeddings")
+        turns = [Rotary(one.need("rope_theta"), scaling=scaling(one, n_ctx)) for one in (full, near)]
     else:
         turns = [rotary(config, 1e6), Rotary(config.get("rope_local_base_freq", 10000.0))]
     return {

@@ -17,7 +17,7 @@ from tl_looped.adapters.base import ConfigKeys, Json, without
 from tl_looped.adapters.lora import CONFIG, PREFIX, merged
 from tl_looped.adapters.weights import FORMATS, FolderWeights, Weights, read_json, some
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError, LoadError
+from tl_looped.engine.errors import InputError, LoadError, check_count
 from tl_looped.nn import NativeNetwork, build
 
 Place = Callable[[Tensor, Source], nn.Parameter]  # makes a parameter of rows of a stored tensor
@@ -30,14 +30,31 @@ class Changes:
     Attributes:
         ignore_config_keys: keys of config.json to read as if they were not there.
         looping: how to loop the model, where it is a feedforward one.
+        n_ctx: the longest prompt, where it is not the checkpoint's.
         adapter: the folder of a LoRA adapter to merge into the weights.
         adapter_name: what it is called.
     """
 
     ignore_config_keys: Iterable[str] = ()
     looping: Looping = field(default_factory=Looping)
+    n_ctx: int | None = None
     adapter: Path | None = None
     adapter_name: str = ""
+
+    def with_context(self, cfg: LoopedConfig) -> LoopedConfig:
+        """The config with the context that is asked for.
+
+        Raises:
+            InputError: no count, or more positions than the model has learned vectors for.
+        """
+        if self.n_ctx is None or check_count("n_ctx", self.n_ctx) == cfg.n_ctx:
+            return cfg
+        if cfg.learned_positions:
+            raise InputError(
+                f"n_ctx={self.n_ctx}, but this model has a learned vector for each of {cfg.n_ctx} positions: leave "
+                "n_ctx out, and read shorter prompts as they are."
+            )
+        return replace(cfg, n_ctx=self.n_ctx)
 
 
 def load(
@@ -124,9 +141,10 @@ class Plan:
         adapter = adapter_for(values)
         stored = _config(adapter, values, ends, frozenset(weights.headers), name)
         cfg = changes.looping.applied(stored, adapter)
+        sources, checks = adapter.sources(cfg), adapter.checked(cfg)
+        cfg = changes.with_context(cfg)
         with torch.device("meta"):
             model = build(cfg)
-        sources, checks = adapter.sources(cfg), adapter.checked(cfg)
         weights = weights.named_as({source.name for source in sources.values()})
         head = sources.pop("unembed.weight", None) if cfg.tie_embeddings else None
         plan = cls(cfg, weights, sources, checks, head, model)

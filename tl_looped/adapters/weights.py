@@ -17,7 +17,7 @@ from tl_looped.engine.errors import LoadError
 FORMATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # at any depth, by torch
 _PREFIXES = ("module.", "model.", "transformer.", "gpt.")  # by what trained a model, and by parts of one
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def _existing(folder: Path) -> list[Path]:
         raise LoadError(f"{folder} lacks the shards {some(lost)} that its index names.")
     if files:
         return files
-    pickled = [path.name for path in folder.iterdir() if path.suffix in _PICKLED]
+    pickled = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
     if pickled:
         raise LoadError(
             f"{folder} has only pickled weights ({some(sorted(pickled))}), which can run code when read: "
-            "convert them to safetensors."
+            f"run tl-looped convert {folder} NEW_FOLDER, and load that."
         )
     raise LoadError(f"{folder} has no .safetensors weights.")
 

@@ -1,4 +1,4 @@
-"""Which looped architectures have fixed points before any training: norms, with and without input injection.
+"""Which looped architectures have fixed points before any training: norms, input injection, and the input's scale.
 
 A randomly initialised core runs for many loops, and its layers' states are compared with those of the last one.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +28,7 @@ from tl_looped.dynamics.tokens import N_LOOPS
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.files import check_output
 from tl_looped.engine.numbers import length, median
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE, HookSite
@@ -50,6 +53,9 @@ INITIALISATION_WORDS: dict[str, str] = {
     "fan_in": "Standard deviation 1 / sqrt(fan_in), embedding 1.",
     "normal": "Standard deviation 0.02 for all matrices, whatever their size, as many configs have it.",
 }
+INPUT_SCALES = (None, 1.0)
+"""How large embedding and initial state are, as a root mean square; None: as the initialisation has them."""
+
 NORM_WORDS: dict[str, str] = {
     "pre": "x + f(N(x)): Llama, and models trained from scratch",
     "residual_sandwich": "N′(x + f(N(x))): Huginn",
@@ -62,6 +68,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "output_sandwich": {"loop_norm": "each", "final_norm": False},
 }
 _HUGINN_LOOPS = 32  # the mean loop count of Huginn's training, by which its initialisation counts layers
+_EMBED_STD = {"fan_in": 1.0, "normal": 0.02}
 _VOCAB = 256
 
 
@@ -86,11 +93,12 @@ class ArchitectureStudy(Result):
     """One cell for each architecture, initialisation and seed.
 
     Attributes:
-        cells: of each: initialisation, norm, injection, layers, seed; verdict; converged (share of layers and tokens
-            that came to rest), loop (median of the loops from which on they did; NaN where none did), smallest_cosine
-            (between layer 0's last state and another layer's, median over tokens); first_norm and last_norm (of the
-            last layer's tokens in the first and the last loop) and growth, their ratio; and the share of its tokens
-            whose direction shows each limit behaviour (`DIRECTIONS`).
+        cells: of each: initialisation, input_scale, norm, injection, layers, seed; verdict; writes (in loop 0, the norm
+            of all that attention and MLPs write over that of what layer 0 reads, means over tokens); converged (share
+            of layers and tokens that came to rest), loop (median of the loops from which on they did; NaN where none
+            did), smallest_cosine (between layer 0's last state and another layer's, median over tokens); first_norm and
+            last_norm (of the last layer's tokens in the first and the last loop) and growth, their ratio; and the share
+            of its tokens whose direction shows each limit behaviour (`DIRECTIONS`).
         distances: ‖x_t − x_T‖ / ‖x_T‖ of each cell with T the last loop, mean over layers and tokens.
         medians: the same, median over layers and tokens: a few tokens that move do not hide that the others rest.
     """
@@ -107,57 +115,97 @@ class ArchitectureStudy(Result):
             tables.append(pd.DataFrame(curves.numpy(), columns=columns))
         return pd.concat(tables, axis=1)
 
-    def of(self, initialisation: str) -> list[int]:
-        """The indices of an initialisation's cells.
+    def starts(self) -> list[tuple[str, float | None]]:
+        """The pairs of initialisation and input scale that were studied, in order."""
+        return list(dict.fromkeys((cell["initialisation"], cell["input_scale"]) for cell in self.cells))
+
+    def of(self, initialisation: str, input_scale: float | None = None) -> list[int]:
+        """The indices of an initialisation's cells at an input scale.
 
         Raises:
             InputError: it was not studied.
         """
-        found = [i for i, cell in enumerate(self.cells) if cell["initialisation"] == initialisation]
+        start = (initialisation, input_scale)
+        found = [i for i, cell in enumerate(self.cells) if (cell["initialisation"], cell["input_scale"]) == start]
         if not found:
-            known = list(dict.fromkeys(cell["initialisation"] for cell in self.cells))
-            raise InputError(f"this study has no initialisation {initialisation!r}, but {known}.")
+            raise InputError(
+                f"this study has no initialisation {initialisation!r} with input_scale={input_scale}, but "
+                f"{self.starts()}."
+            )
         return found
 
-    def claims(self, initialisation: str) -> pd.DataFrame:
+    def claims(self, initialisation: str, input_scale: float | None = None) -> pd.DataFrame:
         """What the paper reports beside what came out: one row for each norm and injection.
 
         Columns: norm, injection, reported, found (the verdict of all cells, or how many have which), agrees (how many
         cells, layers x seeds, show what is reported), cells.
         """
         rows = []
-        for (norm, injection), cells in self._groups(initialisation, ("norm", "injection")):
+        for (norm, injection), cells in self._groups(self.of(initialisation, input_scale), ("norm", "injection")):
             verdicts, reported = [cell["verdict"] for cell in cells], REPORTED[injection, norm]
             agrees = sum(verdict.startswith(reported) for verdict in verdicts)
             row = {"norm": norm, "injection": injection, "reported": reported, "found": _together(verdicts)}
             rows.append({**row, "agrees": agrees, "cells": len(cells)})
         return pd.DataFrame(rows)
 
-    def summary(self, initialisation: str) -> pd.DataFrame:
+    def summary(self, initialisation: str, input_scale: float | None = None) -> pd.DataFrame:
         """Seeds taken together: one row for each norm, injection and number of layers.
 
-        Columns: norm, injection, layers, verdict (of all seeds, or how many have which); means of converged, growth and
-        the directions' shares; cosine_low and cosine_high, the range of the smallest cosines.
+        Columns: norm, injection, layers, verdict (of all seeds, or how many have which); means of writes, converged,
+        growth and the directions' shares; cosine_low and cosine_high, the range of the smallest cosines.
         """
         rows = []
-        for (norm, injection, layers), cells in self._groups(initialisation, ("norm", "injection", "layers")):
+        chosen = self.of(initialisation, input_scale)
+        for (norm, injection, layers), cells in self._groups(chosen, ("norm", "injection", "layers")):
             row = {"norm": norm, "injection": injection, "layers": layers}
             row["verdict"] = _together([cell["verdict"] for cell in cells])
-            for name in ("converged", "growth", *DIRECTIONS.values()):
+            for name in ("writes", "converged", "growth", *DIRECTIONS.values()):
                 row[name] = sum(cell[name] for cell in cells) / len(cells)
             cosines = [cell["smallest_cosine"] for cell in cells]
             rows.append({**row, "cosine_low": min(cosines), "cosine_high": max(cosines)})
         return pd.DataFrame(rows)
 
-    def _groups(self, initialisation: str, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    def decides(self, rest: float = 0.9) -> pd.DataFrame:
+        """Whether `writes` alone tells which models come to rest: one row for each norm and injection.
+
+        Columns: norm, injection, models; at_rest, how many have `converged` of at least `rest`; rest_up_to, the largest
+        `writes` below which every model is at rest, and none_from, the smallest above which none is; auc, the chance
+        that of two models, one at rest and one not, the first writes less (0.5: `writes` says nothing).
+        """
+        rows = []
+        for (norm, injection), cells in self._groups(range(len(self.cells)), ("norm", "injection")):
+            still = sorted(cell["writes"] for cell in cells if cell["converged"] >= rest)
+            moving = sorted(cell["writes"] for cell in cells if cell["converged"] < rest)
+            auc = float("nan")
+            if still and moving:
+                auc = mannwhitneyu(moving, still).statistic / (len(still) * len(moving))
+            rows.append(
+                {
+                    "norm": norm,
+                    "injection": injection,
+                    "models": len(cells),
+                    "at_rest": len(still),
+                    "rest_up_to": max((w for w in still if not moving or w < moving[0]), default=float("nan")),
+                    "none_from": min((w for w in moving if not still or w > still[-1]), default=float("nan")),
+                    "auc": auc,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _groups(self, chosen: Iterable[int], keys: Sequence[str]) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for i in self.of(initialisation):
+        for i in chosen:
             groups.setdefault(tuple(self.cells[i][key] for key in keys), []).append(self.cells[i])
         return list(groups.items())
 
-    def plot(self, initialisation: str) -> go.Figure:
-        """Medians over loops: a panel for each norm and injection, a line for each seed, coloured by layers."""
-        chosen = self.of(initialisation)
+    def plot(self, initialisation: str | None = None, input_scale: float | None = None) -> go.Figure:
+        """Medians over loops: a panel for each norm and injection, a line for each seed, coloured by layers.
+
+        Args:
+            initialisation, input_scale: what is drawn; by default what was studied first.
+        """
+        start = self.starts()[0] if initialisation is None else (initialisation, input_scale)
+        chosen = self.of(*start)
         cells = [self.cells[i] for i in chosen]
         return study_panels(
             self.medians[chosen],
@@ -186,11 +234,13 @@ def study_architectures(
     n_loops: int = N_LOOPS,
     initialisations: Sequence[Initialisation] = get_args(Initialisation),
     *,
+    input_scales: Sequence[float | None] = INPUT_SCALES,
     sizes: Sizes | None = None,
     tolerance: float = 1e-2,
     hold: float = 0.25,
     threshold: float = 0.99,
     share: float = 0.9,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> ArchitectureStudy:
     """Run randomly initialised cores of every norm, with and without injection, and say which reach fixed points.
@@ -205,44 +255,92 @@ def study_architectures(
         seeds: how many; seed s draws the weights and, with injection, the initial state.
         n_loops: T, 128 in the paper; at least 16.
         initialisations: see `initialise`.
+        input_scales: root mean squares of embedding and initial state, or None for the initialisation's own.
         sizes: of the models and prompts.
         tolerance, hold: as in `convergence`.
         threshold: as in `cycle_of`.
         share: in (0, 1].
+        out: a file in which the study is kept as it grows: the same call goes on where it ended.
         progress: show a bar.
 
     Raises:
-        InputError: before anything runs, for a value out of range or an unknown initialisation.
+        InputError: before anything runs, for a value out of range, an unknown initialisation, a file of another study.
+
+    Example:
+        study = study_architectures((4,), seeds=1, n_loops=32, initialisations=["normal"])
+        study.claims("normal", 1.0)  # with inputs of unit scale
 
     Source:
         arXiv 2604.11791, section 4.2. Prompts, sizes and what counts as rest are this library's.
     """
     sizes = Sizes() if sizes is None else sizes
-    _check(layers, seeds, n_loops, initialisations)
+    _check(layers, seeds, n_loops, initialisations, input_scales)
     limits = {
         "tolerance": check_number("tolerance", tolerance),
         "hold": check_number("hold", hold, 0.0, 1.0, high_too=True),
         "threshold": check_number("threshold", threshold, -1.0, 1.0),
         "share": check_number("share", share, 0.0, 1.0, high_too=True),
     }
-    tokens = torch.randint(_VOCAB, (sizes.prompts, sizes.pos), generator=torch.Generator().manual_seed(0))
-    grid = list(product(initialisations, (True, False), get_args(Norm), layers, range(seeds)))
-    cells, means, medians = [], [], []
-    for how, injection, norm, n_layers, seed in tqdm(grid, desc="Study", unit="model", disable=not progress):
-        model = LoopedModel.from_config(architecture(n_layers, norm, injection, how, sizes, n_loops))
-        initialise(model, how, seed)
-        states = _states(model, tokens, seed if injection else None)
-        found, distances = _measure(states, limits)
-        which = {"initialisation": how, "norm": norm, "injection": injection, "layers": n_layers, "seed": seed}
-        cells.append({**which, **found})
-        means.append(distances.mean((1, 2)))
-        medians.append(median(distances.flatten(1)))
-    return ArchitectureStudy(
-        made_by={"n_loops": n_loops, "seeds": seeds, **limits, **vars(sizes), "prompts_seed": 0},
-        cells=tuple(cells),
-        distances=torch.stack(means),
-        medians=torch.stack(medians),
+    grid = list(product(initialisations, input_scales, (True, False), get_args(Norm), layers, range(seeds)))
+    study = ArchitectureStudy(
+        made_by={
+            "n_loops": n_loops,
+            "seeds": seeds,
+            "layers": list(layers),
+            "initialisations": list(initialisations),
+            "input_scales": list(input_scales),
+            **limits,
+            **vars(sizes),
+            "prompts_seed": 0,
+        },
+        cells=(),
+        distances=torch.empty(0, n_loops),
+        medians=torch.empty(0, n_loops),
     )
+    if out is not None:
+        study = _go_on(study, Path(out))
+    left = tqdm(grid, desc="Study", unit="model", disable=not progress, initial=len(study.cells))
+    for cell, distances in _run(grid[len(study.cells) :], sizes, n_loops, limits):
+        study = replace(
+            study,
+            cells=(*study.cells, cell),
+            distances=torch.cat([study.distances, distances.mean((1, 2))[None]]),
+            medians=torch.cat([study.medians, median(distances.flatten(1))[None]]),
+        )
+        left.update()
+        if out is not None:
+            study.save(out)
+    left.close()
+    return study
+
+
+def _go_on(study: ArchitectureStudy, out: Path) -> ArchitectureStudy:
+    """The study as far as its file has it; makes the file's folder."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(out)!r} can't be written: {error}.") from error
+    if not check_output(out).exists():
+        return study
+    found = ArchitectureStudy.load(out)
+    other = [name for name, value in study.made_by.items() if found.made_by.get(name) != value]
+    if other:
+        raise InputError(f"{str(out)!r} holds a study with other {', '.join(other)}: give out= another file.")
+    return found
+
+
+def _run(
+    grid: Sequence[tuple[Any, ...]], sizes: Sizes, n_loops: int, limits: dict[str, float]
+) -> Iterator[tuple[dict[str, Any], Float[Tensor, "loop layer token"]]]:
+    """(cell, its distances), one after the other."""
+    tokens = torch.randint(_VOCAB, (sizes.prompts, sizes.pos), generator=torch.Generator().manual_seed(0))
+    for how, scale, injection, norm, n_layers, seed in grid:
+        model = LoopedModel.from_config(architecture(n_layers, norm, injection, how, sizes, n_loops, scale))
+        initialise(model, how, seed)
+        states, writes = _states(model, tokens, seed if injection else None)
+        found, distances = _measure(states, limits)
+        which = {"initialisation": how, "input_scale": scale, "norm": norm, "injection": injection}
+        yield {**which, "layers": n_layers, "seed": seed, "writes": writes, **found}, distances
 
 
 def architecture(
@@ -252,18 +350,23 @@ def architecture(
     initialisation: Initialisation,
     sizes: Sizes | None = None,
     n_loops: int = N_LOOPS,
+    input_scale: float | None = None,
 ) -> LoopedConfig:
     """The config of a cell: a core with this norm, nothing before or after it.
 
     With injection the state is drawn (truncated normal) and mixed with the embedding by a linear map in every loop, as
     in Huginn; without, the embedding is the state. "output_sandwich" has Ouro's norm after each loop. Huginn's
-    initialisation goes with its scale of embedding and state, sqrt(d_model).
+    initialisation goes with its scale of embedding and state, sqrt(d_model). `input_scale` is the root mean square of
+    both in place of what the initialisation gives them.
     """
     sizes = Sizes() if sizes is None else sizes
     d = sizes.d_model
-    scale = math.sqrt(d) if initialisation == "huginn" else 1.0
-    drawn = {"injection": "concat_linear", "state_init": "truncated_normal", "state_init_scale": scale}
-    drawn["state_init_std"] = math.sqrt(2 / (5 * d))
+    std = math.sqrt(2 / (5 * d))
+    scale = state_scale = math.sqrt(d) if initialisation == "huginn" else 1.0
+    if input_scale is not None:
+        scale, state_scale = input_scale / _EMBED_STD.get(initialisation, std), input_scale / std
+    drawn = {"injection": "concat_linear", "state_init": "truncated_normal", "state_init_scale": state_scale}
+    drawn["state_init_std"] = std
     return LoopedConfig(
         d_model=d,
         n_heads=sizes.n_heads,
@@ -311,31 +414,51 @@ def initialise(model: LoopedModel, initialisation: Initialisation, seed: int) ->
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def _check(layers: Sequence[int], seeds: int, n_loops: int, initialisations: Sequence[str]) -> None:
+def _check(
+    layers: Sequence[int],
+    seeds: int,
+    n_loops: int,
+    initialisations: Sequence[str],
+    input_scales: Sequence[float | None],
+) -> None:
     check_count("seeds", seeds)
     check_count("n_loops", n_loops, minimum=FEWEST_LOOPS)
-    for name, values in (("layers", layers), ("initialisations", initialisations)):
+    lists = {"layers": layers, "initialisations": initialisations, "input_scales": input_scales}
+    for name, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise InputError(f"{name} must be a list of one value or more, each once, got {list(values)}.")
     for one in layers:
         check_count("layers", one, minimum=2)  # whether fixed points are distinct is a question of two
+    for one in input_scales:
+        if one is not None:
+            check_number("an input scale", one)
     for one in initialisations:
         if one not in get_args(Initialisation):
             raise InputError(f"initialisations must be of {get_args(Initialisation)}, got {one!r}.")
 
 
 @torch.no_grad()
-def _states(model: LoopedModel, tokens: Tensor, seed: int | None) -> Float[Tensor, "loop layer token d_model"]:
-    """The output of every layer in every loop; the models are small, so all are kept."""
+def _states(
+    model: LoopedModel, tokens: Tensor, seed: int | None
+) -> tuple[Float[Tensor, "loop layer token d_model"], float]:
+    """(the output of every layer in every loop, what loop 0 writes over what it reads); the models are small."""
     cfg = model.cfg
     states = torch.empty(cfg.n_loops, cfg.n_core, *tokens.shape, cfg.d_model)
+    read: list[Tensor] = []
+    written: list[Tensor] = []
 
     def keep(site: HookSite, x: Tensor) -> None:
-        states[site.loop, site.layer] = x
+        if site.component == "hook_resid_post":
+            states[site.loop, site.layer] = x
+        elif site.loop == 0:
+            (read if site.component == "hook_resid_pre" else written).append(x.clone())
 
-    names = [HookSite("hook_resid_post", CORE, layer).name for layer in range(cfg.n_core)]
+    outputs = ("hook_resid_post", "hook_attn_out", "hook_mlp_out")
+    names = [HookSite(component, CORE, layer).name for component in outputs for layer in range(cfg.n_core)]
+    names.append(HookSite("hook_resid_pre", CORE, 0).name)
     watch(model, model.batch(tokens, seed=seed), names, keep, only_loops=True)
-    return states.flatten(2, 3)
+    writes = length(torch.stack(written).sum(0)).mean() / length(read[0]).mean()
+    return states.flatten(2, 3), float(writes)
 
 
 def _measure(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import pandas as pd
-import plotly.express as px
 import plotly.graph_objects as go
 import torch
 from safetensors.torch import save as to_safetensors
@@ -173,7 +172,7 @@ class LoopedCache(AnyResult, ActivationCache):
             raise HookNameError(f"{name!r} is not cached at any loop, so there is nothing to draw over loops.")
         by_layer = None if table.layer.isna().all() else "layer"
         title = f"Root mean square of {name}: {self.cfg.model_name}"
-        return px.line(table, x="loop", y="rms", color=by_layer, markers=True, title=title)
+        return table.plot(x="loop", y="rms", color=by_layer, markers=True, title=title, backend="plotly")
 
     def save(self, path: str | Path) -> Path:
         """Write activations and run to one safetensors file, without the model; `load` reads it.

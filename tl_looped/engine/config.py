@@ -18,6 +18,7 @@ from tl_looped.engine.parts import (
     NORM_PLACEMENTS,
     STATE_INITS,
     ActFn,
+    DynamicRope,
     Injection,
     LoopNorm,
     LoopUpdate,
@@ -372,9 +373,16 @@ class LoopedConfig(Stacks):
             else f"its head reads the last layer's output through {('no norm', '', 'two norms')[norms]}"
         )
 
+    def grows_rotary_from(self) -> int | None:
+        """The length from which on rotary embedding depends on a prompt's length, at every position; None: never."""
+        scalings = [one.scaling for one in (self.rotary, self.rotary_windowed) if one is not None]
+        return min((one.original_n_ctx for one in scalings if isinstance(one, DynamicRope)), default=None)
+
     def score_terms(self) -> tuple[str, ...]:
         """What attention scores have that q kᵀ / sqrt(d_head) of a causal layer, linear in x, has not."""
         scale = self.attn_scale is not None and self.attn_scale != self.d_head**-0.5
+        turns = [one for one in (self.rotary, self.rotary_windowed) if one is not None]
+        scale = scale or any(one.attention_factor != 1 for one in turns)
         terms = {
             ROTARY_TERM: self.rotary is not None,
             "biases on queries and keys": self.qk_bias,

@@ -7,6 +7,7 @@ the residual stream, e what comes out of the prelude, f a sub-layer (attention, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -138,6 +139,57 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True)
+class YarnRope:
+    """YaRN (arXiv 2309.00071): quick pairs turn as before, slow ones `factor` times slower, and scores are sharper.
+
+    A pair that makes `beta_fast` full turns within the original context, or more, keeps its frequency; one that makes
+    `beta_slow` or fewer is divided by `factor`; between the two, by a part that grows with the pair's index.
+
+    Attributes:
+        factor, original_n_ctx, beta_fast, beta_slow: see above.
+        attention_factor: what cosines and sines are multiplied by; None for 1 + 0.1 log(factor).
+        truncate: whether the two pairs between which frequencies change are rounded, outward.
+    """
+
+    factor: float
+    original_n_ctx: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            check_number(f"scaling.{name}", getattr(self, name))
+        check_count("scaling.original_n_ctx", self.original_n_ctx)
+        if self.attention_factor is not None:
+            check_number("scaling.attention_factor", self.attention_factor)
+        if self.beta_slow > self.beta_fast:
+            raise InputError(f"scaling needs beta_slow <= beta_fast, got {self.beta_slow} and {self.beta_fast}.")
+
+
+@dataclass(frozen=True)
+class DynamicRope:
+    """A base that grows with the prompt: a row of n tokens, more than `original_n_ctx`, turns by a larger base.
+
+    base · s^(size / (size − 2)), with s = factor · n / original_n_ctx − (factor − 1). Here n is the row's own length;
+    transformers takes that of the longest row of a batch.
+    """
+
+    factor: float
+    original_n_ctx: int
+
+    def __post_init__(self) -> None:
+        if check_number("scaling.factor", self.factor) < 1:
+            raise InputError(f"scaling.factor must be at least 1 where scaling is dynamic, got {self.factor}.")
+        check_count("scaling.original_n_ctx", self.original_n_ctx)
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope
+ROPE_SCALINGS = (LinearRope, Llama3Rope, YarnRope, DynamicRope)
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotary position embedding: the pair i of a head's components, (a, b), turns by f = position · base^(−2i / size).
 
@@ -155,7 +207,7 @@ class Rotary:
     base: float = 10000.0
     style: RotaryStyle = "halves"
     size: int | None = None
-    scaling: Llama3Rope | LinearRope | None = None
+    scaling: RopeScaling | None = None
     reversed: bool = False
     bfloat16: bool = False
 
@@ -165,6 +217,14 @@ class Rotary:
             raise InputError(f"rotary.style must be 'halves' or 'adjacent', got {self.style!r}.")
         if self.size is not None and check_count("rotary.size", self.size) % 2:
             raise InputError(f"rotary.size must be even, got {self.size}.")
+
+    @property
+    def attention_factor(self) -> float:
+        """What cosines and sines are multiplied by, so that scores grow by its square: 1 but for YaRN."""
+        if not isinstance(self.scaling, YarnRope):
+            return 1.0
+        given, factor = self.scaling.attention_factor, self.scaling.factor
+        return given if given is not None else 1 + 0.1 * math.log(max(factor, 1.0))
 
 
 @dataclass(frozen=True)
@@ -265,7 +325,8 @@ def read_rotary(values: Any, name: str) -> Rotary:
     """Rotary embedding from its fields as plain values."""
     rotary = dict(read_fields(Rotary, values, name))
     if rotary.get("scaling") is not None:
-        llama3 = isinstance(rotary["scaling"], Mapping) and "low_freq_factor" in rotary["scaling"]
-        kind = Llama3Rope if llama3 else LinearRope
+        given = set(rotary["scaling"]) if isinstance(rotary["scaling"], Mapping) else set()
+        marks = {"low_freq_factor": Llama3Rope, "beta_fast": YarnRope, "original_n_ctx": DynamicRope}
+        kind = next((kind for mark, kind in marks.items() if mark in given), LinearRope)
         rotary["scaling"] = kind(**read_fields(kind, rotary["scaling"], f"{name}.scaling"))
     return Rotary(**rotary)

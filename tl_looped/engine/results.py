@@ -24,7 +24,7 @@ from torch import Tensor
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoopedError
 from tl_looped.engine.files import read_safetensors, write_whole
-from tl_looped.engine.parts import LinearRope, Llama3Rope, QKNorm, Rotary
+from tl_looped.engine.parts import ROPE_SCALINGS, QKNorm, Rotary
 from tl_looped.engine.schedule import LoopSchedule, Pass
 
 Self = TypeVar("Self", bound="AnyResult")
@@ -35,7 +35,7 @@ _PICTURE_WIDTH = 520  # pixels, of the picture there
 _MOST_PICTURE = 150_000  # bytes of it
 # The classes that a file may name besides the result's own; never looked up by import.
 _PARTS: dict[str, type] = {
-    part.__name__: part for part in (LoopSchedule, Pass, LoopedConfig, Rotary, LinearRope, Llama3Rope, QKNorm)
+    part.__name__: part for part in (LoopSchedule, Pass, LoopedConfig, Rotary, *ROPE_SCALINGS, QKNorm)
 }
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, cast
 
 import pandas as pd
-import plotly.express as px
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +24,8 @@ from tl_looped.generation.loop_end import ExitRule
 from tl_looped.generation.sampling import Sampling
 from tl_looped.generation.stopping import Stopping
 from tl_looped.generation.stream import GenerationStep, TokenStream, check_hooks
+from tl_looped.viz.figure import Figure
+from tl_looped.viz.style import base_layout, heading, plotly_text
 
 GenerateReturn = Literal["input", "str", "tokens", "result"]
 
@@ -73,13 +74,19 @@ class Generated(Result):
 
     def plot(self) -> go.Figure:
         """The log probability of each new token, a line for each row; its text and loops when hovered over."""
-        table = self.to_dataframe()
-        labels = {"log_prob": "log probability (nats)", "pos": "position", "batch": "row"}
-        title = f"Generated tokens: {self.made_by.get('model', '')}"
-        more = ["text", "token", "loops"]
-        return px.line(
-            table, x="pos", y="log_prob", color="batch", hover_data=more, markers=True, labels=labels, title=title
-        )
+        lines = [
+            go.Scatter(
+                x=one.pos,
+                y=one.log_prob,
+                text=[f"{plotly_text(str(text))} (token {token}, {n} loops)" for text, token, n in what],
+                name=f"row {row}",
+                mode="lines+markers",
+            )
+            for row, one in self.to_dataframe().groupby("batch")
+            for what in [zip(one.text, one.token, one.loops, strict=True)]
+        ]
+        figure = Figure(lines, {"xaxis_title": "position", "yaxis_title": "log probability (nats)"})
+        return base_layout(figure, 400, title=heading(f"Generated tokens: {self.made_by.get('model', '')}"))
 
 
 class GeneratesText(Engine):
@@ -162,7 +169,7 @@ class GeneratesText(Engine):
             raise InputError(f"watch must be a function of a LoopEnd and a position, got {cast(object, watch)!r}.")
         runs = _prepare(self, input, n_loops, options)
         prompt = self.batch_of(runs)
-        n_positions = _check_prompt(self, prompt, max_new_tokens)
+        n_positions = _check_prompt(self, prompt, max_new_tokens, use_past_kv_cache)
         batch = len(prompt.tokens)
         stopping = Stopping.checked(self.tokenizer, self.cfg, batch, stop_at_eos, eos_token_id, stop_strings)
         states = NewStates(self, runs, prompt, n_positions, new_states)
@@ -285,7 +292,7 @@ def _prepare(model: Engine, prompts: Prompts, n_loops: LoopCount | None, options
     return replace(runs, rows=rows, seed=DEFAULT_SEED if runs.seed is None else runs.seed)
 
 
-def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int) -> int:
+def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int, cached: bool) -> int:
     """How many positions there may be in the end; an error where new tokens can't follow."""
     length, n_ctx = prompt.tokens.shape[1], model.cfg.n_ctx
     if length + max_new_tokens > n_ctx:
@@ -293,6 +300,13 @@ def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int) -> int:
         raise InputError(
             f"the prompt of {length} tokens and max_new_tokens={max_new_tokens} make {length + max_new_tokens}, more "
             f"than the model's context of {n_ctx}: {room}."
+        )
+    grows = model.cfg.grows_rotary_from()
+    if cached and grows is not None and length + max_new_tokens > grows:
+        raise InputError(
+            f"the prompt of {length} tokens and max_new_tokens={max_new_tokens} make more than {grows}, from where on "
+            "this model's dynamic rotary scaling turns all positions anew for every token, so keys can't be kept: pass "
+            "use_past_kv_cache=False, or stay below."
         )
     behind = (~prompt.attention_mask[:, -1]).nonzero().flatten().tolist()
     if behind:

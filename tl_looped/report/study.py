@@ -12,7 +12,7 @@ from tl_looped.claims.architectures import DIRECTIONS, INITIALISATION_WORDS, NOR
 from tl_looped.report.html import Section, escape, figure, page, table
 
 _CLAIMS = ("norm", "injection", "the paper reports", "found", "agree")
-_DETAILS = ("norm", "injection", "layers", "found", "came to rest", "smallest cosine", "norm grows", "direction")
+_DETAILS = ("norm", "injection", "layers", "found", "writes / reads", "came to rest", "cosine", "growth", "direction")
 
 
 def architectures_page(study: ArchitectureStudy, command: str = "") -> str:
@@ -22,7 +22,7 @@ def architectures_page(study: ArchitectureStudy, command: str = "") -> str:
         study: what came out.
         command: the command that made it, for the reader who wants to make it again.
     """
-    made, names = study.made_by, list(dict.fromkeys(cell["initialisation"] for cell in study.cells))
+    made = study.made_by
     layers = list(dict.fromkeys(cell["layers"] for cell in study.cells))
     sizes = ", ".join(map(str, layers))
     facts = [
@@ -32,7 +32,8 @@ def architectures_page(study: ArchitectureStudy, command: str = "") -> str:
         ("read", f"{made['prompts']} prompts of {made['pos']} random tokens, {made['n_loops']} loops"),
         ("made with", f"tl_looped {escape(__version__)}"),
     ]
-    sections = [Section("What was measured", _method(study)), *(_section(study, name) for name in names)]
+    found = (_section(study, *start) for start in study.starts())
+    sections = [Section("What was measured", _method(study)), *found, _decides(study)]
     title = "Looped architectures before training: which have fixed points"
     return page(title, table((), [fact for fact in facts if fact[1]], "facts"), sections)
 
@@ -54,22 +55,39 @@ def _method(study: ArchitectureStudy) -> str:
     return text + table((), norms, "facts")
 
 
-def _section(study: ArchitectureStudy, initialisation: str) -> Section:
-    claims, summary = study.claims(initialisation), study.summary(initialisation)
+def _section(study: ArchitectureStudy, initialisation: str, input_scale: float | None) -> Section:
+    claims, summary = study.claims(initialisation, input_scale), study.summary(initialisation, input_scale)
+    inputs = "" if input_scale is None else f", inputs of scale {input_scale:g}"
     agreed, cells = int(claims["agrees"].sum()), int(claims["cells"].sum())
     rows = [[escape(cell) for cell in row] for row in _claim_rows(claims)]
     details = [[escape(cell) for cell in row] for row in _detail_rows(summary)]
     return Section(
-        f"Initialisation: {initialisation}",
+        f"Initialisation: {initialisation}{inputs}",
         f"<p>{escape(INITIALISATION_WORDS[initialisation])}</p>"
         f'<p class="finding">{agreed} of {cells} models show what arXiv 2604.11791 reports of their kind.</p>'
         + table(_CLAIMS, rows)
         + figure(
-            study.plot(initialisation),
+            study.plot(initialisation, input_scale),
             "Distance to the last loop, median over layers and tokens; one line for each seed. A line that falls only "
             "at the very end has no fixed point: the last loop is at distance zero of itself whatever the state does.",
         )
         + table(_DETAILS, details),
+    )
+
+
+def _decides(study: ArchitectureStudy) -> Section:
+    rows = []
+    for row in study.decides().to_dict("records"):
+        bounds = [f"{row[name]:.2g}".replace("nan", "–") for name in ("rest_up_to", "none_from", "auc")]
+        injection = "with" if row["injection"] else "without"
+        rows.append([escape(row["norm"]), injection, f"{row['at_rest']} of {row['models']}", *bounds])
+    return Section(
+        "What decides",
+        "<p>How much the layers write in the first loop over what they read: the norm of the sum of all that attention "
+        "and MLPs add, over that of the stream that enters the first layer. Over all models of the page: up to which "
+        "ratio all come to rest, from which on none does, and the chance that of two models, one at rest and one not, "
+        "the first has the smaller ratio (0.5: the ratio says nothing).</p>"
+        + table(("norm", "injection", "at rest", "all up to", "none from", "chance"), rows),
     )
 
 
@@ -83,7 +101,7 @@ def _detail_rows(summary: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     for row in summary.to_dict("records"):
         injection = "with" if row["injection"] else "without"
         cosines = f"{row['cosine_low']:.4f}–{row['cosine_high']:.4f}"
-        rest, growth = f"{row['converged']:.0%}", f"× {row['growth']:.3g}"
+        rest, growth, writes = f"{row['converged']:.0%}", f"× {row['growth']:.3g}", f"{row['writes']:.2g}"
         shares = sorted(((row[column], name) for name, column in DIRECTIONS.items()), reverse=True)
         directions = ", ".join(f"{name} {share:.0%}" for share, name in shares if share > 0)
-        yield row["norm"], injection, str(row["layers"]), row["verdict"], rest, cosines, growth, directions
+        yield row["norm"], injection, str(row["layers"]), row["verdict"], writes, rest, cosines, growth, directions

@@ -167,12 +167,11 @@ class Architecture:
         """Radians per position of each component of a head, as TransformerLens turns them: all forward."""
         return component_frequencies(self.rotary, self.cfg.d_head).abs()
 
-    @staticmethod
     def angles(
-        frequencies: Float[Tensor, " d_head"], positions: Int[Tensor, "rows pos"], dtype: torch.dtype
+        self, frequencies: Float[Tensor, " d_head"], positions: Int[Tensor, "rows pos"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "rows pos d_head"], Float[Tensor, "rows pos d_head"]]:
         """Cosine and sine of rotary embedding."""
-        cos, sin = rotary_angles(frequencies, positions, dtype)
+        cos, sin = rotary_angles(self.rotary, frequencies, positions, dtype)
         return cos.squeeze(2), sin.squeeze(2)
 
 
