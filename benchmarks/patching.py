@@ -11,7 +11,7 @@ import statistics
 
 import pandas as pd
 import torch
-from common import SHAPES, Race, Side, machine, make, parser, print_table, race, same
+from common import Race, Shape, Side, machine, make, parser, print_table, race, same
 from transformer_lens.patching import PatchingResult, generic_activation_patch, layer_pos_patch_setter
 
 from tl_looped import LoopedModel
@@ -32,6 +32,13 @@ SWEEPS = [
     ("resid_post", ("loop", "layer"), "clamp"),
 ]
 ROWS = (4, 16, 48)
+POS = 24
+
+
+def looped_llama(d_model: int) -> LoopedConfig:
+    """Two layers, six times."""
+    heads = {"n_heads": d_model // 32, "d_head": 32, "d_mlp": 11 * d_model // 4}
+    return LoopedConfig(d_model=d_model, d_vocab=1000, n_ctx=64, n_core=2, n_loops=6, final_norm=True, **heads)
 
 
 def last(logits: torch.Tensor) -> torch.Tensor:
@@ -128,7 +135,7 @@ def reading(rounds: int, device: torch.device) -> list[str]:
 
 def main() -> None:
     """Print the three tables."""
-    options = parser(__doc__, ["tiny", "small"]).parse_args()
+    options = parser(__doc__, []).parse_args()
     torch.set_num_threads(1)
     rounds, device = options.rounds or 5, options.device
     title = f"({machine(device)}, {rounds} rounds, quartiles in brackets)"
@@ -138,9 +145,9 @@ def main() -> None:
         print_table(f"Residual stream {title}", columns, rows)
         columns = ["shape", "sweep", "ms", "over the floor", "over the floor of all positions"]
         rows = []
-        for name in options.shape:
-            model, tokens = make(SHAPES[name], device, getattr(torch, options.dtype))
-            rows += floors(name, model, tokens[:1], rounds, device)
+        for width in (64, 256):
+            model, tokens = make(Shape(looped_llama(width), 1, POS, rounds), device, getattr(torch, options.dtype))
+            rows += floors(f"2 layers x 6 loops of {width}, {POS} tokens", model, tokens, rounds, device)
         print_table(f"Over the floor {title}", columns, rows)
         print_table(f"Read-out {title}", ["last, ms", "all, ms", "ratio"], [reading(rounds, device)])
 
