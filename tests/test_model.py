@@ -313,7 +313,7 @@ def test_what_a_model_says_of_itself(model):
     assert (model.W_E.shape, model.W_U.shape) == ((cfg.d_vocab, cfg.d_model), (cfg.d_model, cfg.d_vocab))
     assert torch.equal(model.W_U, model.W_E.T) == cfg.tie_embeddings
     assert not model.training
-    with pytest.raises(AttributeError, match=r"a looped model has no single n_layers: ask cfg.n_prelude"):
+    with pytest.raises(AttributeError, match="LoopedConfig has no 'n_layers': cfg.n_prelude, cfg.n_core and"):
         _ = cfg.n_layers
     again = LoopedModel.from_config(cfg, seed=11)
     assert all(

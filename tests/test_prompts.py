@@ -306,7 +306,7 @@ def test_files(model, tmp_path):
 
 
 def test_options_are_named_in_the_callers_words(model):
-    with pytest.raises(InputError, match="forward has no argument 'n_lops'. Nearest: 'n_loops'"):
+    with pytest.raises(InputError, match="model\\(...\\) has no argument 'n_lops'. Nearest: 'n_loops'"):
         model("a", n_lops=3)
     with pytest.raises(InputError, match="run_with_cache has no argument 'filter'"):
         model.run_with_cache("a", filter="hook_embed")

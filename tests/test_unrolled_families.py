@@ -271,5 +271,5 @@ def test_transformerlenss_patching_on_the_looped_model_itself_is_an_error_and_no
     model = parity("ouro")
     clean, corrupted = short_prompts(model)
     cache = run_clean(model, clean)
-    with pytest.raises(AttributeError, match="a looped model has no single n_layers: ask cfg.n_prelude"):
+    with pytest.raises(AttributeError, match="LoopedConfig has no 'n_layers': cfg.n_prelude, cfg.n_core and"):
         patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits.sum())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
@@ -22,13 +23,15 @@ from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cac
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.engine import ReturnType
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.habits import ATTRIBUTES, no_attribute
 from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
-from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_run_options
+from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_named_arguments, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer, NativeNetwork, build
+from tl_looped.nn.weights import HasWeights
 
 if TYPE_CHECKING:  # TransformerBridge takes two seconds to import: what needs it does so when it is called
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,7 +41,7 @@ if TYPE_CHECKING:  # TransformerBridge takes two seconds to import: what needs i
 Self = TypeVar("Self", bound="LoopedModel")
 
 
-class LoopedModel(CachingHooks, GeneratesText):
+class LoopedModel(CachingHooks, GeneratesText, HasWeights):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained`, `from_model`, `from_bridge` or `from_config`. It is TransformerLens's
@@ -57,9 +60,17 @@ class LoopedModel(CachingHooks, GeneratesText):
 
     transformer: NativeNetwork  # pyright: ignore[reportIncompatibleVariableOverride] - never set to another kind
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            known = [] if name.startswith("_") else dir(self)
+            raise AttributeError(no_attribute(type(self).__name__, ATTRIBUTES, name, known)) from None
+
     # Making and keeping models.
 
     @classmethod
+    @with_named_arguments
     def from_config(
         cls: type[Self],
         cfg: LoopedConfig,
@@ -75,6 +86,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         return cls(transformer.to(device=place, dtype=kind), tokenizer).eval()
 
     @classmethod
+    @with_named_arguments
     def from_pretrained(
         cls: type[Self],
         name: str | Path,
@@ -131,6 +143,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         return cls(load(folder, full_name, place, kind, changes), tokenizer).eval()
 
     @classmethod
+    @with_named_arguments
     def from_model(
         cls: type[Self],
         hf_model: nn.Module,
@@ -170,6 +183,7 @@ class LoopedModel(CachingHooks, GeneratesText):
         return cls(share(hf_model, changes), tokenizer).eval()
 
     @classmethod
+    @with_named_arguments
     def from_bridge(
         cls: type[Self],
         bridge: TransformerBridge,
@@ -202,6 +216,52 @@ class LoopedModel(CachingHooks, GeneratesText):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, weights and tokenizer in tl_looped's own format; `from_pretrained(folder)` reads it back."""
         save(self.transformer, self.tokenizer, Path(folder))
+
+    # As in TransformerLens.
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one token id."""
+        return str(self.to_str_tokens([int_token])[0])
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: str | Tensor,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Where a token stands in a prompt.
+
+        Args:
+            single_token: as text or id.
+            input: text, or token ids of one prompt.
+            mode: the first of several, or the last.
+            prepend_bos: as in `to_tokens`.
+
+        Raises:
+            InputError: it does not occur, or there are several prompts.
+        """
+        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        tokens = self.to_tokens(input, prepend_bos)
+        if len(tokens) != 1 or mode not in ("first", "last"):
+            raise InputError(f"needs one prompt and mode 'first' or 'last', got {len(tokens)} prompts and {mode!r}.")
+        places = (tokens[0] == wanted).nonzero().flatten().tolist()
+        if not places:
+            raise InputError(
+                f"the token {single_token!r} does not occur in this prompt: {self.token_texts(tokens[0])}."
+            )
+        return places[0 if mode == "first" else -1]
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Float[Tensor, "..."]:
+        """Cross-entropy of the next tokens, in nats: the mean, or [batch, pos - 1]; see return_type="loss" too."""
+        self.cfg.check_causal("a loss of next tokens")
+        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     # Running.
 

@@ -260,6 +260,8 @@ class LoopedCache(AnyResult, ActivationCache):
         name, *rest = (key,) if isinstance(key, str) else key
         if not isinstance(name, str) or len(rest) > 3:
             raise HookNameError(f"{key!r} is no key: read as cache[name, layer, loop], see LoopedCache.")
+        if len(rest) == 2 and isinstance(rest[1], str):
+            raise HookNameError(f"{key!r}: the third is the loop: cache[{name!r}, layer, loop, {rest[1]!r}].")
         site = self.cfg.own_site(find_site(name, rest.pop(2) if len(rest) > 2 else None))
         if site.layer is not None or site.loop is not None:
             if rest:

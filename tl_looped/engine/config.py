@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.habits import CONFIG, no_attribute
 from tl_looped.engine.parts import (
     ACT_FNS,
     INJECTIONS,
@@ -223,13 +224,8 @@ class LoopedConfig(Stacks):
         """Number of key and value heads."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
 
-    @property
-    def n_layers(self) -> NoReturn:
-        """A looped model has no single number of layers, so this raises and says what to ask for."""
-        raise AttributeError(
-            "a looped model has no single n_layers: ask cfg.n_prelude, cfg.n_core, cfg.n_coda, "
-            "or model.schedule.depth for the realised depth."
-        )
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(no_attribute("LoopedConfig", CONFIG, name, [one.name for one in dataclasses.fields(self)]))
 
     def schedule(self, n_loops: LoopCount | None = None) -> LoopSchedule:
         """The schedule of a run with `n_loops` loops (default: the count the model was trained with)."""

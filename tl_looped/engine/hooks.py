@@ -18,15 +18,15 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from tl_looped.engine.errors import HookNameError, InputError, nearest
-from tl_looped.engine.schedule import HookSite, points_under
+from tl_looped.engine.schedule import CORE, HookSite, points_under
 
 Direction = Literal["fwd", "bwd"]
 HookFn = Callable[..., Any]
@@ -418,6 +418,29 @@ class HookGroup:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> SharedHookPoint: ...
+
+
+Module = TypeVar("Module", bound=type[nn.Module])
+
+
+def with_hook_points(prefix: str) -> Callable[[Module], Module]:
+    """Give a part of a layer its hook points as attributes too: `model.blocks[0].attn.hook_z`.
+
+    As in TransformerLens; a hook on one acts in every loop. Its `hooks` is the group that has them.
+
+    Args:
+        prefix: of their names in a layer, such as "attn.".
+    """
+
+    def point(name: str) -> property:
+        return property(lambda self: getattr(self.hooks, name), doc=f"The point {name} of this layer, in every loop.")
+
+    def add(kind: Module) -> Module:
+        for name in points_under(HookSite(prefix, CORE, 0), looped=True):
+            setattr(kind, name, point(name))
+        return kind
+
+    return add
 
 
 def settle(fast: Tensor, explicit: Callable[[], Tensor], *changed: Tensor | None) -> Tensor:

@@ -17,7 +17,8 @@ from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError, check_count, nearest, resolve_index
+from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.habits import no_argument
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.prompts import Rows
 from tl_looped.engine.schedule import LoopCount
@@ -151,16 +152,25 @@ def with_run_options(function: Call) -> Call:
         for name in kinds
         if name not in signature.parameters
     ]
-    known = [p.name for p in (*own, *more)]
+    return _refusing_others(function, signature.replace(parameters=[*own, *more]))
+
+
+def with_named_arguments(function: Call) -> Call:
+    """Refuse arguments that a function does not have in its own words, with the call that does it here."""
+    return _refusing_others(function, inspect.signature(function))
+
+
+def _refusing_others(function: Call, signature: inspect.Signature) -> Call:
+    known = list(signature.parameters)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         unknown = [name for name in kwargs if name not in known]
         if unknown:
-            raise InputError(f"{function.__name__} has no argument {unknown[0]!r}.{nearest(unknown[0], known)}")
+            raise InputError(no_argument(function.__name__, unknown[0], known))
         return function(*args, **kwargs)
 
-    call.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
+    call.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return cast(Call, call)
 
 

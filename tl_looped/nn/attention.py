@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, einsum, nn
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.hooks import HookDict, HookGroup, settle
+from tl_looped.engine.hooks import HookDict, HookGroup, settle, with_hook_points
 from tl_looped.engine.network import Frame, is_plain, matrix
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.parts import RotaryStyle
@@ -17,6 +17,7 @@ from tl_looped.nn.norm import NORMS
 from tl_looped.nn.rotary import rotate
 
 
+@with_hook_points("attn.")
 class Attention(nn.Module):
     r"""o(softmax(scale · cap(q kᵀ)) v), with norms and rotary on q and k as the config says.
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.hooks import HookDict, HookGroup, settle
+from tl_looped.engine.hooks import HookDict, HookGroup, settle, with_hook_points
 from tl_looped.engine.network import Frame, matrix
 from tl_looped.engine.parts import ActFn
 from tl_looped.engine.schedule import HookSite
@@ -27,6 +27,7 @@ ACTS: dict[ActFn, Callable[[Tensor], Tensor]] = {
 }
 
 
+@with_hook_points("mlp.")
 class MLP(nn.Module):
     """down(act(gate(x)) · up(x)), or without a gate down(act(up(x))).
 
@@ -69,6 +70,7 @@ class MLP(nn.Module):
         return self.down(self.hooks.hook_post(self.act(self.hooks.hook_pre(self.up(x), loop)), loop))
 
 
+@with_hook_points("")
 class Block(nn.Module):
     """Attention and MLP, each with the norms that `cfg.norm_placement` puts before and after it.
 

@@ -30,7 +30,13 @@ class DiagonalInjection(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], e: Float[Tensor, "batch pos d_model"], loop: int, hooks: HookGroup
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the first core layer reads; `hooks` see a and δ, at every position."""
-        step = F.softplus(self.step_bias)
-        decay = (-step * self.log_rate.exp()).exp()
-        kept = hooks.hook_injection_decay(decay.expand_as(x), loop) * x
-        return kept + hooks.hook_injection_step(step.expand_as(x), loop) * self.input(e)
+        kept = hooks.hook_injection_decay(self.decay().expand_as(x), loop) * x
+        return kept + hooks.hook_injection_step(self.step().expand_as(x), loop) * self.input(e)
+
+    def step(self) -> Float[Tensor, " d_model"]:
+        """δ: how much of B e every component takes."""
+        return F.softplus(self.step_bias)
+
+    def decay(self) -> Float[Tensor, " d_model"]:
+        """a: how much every component keeps."""
+        return (-self.step() * self.log_rate.exp()).exp()

@@ -18,7 +18,7 @@ Part = tuple[Group, tuple[tuple[int, ...], ...]]
 # What starting a layer costs, in multiplications and additions of it: some 300 µs of one core, or of a GPU.
 _START = {"cpu": 2e7, "cuda": 1e10}
 # A CPU computes positions fastest while what a layer makes of a batch stays in its cache.
-_AT_ONCE = {"cpu": 2048}
+_AT_ONCE = {"cpu": 1024}
 # And what handing a layer the keys and values of a position costs, in those of each of their numbers.
 _HAND_ON = 160.0
 
