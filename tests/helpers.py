@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped import LoadError, LoopedConfig, LoopedModel, QKNorm, Rotary, TwoStates
@@ -135,3 +138,39 @@ def refuse(folder: Path | str, message: str, error: type[Exception] = LoadError,
     """Loading it must raise, with this message."""
     with pytest.raises(error, match=message):
         LoopedModel.from_pretrained(folder, **options)
+
+
+class Waits(TorchDispatchMode):
+    """Counts where a program asks for a number on the device: `.item()`, `bool`, `torch.equal`, `.tolist()` and such.
+
+    Attributes:
+        seen: what was asked, one entry each time.
+    """
+
+    _asking = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero", "unique2", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        if name in self._asking:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Record every time that numbers leave the device, as if the CPU were one, for the length of a `with` block."""
+    mode, names = Waits(), ("tolist", "cpu", "numpy")
+    methods = {name: getattr(Tensor, name) for name in names}
+
+    def seen(name: str) -> Any:
+        return lambda self, *args, **kwargs: mode.seen.append(name) or methods[name](self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(Tensor, name, seen(name))
+        with mode:
+            yield mode.seen

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, TINY, WORDS, hook_count, make, parity, tiny, tokens_for, word_tokenizer
+from helpers import FAMILIES, TINY, WORDS, hook_count, make, parity, tiny, tokens_for, waits, word_tokenizer
 from plain import Plain, rotate, weights_of
 
 from tl_looped import InputError, LoopedModel
 from tl_looped.generation import Generated, LoopEnd
+from tl_looped.lens.exits import EntropyRule, KLRule
 
 N_LOOPS = 4
 
@@ -353,3 +354,18 @@ def test_what_is_no_rule_is_an_error(rule, as_a_user):
     model = tiny("ouro")
     with pytest.raises(InputError, match=r"exit_rule must have a method begin\(model, n_loops\)"):
         generated(model, tokens_for(model), 1, exit_rule=rule)
+
+
+@pytest.mark.parametrize(("rule", "each"), [(None, 1), (EntropyRule(1e-9), N_LOOPS), (KLRule(1e-9), N_LOOPS)])
+@pytest.mark.parametrize("tokenizer", [None, word_tokenizer()])
+def test_the_cpu_waits_once_for_a_token_and_once_for_a_rule_in_a_loop(rule: Any, each: int, tokenizer: Any) -> None:
+    """With a rule once after every loop but the last, which it does not judge: N_LOOPS - 1, and once for the token."""
+    model = make(tokenizer=tokenizer, d_vocab=len(WORDS))
+    tokens, counts = tokens_for(model, batch=3), []
+    for new in (2, 6):
+        with waits() as seen:
+            how = {"top_k": 3, "top_p": 0.9, "temperature": 1.5, "exit_rule": rule, "stop_at_eos": False}
+            for _ in model.generate_stream(tokens, new, N_LOOPS, **how):
+                pass
+        counts.append(len(seen))
+    assert counts[1] - counts[0] == 4 * each

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, TINY, expected, fired, hook_count, noise_like, parity, run_options, tiny, tokens_for
+from helpers import (
+    FAMILIES,
+    TINY,
+    expected,
+    fired,
+    hook_count,
+    make,
+    noise_like,
+    parity,
+    run_options,
+    tiny,
+    tokens_for,
+    waits,
+)
 from plain import Plain, weights_of
 
 from tl_looped import HookNameError, HookSite, InputError, LoopedModel, LoopHookPoint
@@ -421,3 +435,15 @@ def test_many_loops_make_no_objects(model, tokens):
     model.run_with_hooks(tokens, n_loops=128, fwd_hooks=[("blocks.0.loop.127.hook_resid_post", EVERY[0][1])])
     assert len(model.hook_dict) == before
     assert len(model.hook_dict["blocks.0.hook_resid_post"].fwd_hooks) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"score_cap": 3.0}, {"loop_time": True}])
+def test_nobody_waits_for_a_hook(changes: dict[str, Any]) -> None:
+    """Also where a hook is shown what the fast path does not form, and changes it."""
+    model = make(**changes)
+    tokens, counts = tokens_for(model), []
+    for hooks in ([], [(lambda name: True, lambda x, hook: x)]):
+        with torch.no_grad(), waits() as seen:
+            model.run_with_hooks(tokens, fwd_hooks=hooks)
+        counts.append(len(seen))
+    assert counts[0] == counts[1]

@@ -248,16 +248,16 @@ def test_no_batch_is_larger_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     clean, corrupted = prompts(model, pos=LENGTH)
     cache = run_clean(model, clean, 2)
     rows = []
-    readout = type(model.transformer).readout
+    finish = type(model.transformer).finish
 
     def spy(self: Any, state: Tensor, frame: Any) -> Tensor:
         rows.append(len(state))
-        return readout(self, state, frame)
+        return finish(self, state, frame)
 
-    monkeypatch.setattr(type(model.transformer), "readout", spy)
+    monkeypatch.setattr(type(model.transformer), "finish", spy)
     sweep(model, corrupted, cache, "z", ("loop", "layer", "pos", "head"), batch_size=11)
-    # 2 loops of 2 layers; 16 cells of 2 prompts each, 5 cells at once; and the unpatched run
-    assert rows == [2] + [10, 10, 10, 2] * 4
+    # the unpatched run; and 2 loops of 2 layers, 16 cells of 2 prompts in each, 5 cells at once
+    assert rows == [2] + [10] * 12 + [8]
 
 
 def test_only_what_a_patch_can_change_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,16 +273,17 @@ def test_only_what_a_patch_can_change_is_run_again(monkeypatch: pytest.MonkeyPat
     }
 
     def spy(self: Any, x: Tensor, frame: Any, loop: int | None = None) -> Tensor:
-        calls.append(places[id(self)])
+        calls.append((places[id(self)], len(x)))
         return forward(self, x, frame, loop)
 
     monkeypatch.setattr(type(model.transformer.blocks[0]), "forward", spy)
     sweep(model, corrupted, cache, "resid_mid", ("loop", "layer", "pos"), n_loops=3)
-    whole, loops, core = 3 + 3 * 3, 3, 3
-    suffixes = sum(range(1, loops * core + 1))  # each cell's own layers, from the patched one to the last
-    assert calls.count("prelude0") == 2  # once for the baseline, once for the state that is passed along
-    assert calls.count("coda0") == 1 + loops * core
-    assert len(calls) == whole + 2 + suffixes + loops * core + (loops * core - 1)
+    loops, core, rows = 3, 3, LENGTH * 2  # of every loop and layer, prompts and positions
+    assert calls.count(("prelude0", 2)) == 1 and sum(name == "prelude0" for name, _ in calls) == 1
+    unpatched = [("blocks", 2)] * loops * core
+    growing = [("blocks", rows * (1 + i)) for i in range(loops * core)]  # from the patched layer to the last
+    assert [(name[:-1], n) for name, n in calls if name[:-1] == "blocks"] == unpatched + growing
+    assert [n for name, n in calls if name == "coda0"] == [2, loops * core * rows]
 
 
 # The same numbers as TransformerLens.

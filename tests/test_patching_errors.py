@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import hook_count, make, noise_like, tokens_for, word_tokenizer
-from patching_helpers import case, prompts, run_clean
+from patching_helpers import CHANGED, case, prompts, run_clean
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
@@ -245,24 +245,35 @@ def test_a_metric_that_can_not_be_used(
     function: Callable[..., Any], reduce: str, metric: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, corrupted, cache = given()
-    runs = []
-    execute = LoopedModel.execute
-    monkeypatch.setattr(LoopedModel, "execute", lambda *args, **kwargs: runs.append(1) or execute(*args, **kwargs))
+    runs, network = [], type(model.transformer)
+    begin = network.begin
+    monkeypatch.setattr(network, "begin", lambda *args, **kwargs: runs.append(1) or begin(*args, **kwargs))
     with pytest.raises(InputError, match=message):
         function(model, corrupted, cache, metric=metric, reduce=reduce, n_loops=2)
     assert runs == [1] and hook_count(model) == 0
 
 
-def test_a_metric_that_breaks_later_names_itself() -> None:
+def test_a_metric_that_breaks_later_names_itself_and_the_cell() -> None:
     model, corrupted, cache = given()
-    calls: list[int] = []
+    with torch.no_grad():
+        untouched = total(model(corrupted, 2))
 
     def breaks(logits: Tensor) -> Tensor:
-        calls.append(1)
-        return logits.sum() * (float("nan") if len(calls) > 2 else 1)
+        return torch.where((total(logits) - untouched).abs() < 1e-4, 1.0, float("nan"))
 
-    with pytest.raises(InputError, match="metric 'other' gives NaN"):
-        sweep(model, corrupted, cache, metric={"one": total, "other": breaks}, n_loops=2)
+    def looks(logits: Tensor) -> Tensor:
+        return breaks(logits) if float(logits[0, 0, 0]) else logits[0, 0, 0]
+
+    for metric in (breaks, looks):
+        with pytest.raises(InputError, match=f"metric 'other' gives NaN at loop 0, layer 0, pos {CHANGED}: check what"):
+            sweep(
+                model,
+                corrupted,
+                cache,
+                metric={"one": total, "other": metric},
+                n_loops=2,
+                axes=("loop", "layer", "pos"),
+            )
     assert hook_count(model) == 0
 
 
@@ -399,7 +410,7 @@ def test_the_embedding_of_a_run_that_does_not_read_it(refused: Refused) -> None:
 
 def test_a_batch_that_would_not_fit(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     model, corrupted, cache = given()
-    each = checks.row_bytes(model.cfg, LENGTH, 4)
+    each = checks.row_bytes(model.cfg, LENGTH, LENGTH, 4)
     asked = []
     monkeypatch.setattr(checks, "free_bytes", lambda device: asked.append(device) or 2 * 10 * each)
     with refused(r"batch_size=11 would need about 0.0 GiB: 10 fits"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,6 +11,20 @@ from torch import Tensor
 from tl_looped.engine.schedule import LoopSchedule
 
 Layer = tuple[str | None, int | None]  # stack, index in it
+
+
+class Keys(Protocol):
+    """What takes the keys and values of a run's positions, and gives those to attend to."""
+
+    def extend(
+        self,
+        layer: Layer,
+        loop: int | None,
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
+        """The keys and values that a layer attends to in a loop, from those of the positions that run."""
+        ...
 
 
 class KVCache:

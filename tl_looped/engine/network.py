@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookDict
-from tl_looped.engine.kv import KVCache
+from tl_looped.engine.kv import Keys
 from tl_looped.engine.numbers import wide
 
 
@@ -42,7 +42,7 @@ class Frame(NamedTuple):
     angles: Angles | None = None  # None: no rotary embedding
     angles_windowed: Angles | None = None  # of layers with a window
     visible: Bool[Tensor, "#batch pos key"] | None = None  # [row, query, key]; None: every query sees all up to itself
-    kv: KVCache | None = None  # keys and values of earlier positions
+    kv: Keys | None = None  # keys and values of earlier positions
     l_cycles: int | None = None  # of two stacks that loop, how often the fast one runs in each loop
     tokens: Int[Tensor, "batch pos"] | None = None  # where layers read them
     clock: Float[Tensor, "loop 2"] | None = None  # where layers know it: at which time each loop begins, and its step
@@ -54,11 +54,19 @@ class Frame(NamedTuple):
         def repeated(x: Tensor) -> Tensor:
             return x if x.shape[0] == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
 
-        full, windowed = (one and Angles(*map(repeated, one)) for one in (self.angles, self.angles_windowed))
-        visible = None if self.visible is None else self.visible.repeat(times, 1, 1)
         tokens = None if self.tokens is None else self.tokens.repeat(times, 1)
-        rest = {"l_cycles": self.l_cycles, "tokens": tokens, "clock": self.clock}
-        return Frame(repeated(self.positions), full, windowed, visible, **rest)
+        return self._each(repeated)._replace(tokens=tokens)
+
+    def part(self, rows: int | None = None, start: int = 0) -> Frame:
+        """The frame of the first so many rows (None: all), from a position on; what is one row for all stays that."""
+        return self._each(lambda x: (x if x.shape[0] == 1 else x[:rows])[:, start:])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Frame:
+        """With every tensor of [rows, pos, ...] changed."""
+        full, windowed = (one and Angles(*map(change, one)) for one in (self.angles, self.angles_windowed))
+        visible, tokens = (None if one is None else change(one) for one in (self.visible, self.tokens))
+        places = change(self.positions)
+        return self._replace(positions=places, angles=full, angles_windowed=windowed, visible=visible, tokens=tokens)
 
 
 class Network(nn.Module, ABC):

@@ -205,7 +205,7 @@ class CachedDecoder(Decoder):
         start = self.kv.length
         frame = self._frame(start, start + 1)
         judge = None if self.exit_rule is None else self.exit_rule.begin(self.model, self.n_loops)
-        going_on, last_loop = ~ended, torch.where(ended, 0, self.n_loops - 1)
+        going_on, last_loop, some_left = ~ended, torch.where(ended, 0, self.n_loops - 1), False
         with self.progress.at(start):
             states = None if self.states is None else self.states[:, -1:]
             x, e = self.transformer.begin(self.tokens[:, start:], frame, states)
@@ -220,9 +220,11 @@ class CachedDecoder(Decoder):
                 exits = going_on & _checked(judge(end), ended, self.exit_rule)
                 last_loop = last_loop.masked_fill(exits, t)
                 going_on = going_on & ~exits
-            if not bool(going_on.any()):
-                break
-        if bool((last_loop < self.n_loops - 1).any()):
+                left, go_on = torch.stack((exits.any(), going_on.any())).tolist()  # the one wait of a loop
+                some_left |= left
+                if not go_on:
+                    break
+        if some_left:
             self.kv.share(last_loop)
         with self.progress.at(start):
             out = self.transformer.finish(x, frame)

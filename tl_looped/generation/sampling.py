@@ -69,4 +69,6 @@ class Sampling:
         if self.top_p is not None:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
         probs = warpers(tokens, logits).softmax(-1)  # pyright: ignore[reportArgumentType] - torch.LongTensor
-        return torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+        # As torch.multinomial draws one of each row, which on a device would draw other numbers, or wait for the CPU.
+        draws = torch.empty(probs.shape, dtype=probs.dtype).exponential_(generator=generator)
+        return (probs / draws.to(probs.device, non_blocking=True)).argmax(-1)

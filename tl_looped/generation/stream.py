@@ -74,6 +74,8 @@ class TokenStream(Iterator[GenerationStep]):
         self._generator = torch.Generator().manual_seed(seed)
         self._n_steps = 0
         self._ended = torch.zeros_like(prompt.attention_mask[:, 0])
+        self._over = [False] * len(self._ended)  # the same, for the CPU
+        self._eos = prompt.tokens.new_tensor(stopping.eos)
         self._texts: list[RowText] | None = None
         if model.tokenizer is not None:
             rows = zip(prompt.tokens, prompt.attention_mask, strict=True)
@@ -81,40 +83,45 @@ class TokenStream(Iterator[GenerationStep]):
 
     @torch.no_grad()
     def __next__(self) -> GenerationStep:
-        """The next token of every row."""
-        if self._n_steps == self.max_new_tokens or bool(self._ended.all()):
+        """The next token of every row. The CPU waits for the device once, for the tokens."""
+        if self._n_steps == self.max_new_tokens or all(self._over):
             raise StopIteration
         check_hooks(self._model, self.prompt)
-        decoder, ended = self._decoder, self._ended
+        decoder, ended, drawn = self._decoder, self._ended, self._generator.get_state()
         logits, loops = decoder.next_logits(ended)
         logits = wide(logits)
-        if not bool(logits.isfinite().all()):
+        log_probs = log_probs_of(logits)
+        tokens = self._sampling.choose(logits, decoder.tokens, self._generator)
+        tokens = tokens.masked_fill(ended, self._stopping.filler)
+        finite, *told = torch.cat((logits.isfinite().all()[None], tokens)).tolist()
+        if not finite:
+            self._generator.set_state(drawn)
             run = decoder.whole_run()
             with nullcontext() if run is None else naming_origin(self._model, run):
                 raise InputError(
                     f"the logits at position {decoder.n_positions - 1} are not finite: look at the weights and hooks, "
                     "or run in a wider dtype or with fewer loops."
                 )
-        log_probs = log_probs_of(logits)
-        tokens = self._sampling.choose(logits, decoder.tokens, self._generator)
-        tokens = tokens.masked_fill(ended, self._stopping.filler)
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0].masked_fill(ended, float("nan"))
         position = decoder.n_positions
         decoder.append(tokens)
-        pieces = self._end_rows(tokens)
+        pieces = self._end_rows(tokens, told)
         self._n_steps += 1
         return GenerationStep(position, tokens, pieces, chosen, loops.masked_fill(ended, 0), self._ended)
 
-    def _end_rows(self, tokens: Int[Tensor, " batch"]) -> tuple[str, ...] | None:
-        """Note which rows end with these tokens; the tokens' texts."""
+    def _end_rows(self, tokens: Int[Tensor, " batch"], told: list[int]) -> tuple[str, ...] | None:
+        """Note which rows end with these tokens, here and on the device; the tokens' texts."""
         pieces = None
-        ends = torch.isin(tokens, tokens.new_tensor(self._stopping.eos))
+        ends, over = torch.isin(tokens, self._eos), [token in self._stopping.eos for token in told]
         if self._texts is not None:
-            rows = list(zip(self._texts, tokens.tolist(), self._ended.tolist(), strict=True))
+            rows = list(zip(self._texts, told, self._over, strict=True))
             pieces = tuple("" if ended else text.add(token) for text, token, ended in rows)
-            stopped = [any(string in text.text for string in self._stopping.strings) for text in self._texts]
-            ends = ends | torch.tensor(stopped, device=ends.device)
+            if self._stopping.strings:
+                stopped = [any(string in text.text for string in self._stopping.strings) for text in self._texts]
+                over = [one or other for one, other in zip(over, stopped, strict=True)]
+                ends = ends | torch.tensor(stopped).to(ends.device)
         self._ended = self._ended | ends
+        self._over = [one or other for one, other in zip(self._over, over, strict=True)]
         return pieces
 
 

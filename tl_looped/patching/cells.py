@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, resolve_index
@@ -20,6 +18,8 @@ When = Literal["at", "from", "clamp", "every"]
 
 # Axis of a sweep -> axis of an activation, for those that pick a place inside it.
 _INNER = {"pos": ("pos", "query"), "head": ("head", "kv_head"), "neuron": ("d_mlp",), "key": ("key",)}
+# Sites whose values the fast path does not form: hooks that may change them cost every row of their batch.
+_FORMED = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
 _SITES = {"state": "hook_state_pre", "initial_state": "hook_state_init"}
 
 
@@ -29,7 +29,8 @@ class Group:
 
     Attributes:
         sites: pairs of the site written and the site its values come from.
-        first: (loop, layer) before which nothing changes; None when the run changes from its beginning.
+        first: (loop, layer) before which nothing changes, the loop of the run behind the last for what comes after all
+            of them; None when the run changes from its beginning.
         outer: the coordinates on the outer axes.
     """
 
@@ -135,8 +136,7 @@ class Plan:
             site = HookSite(self.component)
             begins = (0, 0) if self.component == "hook_state_init" else None
             after = self.component.startswith(("hook_state_out", "ln_coda", "ln_final", "hook_head_in"))
-            end = (self.schedule.n_loops(None) - 1, self._last_layer)
-            return Group(((site, site),), end if after else begins, outer)
+            return Group(((site, site),), (self.schedule.n_loops(None), 0) if after else begins, outer)
         t = at.get("loop", 0)
         loops = {"at": range(t, t + 1), "every": range(self.n_loops)}.get(self.when, range(t, self.n_loops))
         every = range(self.schedule.n_layers(self.stack)) if self.layered else [None]
@@ -153,17 +153,19 @@ class Plan:
         return Group(tuple(pairs), (first, self._first_layer(layers[0])), outer)
 
     def _first_layer(self, layer: int | None) -> int:
-        """The layer from which a run must be repeated for a patch at this layer, or at the loop's own site."""
-        if layer is not None:
-            # layer 0 may be entered only through the state; what a later layer reads can be handed over
-            return min(layer, self._last_layer)
+        """The layer from which a run must be repeated for a patch at this layer, or at the loop's own site.
+
+        The number of layers stands for what closes a loop behind the last.
+        """
+        if not self.cfg.resumes_in_loop:
+            return 0
         closes = self.component in ("hook_state_post", "hook_exit_gate") or self.component.startswith("ln_loop")
-        return self._last_layer if closes else 0
+        return layer if layer is not None else self.cfg.n_core if closes else 0
 
     @property
-    def _last_layer(self) -> int:
-        """The last layer from which a run can be repeated."""
-        return self.cfg.n_core - 1 if self.cfg.resumes_in_loop else 0
+    def apart(self) -> bool:
+        """Whether the one layer that a cell patches should run before its rows join others'."""
+        return self.component in _FORMED and self.when == "at" and "layer" in self.axes and self.cfg.resumes_in_loop
 
     def places(self) -> list[tuple[int, ...]]:
         """The cells of a group: their coordinates on the inner axes."""
@@ -173,12 +175,17 @@ class Plan:
         """The activation's axis that an axis of the sweep picks from."""
         return next(i for i, name in enumerate(self.inner_axes) if name in _INNER[axis])
 
-    def mask(self, places: Sequence[tuple[int, ...]], shape: torch.Size, device: torch.device) -> Tensor:
-        """True where each cell writes: [cell, *activation axes], of size one on axes that a cell writes in full."""
-        masks = torch.ones(len(places), *(1 for _ in shape), dtype=torch.bool, device=device)
-        for column, axis in enumerate(self.inner):
-            dim = self.dim(axis)
-            chosen = torch.tensor([place[column] for place in places], device=device)
-            hit = torch.arange(shape[dim], device=device) == chosen[:, None]
-            masks = masks & hit.view(len(places), *(shape[dim] if i == dim else 1 for i in range(len(shape))))
-        return masks
+    def number(self, group: Group, place: tuple[int, ...]) -> int:
+        """Which of all cells it is, counted in the order of the result."""
+        outer, inner, number = iter(group.outer), iter(place), 0
+        for axis, size in zip(self.axes, self.sizes, strict=True):
+            number = number * size + next(outer if axis in self.outer else inner)
+        return number
+
+    def describe(self, number: int) -> str:
+        """A cell in words, such as "loop 1, pos 3"."""
+        at = []
+        for size in reversed(self.sizes):
+            number, index = divmod(number, size)
+            at.append(index)
+        return ", ".join(f"{axis} {index}" for axis, index in zip(self.axes, reversed(at), strict=True))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError
+from tl_looped.engine.errors import InputError, resolve_index
 from tl_looped.engine.runs import Prompts, Run, RunOptions
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel, check_looped
@@ -17,6 +20,9 @@ from tl_looped.patching.sources import Given, Source, as_source
 
 _ASSUMED = 4 * 2**30  # bytes that are free where the system does not say
 _SHARE = 0.5  # of the free memory that one batch may take
+_KEPT = 0.25  # and what the unpatched run keeps for it
+
+Positions = Literal["all", "last"] | Sequence[int]
 
 
 def prepare_patch(
@@ -96,10 +102,10 @@ def _same_course(theirs: Run, run: Run) -> bool:
     )
 
 
-def row_bytes(cfg: LoopedConfig, pos: int, itemsize: int) -> int:
-    """About how many bytes one row of a batch takes at its peak: a layer's activations and the logits."""
+def row_bytes(cfg: LoopedConfig, pos: int, read: int, itemsize: int) -> int:
+    """About how many bytes one row of a batch takes at its peak: a layer's activations, and logits of `read` tokens."""
     layer = 8 * cfg.d_model + 4 * cfg.n_heads * cfg.d_head + 3 * cfg.d_mlp + 2 * cfg.n_heads * pos
-    return pos * (layer + 2 * cfg.d_vocab) * itemsize
+    return (pos * layer + 2 * read * cfg.d_vocab) * itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -112,21 +118,68 @@ def free_bytes(device: torch.device) -> int:
     return _ASSUMED  # no portable way to ask
 
 
-def rows_that_fit(model: LoopedModel, run: Run, batch_size: int | None) -> int:
-    """Rows to run at once: `batch_size`, or as many as half of the free memory holds, 256 at most.
+class Room(NamedTuple):
+    """What memory there is for a sweep: half of what is free for a batch, a quarter for what the unpatched run keeps.
+
+    Attributes:
+        rows: of a batch.
+        states: how many states of the unpatched run.
+        keeps_keys: whether all its states, keys and values fit.
+    """
+
+    rows: int
+    states: int
+    keeps_keys: bool
+
+    @classmethod
+    def of(cls, model: LoopedModel, run: Run, batch_size: int | None, read: int) -> Room:
+        """For the cells of a run, of which so many positions are read out.
+
+        Raises:
+            InputError: `batch_size` would exceed the memory, or is below the number of prompts.
+        """
+        (prompts, pos), cfg, size = run.tokens.shape, model.cfg, model.dtype.itemsize
+        each, free = row_bytes(cfg, pos, read, size), free_bytes(model.device)
+        fit = max(int(_SHARE * free) // each, prompts)
+        state, keys = prompts * pos * cfg.d_state * size, prompts * pos * 2 * cfg.kv_heads * cfg.d_head * size
+        states, depth = int(_KEPT * free) // state, cfg.schedule(run.counts).depth
+        kept = max(1, states), depth * (state + keys) <= _KEPT * free
+        if batch_size is None:
+            return cls(max(prompts, min(256, fit)), *kept)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < prompts:
+            raise InputError(
+                f"batch_size counts rows, so it must be an integer of at least the {prompts} prompts, got "
+                f"{batch_size!r}."
+            )
+        if batch_size > fit:
+            raise InputError(
+                f"batch_size={batch_size} would need about {batch_size * each / 2**30:.1f} GiB: {fit} fits."
+            )
+        return cls(batch_size, *kept)
+
+
+def looks_back(cfg: LoopedConfig, run: Run) -> bool:
+    """Whether no token sees a later one, so that a patch at a position changes nothing before it."""
+    if not cfg.causal or run.prefix is not None:
+        return False
+    return run.visible is None or not bool(run.visible.triu(1).any())
+
+
+def positions_read(run: Run, positions: Positions) -> Int[Tensor, "batch read"] | None:
+    """Where in the rows the positions are that a metric is given; None for all.
 
     Raises:
-        InputError: `batch_size` would exceed the memory, or is below the number of prompts.
+        InputError: no positions, or one that a prompt does not have.
     """
-    prompts, pos = run.tokens.shape
-    each = row_bytes(model.cfg, pos, model.dtype.itemsize)
-    fit = max(int(_SHARE * free_bytes(model.device)) // each, prompts)
-    if batch_size is None:
-        return max(prompts, min(256, fit))
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < prompts:
-        raise InputError(
-            f"batch_size counts rows, so it must be an integer of at least the {prompts} prompts, got {batch_size!r}."
-        )
-    if batch_size > fit:
-        raise InputError(f"batch_size={batch_size} would need about {batch_size * each / 2**30:.1f} GiB: {fit} fits.")
-    return batch_size
+    if isinstance(positions, str) and positions not in ("all", "last"):
+        raise InputError(f"positions must be 'all', 'last' or a list of positions, got {positions!r}.")
+    if positions == "all":
+        return None
+    chosen = [-1] if isinstance(positions, str) else list(positions)
+    if not chosen:
+        raise InputError("positions is empty, so a metric would be given nothing: pass 'all', 'last' or some.")
+    real = [row.nonzero()[:, 0].tolist() for row in run.attention_mask.cpu()]
+    read = [
+        [at[resolve_index(f"prompt {row}: position", one, len(at))] for one in chosen] for row, at in enumerate(real)
+    ]
+    return torch.tensor(read).to(run.tokens.device)

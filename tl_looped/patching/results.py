@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -23,6 +25,8 @@ from tl_looped.viz.patching import patching_heatmap
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor]
 Reduce = Literal["scalar", "mean", "none"]
 
+_AT_ONCE = 2**22  # logits that a metric is given in one call, at most, unless those of one cell are more
+
 
 class Metrics:
     """One metric or several, evaluated as TransformerLens does.
@@ -40,6 +44,7 @@ class Metrics:
         self.several = isinstance(metric, Mapping)
         self.functions: dict[str, Metric] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         self.reduce = reduce
+        self._one_by_one: set[str] = set()  # those that torch.vmap does not take
         if not self.functions or not all(callable(function) for function in self.functions.values()):
             raise InputError(f"metric must be a function of logits, or a mapping of names to such, got {metric!r}.")
         if self.several and only_one:
@@ -53,22 +58,62 @@ class Metrics:
         Raises:
             InputError: a metric of another shape, or one that is NaN.
         """
-        rows = []
-        for name, function in self.functions.items():
-            value = torch.as_tensor(function(logits))
-            if not value.is_floating_point():
-                value = value.to(logits.dtype)  # counts and hits
-            wanted = () if self.reduce == "scalar" else (logits.shape[0],)
-            if tuple(value.shape) != wanted:
-                hint = "; or pass reduce='none' for a metric per prompt" if self.reduce == "scalar" else ""
-                raise InputError(
-                    f"metric {name!r} must return shape {wanted} with reduce={self.reduce!r}, "
-                    f"got {tuple(value.shape)}{hint}."
-                )
-            if bool(torch.isnan(value).any()):
-                raise InputError(f"metric {name!r} gives NaN: check what it divides by and takes logarithms of.")
-            rows.append(value)
-        return torch.stack(rows)
+        values = torch.stack([self._value(name, logits) for name in self.functions])
+        self.check(values)
+        return values
+
+    def of_cells(self, logits: Float[Tensor, "cell batch pos d_vocab"]) -> Float[Tensor, "metric cell *batch"]:
+        """All metrics of many batches; nobody waits for their numbers, so `check` them in the end.
+
+        A metric made of tensor operations is called once for many cells (`torch.vmap`); one that looks at numbers,
+        draws or leaves torch, cell by cell.
+        """
+        at_once = max(1, _AT_ONCE // logits[0].numel())
+        parts = [self._at_once(part) for part in logits.split(at_once)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _at_once(self, logits: Float[Tensor, "cell batch pos d_vocab"]) -> Float[Tensor, "metric cell *batch"]:
+        values = []
+        for name in self.functions:
+            value = None
+            if len(logits) > 1 and name not in self._one_by_one:
+                try:
+                    with warnings.catch_warnings():  # where vmap goes cell by cell itself, it is as we would
+                        warnings.simplefilter("ignore")
+                        value = torch.vmap(partial(self._value, name))(logits)
+                except (RuntimeError, TypeError, ValueError):  # what vmap refuses; a metric's own error comes again
+                    self._one_by_one.add(name)
+            values.append(torch.stack([self._value(name, one) for one in logits]) if value is None else value)
+        return torch.stack(values)
+
+    def _value(self, name: str, logits: Tensor) -> Tensor:
+        """One metric, of a shape that was asked for."""
+        value = torch.as_tensor(self.functions[name](logits), device=logits.device)
+        if not value.is_floating_point():
+            value = value.to(logits.dtype)  # counts and hits
+        wanted = () if self.reduce == "scalar" else (logits.shape[0],)
+        if tuple(value.shape) != wanted:
+            hint = "; or pass reduce='none' for a metric per prompt" if self.reduce == "scalar" else ""
+            raise InputError(
+                f"metric {name!r} must return shape {wanted} with reduce={self.reduce!r}, "
+                f"got {tuple(value.shape)}{hint}."
+            )
+        return value
+
+    def check(self, values: Float[Tensor, "metric *any"], describe: Callable[[int], str] | None = None) -> None:
+        """Raise for a NaN.
+
+        Args:
+            values: of all metrics; with `describe`, [metric, cell, ...].
+            describe: what a cell is called.
+        """
+        wrong = values.isnan()
+        if not bool(wrong.any()):
+            return
+        metric, *rest = wrong.nonzero()[0].tolist()
+        where = "" if describe is None else f" at {describe(rest[0])}"
+        name = list(self.functions)[metric]
+        raise InputError(f"metric {name!r} gives NaN{where}: check what it divides by and takes logarithms of.")
 
 
 @dataclass(repr=False)
