@@ -25,7 +25,7 @@ ENDS = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
 HEAD_INPUT = ("final_norm_out", "norm_f_out", "ln_f_out")
 # Of a feedforward model as it is.
 UNLOOPED = ("logits", "hidden_states", "layer_resid_post", "layer_pattern", "layer0_in", *HEAD_INPUT)
-# What the published cache computes, in which all loops of a layer share one slot; here a slot a loop is the policy.
+# What the published cache computes, in which all loops of a layer share one slot: in test_kv_slots.py.
 # (And HRM-Text's gradients, which its public code cuts at the last cycles: ours are held to finite differences.)
 OTHER_CACHE = ("decode", "generated_greedy", "warm_full")
 GIVEN = (

@@ -36,15 +36,18 @@ class KVCache:
 
     Args:
         schedule: which stack runs in which loops.
+        slots: how many a layer that loops has: loop t uses slot t mod slots, and writes over what an earlier loop wrote
+            there, so that later positions find keys and values of later loops. None: a slot for every loop.
         limit: the most positions that it will hold. Memory grows up to that, by doubling.
 
     Attributes:
         length: how many positions are done.
     """
 
-    def __init__(self, schedule: LoopSchedule, limit: int):
+    def __init__(self, schedule: LoopSchedule, limit: int, slots: int | None = None):
         self.schedule = schedule
         self.limit = limit
+        self.slots = slots
         self.length = 0
         self._stores: dict[Layer, Float[Tensor, "kv loop batch kv_head room d_head"]] = {}
 
@@ -57,7 +60,7 @@ class KVCache:
     ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
         """Keep the keys and values of the next positions; returns those of all positions so far."""
         end = self.length + k.shape[1]
-        keys, values = self._store(layer, loop, k, end)[:, loop or 0, :, :, :end]
+        keys, values = self._store(layer, loop, k, end)[:, self._slot(loop), :, :, :end]
         keys[:, :, self.length :] = k.transpose(1, 2)
         values[:, :, self.length :] = v.transpose(1, 2)
         return keys.transpose(1, 2), values.transpose(1, 2)
@@ -80,6 +83,9 @@ class KVCache:
                 newest = store[..., self.length, :]
                 newest.copy_(newest[:, last, rows])
 
+    def _slot(self, loop: int | None) -> int:
+        return (loop or 0) if self.slots is None else (loop or 0) % self.slots
+
     def _store(
         self, layer: Layer, loop: int | None, k: Float[Tensor, "batch pos kv_head d_head"], end: int
     ) -> Float[Tensor, "kv loop batch kv_head room d_head"]:
@@ -89,6 +95,7 @@ class KVCache:
         if store is None or room < end:
             batch, _, heads, size = k.shape
             loops = 1 if loop is None else self.schedule.n_loops(layer[0])
+            loops = loops if self.slots is None else min(loops, self.slots)
             larger = k.new_empty(2, loops, batch, heads, min(self.limit, max(end, 2 * room)), size)
             if store is not None:
                 larger[..., :room, :] = store

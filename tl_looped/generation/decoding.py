@@ -41,7 +41,8 @@ class NewStates:
         self.policy = policy
         self.table: Float[Tensor, "pos d_model"] | None = None  # of fresh ones, by position; None for zeros
         if run.state is None:
-            if policy != "fresh":
+            reads = model.transformer.needs_input(state_given=True)
+            if policy == "zeros" or (policy == "carry" and not reads):
                 raise InputError(
                     f"new_states={policy!r}, but {model.cfg.model_name} starts every position from its embedding, "
                     "through the prelude: leave new_states out."
@@ -95,18 +96,20 @@ class Decoder:
         self.positions = torch.cat((self.positions, self.positions[:, -1:] + 1), dim=1)
         if self.prefix is not None:
             self.prefix = torch.nn.functional.pad(self.prefix, (0, 1))
-        if self.states is not None:
+        if self.states is not None or self.new_states.policy == "carry":
             self.states = self._with_new(self.states, self.new_states.of(self.positions[:, -1:], self.final))
 
-    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_state"]:
+    def _with_new(self, states: State | None, new: NewState) -> Float[Tensor, "batch kept d_state"]:
+        if states is None:
+            raise ValueError("unreachable: states are carried on from a prompt without states by a cache alone")
         return torch.cat((states, new), dim=1)
 
     def whole_run(self) -> Run | None:
         """The rows so far, as a run that can be looked at; None where their initial states are not known any more."""
         states, start = self.prompt.state, self.prompt.tokens.shape[1]
+        if self.new_states.policy == "carry" and start < self.n_positions:
+            return None
         if states is not None and start < self.n_positions:
-            if self.new_states.policy == "carry":
-                return None
             places = self.positions[:, start:]
             new = self.new_states.of(places, states.new_zeros(*places.shape, states.shape[-1]))
             states = torch.cat((states, new), dim=1)
@@ -140,6 +143,7 @@ class CachedDecoder(Decoder):
         n_positions: how many positions there will be, at most.
         exit_rule: which rows stop after a loop; None for none.
         watch: is given every loop's end, and the position.
+        kv_slots: see `KVCache`.
     """
 
     def __init__(
@@ -150,16 +154,17 @@ class CachedDecoder(Decoder):
         n_positions: int,
         exit_rule: ExitRule | None,
         watch: Watch | None,
+        kv_slots: int | None = None,
     ):
         super().__init__(model, run, new_states)
         self.model = model
         self.progress = model.hook_dict.progress
-        self.kv = KVCache(model.cfg.schedule(run.counts), n_positions)
+        self.kv = KVCache(model.cfg.schedule(run.counts), n_positions, kv_slots)
         self.exit_rule = exit_rule
         self.watch = watch
         self.by_loop = exit_rule is not None or watch is not None
 
-    def _with_new(self, states: State, new: NewState) -> Float[Tensor, "batch kept d_state"]:
+    def _with_new(self, states: State | None, new: NewState) -> Float[Tensor, "batch kept d_state"]:
         return new  # those of positions that are done are not needed again
 
     def next_logits(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:

@@ -110,6 +110,7 @@ class GeneratesText(Engine):
         exit_rule: ExitRule | None = None,
         watch: Watch | None = None,
         use_past_kv_cache: bool = True,
+        kv_slots: int | None = None,
         **options: Unpack[RunOptions],
     ) -> TokenStream:
         """Generate text token by token: an iterator of `GenerationStep`. The same seed gives the same text.
@@ -134,11 +135,14 @@ class GeneratesText(Engine):
                 tokens count as they are written.
             new_states: the initial states of new tokens. "fresh": as in any run; where it is drawn, each position has
                 its own draw, the same with and without a cache. "zeros". "carry": the final state of the token before
-                (in the row).
+                (in the row); the warm start of the nanochat forks.
             exit_rule: stops tokens before their last loop, each by itself: see below. Needs the cache.
             watch: called as `watch(end, position)` with every `LoopEnd` of every new token and of the prompt's last,
                 and where in the rows it is; what it wants read must be read there. Needs the cache.
             use_past_kv_cache: keep keys and values of earlier positions; False runs the whole rows for every token.
+            kv_slots: slots of keys and values that a layer of the loops has; loop t writes over slot t mod kv_slots.
+                None: one for every loop, so that text is that of whole runs. As published, which makes other text: 1
+                for the nanochat forks (their `kv_budget`) and for Parcae's "compress-s1".
             options: of the prompt's run, see `RunOptions`. `seed` is that of the draws too: all rows draw from one
                 generator, so what a row draws depends on its batch. An `initial_state` of [pos, d_model] that is long
                 enough is that of new positions too.
@@ -165,6 +169,7 @@ class GeneratesText(Engine):
         if not use_past_kv_cache and (exit_rule is not None or watch is not None):
             name = "watch" if exit_rule is None else "exit_rule"
             raise InputError(f"{name} needs the key-value cache: leave out use_past_kv_cache=False, or {name}.")
+        _check_slots(self, kv_slots, exit_rule, new_states, use_past_kv_cache)
         if watch is not None and not callable(watch):
             raise InputError(f"watch must be a function of a LoopEnd and a position, got {cast(object, watch)!r}.")
         runs = _prepare(self, input, n_loops, options)
@@ -178,12 +183,13 @@ class GeneratesText(Engine):
         with torch.no_grad():
             check_hooks(self, prompt)
         if use_past_kv_cache:
-            decoder = CachedDecoder(self, prompt, states, n_positions, exit_rule, watch)
+            decoder = CachedDecoder(self, prompt, states, n_positions, exit_rule, watch, kv_slots)
         else:
             decoder = Decoder(self, prompt, states)
         seed = cast(int, runs.seed)
         made_by = {"model": self.cfg.model_name, **prompt.describe(), "seed": seed, "new_states": new_states}
         made_by |= {"max_new_tokens": max_new_tokens, **asdict(sampling), "use_past_kv_cache": use_past_kv_cache}
+        made_by |= {"kv_slots": kv_slots}
         made_by |= {"exit_rule": None if exit_rule is None else repr(exit_rule)}
         made_by |= {"eos": list(stopping.eos), "stop_strings": list(stopping.strings)}
         return TokenStream(self, prompt, decoder, sampling, stopping, max_new_tokens, seed, made_by)
@@ -208,6 +214,7 @@ class GeneratesText(Engine):
         exit_rule: ExitRule | None = None,
         watch: Watch | None = None,
         use_past_kv_cache: bool = True,
+        kv_slots: int | None = None,
         **options: Unpack[RunOptions],
     ) -> str | list[str] | Tensor | Generated:
         """Generate text. The same seed gives the same text.
@@ -251,6 +258,7 @@ class GeneratesText(Engine):
             exit_rule=exit_rule,
             watch=watch,
             use_past_kv_cache=use_past_kv_cache,
+            kv_slots=kv_slots,
             **options,
         )
         steps = list(tqdm(stream, desc="Generating", total=max_new_tokens, unit="token", disable=not verbose))
@@ -315,6 +323,24 @@ def _check_prompt(model: Engine, prompt: Run, max_new_tokens: int, cached: bool)
             "attention_mask=... if these tokens are real."
         )
     return length + max_new_tokens
+
+
+def _check_slots(
+    model: Engine, slots: int | None, exit_rule: object, new_states: StatePolicy, use_past_kv_cache: bool
+) -> None:
+    if not use_past_kv_cache and new_states == "carry" and model.cfg.starts_from_prelude:
+        raise InputError("new_states='carry' needs the key-value cache here: leave out use_past_kv_cache=False.")
+    if slots is None:
+        return
+    check_count("kv_slots", slots)
+    broken = {
+        "use_past_kv_cache=False": not use_past_kv_cache,
+        "exit_rule, as later tokens read keys of every loop": exit_rule is not None,
+        "two stacks that loop": model.cfg.two_states is not None,
+    }
+    for what, is_so in broken.items():
+        if is_so:
+            raise InputError(f"kv_slots={slots} does not go with {what}: leave one of them out.")
 
 
 def _check_rule(model: Engine, rule: object, n_loops: int) -> None:
