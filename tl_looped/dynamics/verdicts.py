@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,9 +20,11 @@ from typing_extensions import Unpack
 from tl_looped.dynamics.modes import Mode, ModeFit, Reals, Z, fit_modes
 from tl_looped.dynamics.tokens import place_table, prepare_long
 from tl_looped.engine.checks import check_finite, check_loop_axis, check_number
+from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe import Measure, Observed, observe
 from tl_looped.observe.observation import BATCH_SIZE
@@ -146,6 +148,11 @@ def sketch(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch compon
 
 SKETCH = Measure("sketch", "state along random directions", "", "hook_state_post", sketch, axes=("component", "pos"))
 """The state leaving every loop, in few numbers: what `long_run` looks at. See `sketch`."""
+
+
+def sketch_of(cfg: LoopedConfig, stack: str | None = None) -> Measure:
+    """`SKETCH` of the state of a stack that loops; None for the one that the head reads."""
+    return replace(SKETCH, site=cfg.name_in(cfg.looping_stack(stack or cfg.head_stack), "state_post"))
 
 
 def judge_states(
@@ -338,10 +345,11 @@ def long_run_of(
 def long_run(
     model: LoopedModel,
     prompts: Prompts,
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     *,
     tolerance: float = 0.01,
     slowest: float = 0.999,
+    stack: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     **options: Unpack[RunOptions],
@@ -371,6 +379,8 @@ def long_run(
         n_loops: at least 16; None for 128, as in the paper.
         tolerance: distance from the limit, beside the state's length, that counts as rest.
         slowest: the slowest contraction that is told from none.
+        stack: whose state, where two stacks loop; None for the one that the head reads. A loop is then one of that
+            stack's own passes, which sees the other's in between as part of what moves it.
 
     Raises:
         InputError: what `observe` refuses; too few loops; a number out of range; states that are not finite.
@@ -381,7 +391,8 @@ def long_run(
     """
     for name, value in (("tolerance", tolerance), ("slowest", slowest)):
         check_number(name, value, 0.0, 1.0)
-    runs = prepare_long(model, prompts, n_loops, options, least=FEWEST_LOOPS)
-    per_token = [SKETCH.name]
-    found = observe(model, runs, measures=[SKETCH], per_token=per_token, batch_size=batch_size, progress=progress)
-    return long_run_of(found, tolerance=tolerance, slowest=slowest, progress=progress)
+    runs = prepare_long(model, prompts, n_loops, options, least=FEWEST_LOOPS, several_stacks=True)
+    measure, per_token = sketch_of(model.cfg, stack), [SKETCH.name]
+    found = observe(model, runs, measures=[measure], per_token=per_token, batch_size=batch_size, progress=progress)
+    result = long_run_of(found, tolerance=tolerance, slowest=slowest, progress=progress)
+    return replace(result, made_by={**result.made_by, **model.cfg.made_of(measure.site.rpartition(".")[0])})

@@ -9,7 +9,6 @@ from tl_looped.attention import PATTERN_DISTANCE, TOTAL_VARIATION, attention_sta
 from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,
-    SKETCH,
     STEP,
     Convergence,
     LimitBehaviour,
@@ -20,6 +19,7 @@ from tl_looped.dynamics import (
     long_run_of,
     trajectory,
 )
+from tl_looped.dynamics.verdicts import sketch_of
 from tl_looped.engine.numbers import median
 from tl_looped.model import LoopedModel
 from tl_looped.observe import Observed, observe
@@ -44,8 +44,9 @@ def loop_analyses(
         progress: whether to show bars.
     """
     prompts, seed = [list(reading.token_ids) for reading in data.readings], data.seed
-    measures = [DISTANCE, COSINE_TO_END, SKETCH, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
-    per_token = [DISTANCE.name, COSINE_TO_END.name, SKETCH.name]
+    sketch = sketch_of(model.cfg)
+    measures = [DISTANCE, COSINE_TO_END, sketch, STEP, PATTERN_DISTANCE, TOTAL_VARIATION]
+    per_token = [DISTANCE.name, COSINE_TO_END.name, sketch.name]
     options = {"seed": seed, "progress": progress}
     ends = observe(model, prompts, long_run, measures=measures, per_token=per_token, **options)
     stages = observe(model, data.runs, measures=STAGE_MEASURES, progress=progress)
@@ -53,7 +54,7 @@ def loop_analyses(
     return [
         _convergence(model, ends, prompts, first, long_run, seed),
         _attention(model, ends, first, long_run, seed),
-        _in_the_long_run(long_run_of(ends, progress=progress), limits_of(ends), long_run),
+        _in_the_long_run(long_run_of(ends, progress=progress), limits_of(ends, stack=data.stack), long_run),
         _stages(model, stages),
     ]
 
@@ -61,14 +62,15 @@ def loop_analyses(
 def _convergence(
     model: LoopedModel, ends: Observed, prompts: list[list[int]], first: Tensor, long_run: int, seed: int | None
 ) -> Section:
-    verdict = convergence_of(ends)
-    path = trajectory(model, first, min(long_run, 32), seed=seed)
+    stack = model.cfg.looping_stack(model.cfg.head_stack)
+    verdict = convergence_of(ends, stack=stack)
+    path = trajectory(model, first, min(long_run, 32), stack=stack, seed=seed)
     body = (
         f"<p>Every prompt is run for {long_run} loops. The state after the last stands for the fixed point, and the "
         f"distance to it is followed at every core layer and token.</p><ul>{_verdicts(verdict)}</ul>"
     )
     if model.cfg.n_core > 1:
-        ring = cycle(model, prompts, long_run, seed=seed, progress=False)
+        ring = cycle(model, prompts, long_run, stack=stack, seed=seed, progress=False)
         smallest = ring.smallest[~ring.smallest.isnan()]
         lowest = f": the cosine between them goes down to {float(smallest.min()):.3f}" if len(smallest) else ""
         body += f"<p>The fixed points of the core layers are <b>{escape(ring.verdict())}</b>{lowest}.</p>"
@@ -110,7 +112,8 @@ def _attention(model: LoopedModel, ends: Observed, first: Tensor, long_run: int,
     title, loops = "Does attention come to rest?", min(long_run, 32)
     if first.shape[1] == 1:
         return Section(title, '<p class="note">A single token can only look at itself: nothing to come to rest.</p>')
-    heads = attention_stability(model, first, loops, position=-1, seed=seed, progress=False)
+    stack = model.cfg.looping_stack(model.cfg.head_stack)
+    heads = attention_stability(model, first, loops, stack=stack, position=-1, seed=seed, progress=False)
     settled = heads.heads()["settles_at"].dropna()
     n_heads = heads.settles_at.numel()
     said = f"{len(settled)} of {n_heads} heads settle within {loops} loops"

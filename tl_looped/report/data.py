@@ -15,7 +15,7 @@ from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.runs import Runs
-from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
+from tl_looped.engine.schedule import CODA, PRELUDE, HookSite
 from tl_looped.lens import LogitLens, logit_lens
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import watch
@@ -104,8 +104,13 @@ class ReportData:
 
     @property
     def n_loops(self) -> int:
-        """How many loops were run."""
+        """How many loops were run: where two stacks loop, those of the one whose state the head reads."""
         return self.runs.n_loops
+
+    @property
+    def stack(self) -> str:
+        """The stack whose state the head reads: of what loops, it is the one that is looked at."""
+        return self.cfg.looping_stack(self.cfg.head_stack)
 
     @property
     def judged(self) -> slice:
@@ -135,7 +140,7 @@ def collect(
     Raises:
         InputError: a prompt that the model can't read, an answer that is not one token, or a bad loop count or seed.
     """
-    check_eval(check_looped(model))
+    check_eval(check_looped(model, several_stacks=True))
     model.cfg.check_causal("the report")
     asked = tuple(questions)
     if not asked:
@@ -194,7 +199,9 @@ def _read(model: LoopedModel, runs: Runs, row: int, prompt: Prompt, lens: LogitL
         states[:] = [x[0]]
 
     names = [_pattern_name(*site, loop) for site, loops in sites.items() for loop in loops]
-    watch(model, run, ["hook_state_init", "hook_state_post", *names], see)
+    stack = model.cfg.head_stack
+    first = HookSite("hook_state_init") if stack is None else HookSite("hook_state_pre", stack, loop=0)
+    watch(model, run, [first.name, HookSite("hook_state_post", stack).name, *names], see)
     read = lens.real[row]  # the last positions, without padding
     return Reading(
         prompt=prompt,
@@ -234,10 +241,11 @@ def choose_attention(cfg: LoopedConfig, n_loops: int, n_pos: int, entries: int) 
         The kept loops of each (stack, layer), and the sentence, empty when nothing is left out.
     """
     fit = entries // (cfg.n_heads * n_pos**2)
+    core = cfg.looping_stack(cfg.head_stack)
     once = [(PRELUDE, layer) for layer in range(cfg.n_prelude)], [(CODA, layer) for layer in range(cfg.n_coda)]
     if len(once[0]) + cfg.n_core * n_loops + len(once[1]) <= fit:
-        core: Sites = {(CORE, layer): tuple(range(n_loops)) for layer in range(cfg.n_core)}
-        return dict.fromkeys(once[0], (None,)) | core | dict.fromkeys(once[1], (None,)), ""
+        looped: Sites = {(core, layer): tuple(range(n_loops)) for layer in range(cfg.n_core)}
+        return dict.fromkeys(once[0], (None,)) | looped | dict.fromkeys(once[1], (None,)), ""
     if fit < 2:
         return {}, (
             f"Attention is left out: with {n_pos} positions, the {cfg.n_heads} heads of a layer have "
@@ -249,7 +257,7 @@ def choose_attention(cfg: LoopedConfig, n_loops: int, n_pos: int, entries: int) 
         f"To keep the page small, attention is shown for core layers {_list(layers)} of {cfg.n_core} "
         f"in loops {_list(loops)} of {n_loops}."
     )
-    return {(CORE, layer): tuple(loops) for layer in layers}, note
+    return {(core, layer): tuple(loops) for layer in layers}, note
 
 
 def spread(size: int, most: int) -> list[int]:

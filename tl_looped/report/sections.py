@@ -8,7 +8,7 @@ from datetime import datetime
 from importlib.metadata import version
 
 from tl_looped import __version__
-from tl_looped.engine.schedule import CORE
+from tl_looped.engine.schedule import CODA, PRELUDE
 from tl_looped.report.data import TOP, Reading, ReportData
 from tl_looped.report.html import Section, escape, figure, page, table
 from tl_looped.report.words import answer_in_words, convergence_in_words, model_in_words, state_in_words
@@ -89,7 +89,7 @@ def the_model(data: ReportData) -> Section:
     rows = [(escape(name), escape(words)) for name, words in model_in_words(data)]
     return Section(
         "The model",
-        f"{schedule_svg(data.cfg, data.n_loops)}"
+        f"{schedule_svg(data.cfg, data.runs.counts)}"
         '<p class="note">From left to right. x is the state, e what enters the loops from the left; N, N′ and “norm” '
         "are root-mean-square norms, f an attention or an MLP. A read-out after loop t takes the state leaving that "
         "loop straight to whatever stands right of the frame.</p>" + table((), rows, "facts"),
@@ -209,7 +209,7 @@ def _attention(reading: Reading) -> str:
     note = f'<p class="note">{escape(reading.attention_note)}</p>' if reading.attention_note else ""
     if not reading.attention:
         return note
-    core = [layer for layer in reading.attention if layer.stack == CORE]
+    core = [layer for layer in reading.attention if layer.stack not in (PRELUDE, CODA)]
     start = reading.attention.index(core[0])
     view = LoopAttention(reading.tokens, reading.attention, start)
     rows = figure(

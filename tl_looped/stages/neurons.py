@@ -25,7 +25,8 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE
-from tl_looped.model import LoopedModel, check_looped, one_core
+from tl_looped.model import LoopedModel, check_looped
+from tl_looped.nn import LoopedTransformer
 from tl_looped.nn.block import Block
 from tl_looped.viz.curves import layer_shares
 
@@ -183,7 +184,7 @@ def neuron_shares(
     With `fold`, a norm between the MLP and the stream (`ln2_post`) has its weight multiplied into the neurons'
     directions, and the final norm (the one that closes a loop, for Ouro) into W_U; its scale is positive and the same
     for all tokens, so it changes neither moment. A linear map of the state after the loops (Parcae) is part of what the
-    core's neurons write to the head. Injection, later layers and later loops are left out, also where they
+    core's neurons write to the head. Injection, later layers, the other of two stacks and later loops are left out, also where they
     have weights of their own on the stream's way (Huginn's layers).
 
     Args:
@@ -203,7 +204,7 @@ def neuron_shares(
     """
     for name, value in (("min_kurtosis", min_kurtosis), ("min_skew", min_skew)):
         check_number(name, value, low_too=True)
-    most = largest_kurtosis(check_looped(model).cfg.d_vocab)
+    most = largest_kurtosis(check_looped(model, several_stacks=True).cfg.d_vocab)
     if min_kurtosis >= most:
         raise InputError(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "
@@ -219,22 +220,21 @@ def neuron_shares(
             f"a gate that changes with the loop multiplies what neurons of {model.cfg.model_name} write, so no one "
             "weight can be folded in: pass fold=False."
         )
-    transformer = one_core(model)
-    blocks: list[tuple[str, int, Any]] = []
-    for stack, modules in ((PRELUDE, transformer.prelude), (CORE, transformer.blocks), (CODA, transformer.coda)):
-        blocks += [(stack, layer, block) for layer, block in enumerate(modules)]
-    W_U = model.W_U
+    transformer, layers, W_U = model.transformer, model.cfg.layers(), model.W_U
+    then = transformer.after_loops if isinstance(transformer, LoopedTransformer) else None
     if fold and transformer.head_gain is not None:
         W_U = _scaled(W_U, transformer.head_gain[:, None])
     found = [
-        logit_effects(_directions(block, fold, transformer.after_loops if stack == CORE else None), W_U, unit)
-        for stack, _, block in tqdm(blocks, desc="Neurons", disable=not progress)
+        logit_effects(_directions(block, fold, then if stack == CORE else None), W_U, unit)
+        for (stack, _), block in tqdm(
+            zip(layers, model.layer_modules(), strict=True), "Neurons", len(layers), disable=not progress
+        )
     ]
     options = {"unit": unit, "fold": fold}
     return NeuronShares(
         made_by={"model": model.cfg.model_name, **options},
-        stacks=tuple(stack for stack, _, _ in blocks),
-        layers=tuple(layer for _, layer, _ in blocks),
+        stacks=tuple(stack for stack, _ in layers),
+        layers=tuple(layer for _, layer in layers),
         kurtosis=torch.stack([one.kurtosis for one in found]).cpu(),
         skew=torch.stack([one.skew for one in found]).cpu(),
         min_kurtosis=float(min_kurtosis),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 
 from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.viz.style import FONT, INK
 
 Number = int | float
@@ -16,22 +17,20 @@ _FILL = {"prelude": "#DCEBF7", "core": "#FBE6D4", "coda": "#DDF0E7", "norm": "#E
 _EDGE = {"prelude": "#0072B2", "core": "#D55E00", "coda": "#009E73", "norm": "#6B7580", "plain": "#6B7580"}
 
 
-def schedule_svg(cfg: LoopedConfig, n_loops: int | None = None) -> str:
+def schedule_svg(cfg: LoopedConfig, n_loops: LoopCount | None = None) -> str:
     """The model as an inline SVG picture, from tokens on the left to logits on the right.
 
     Args:
         cfg: the model.
-        n_loops: how often the core runs; None for the count it was trained with.
-
-    Raises:
-        InputError: two stacks loop in it.
+        n_loops: how often the core runs, or of two stacks the pair; None for what it was trained with.
     """
-    cfg.check_one_core()
-    loops = cfg.n_loops if n_loops is None else n_loops
+    loops, inner = cfg.counts(n_loops)
     pen = _Pen()
     pen.label("tokens", 26, _MIDDLE + 4)
     pen.x = 52
     pen.step("embed", "plain", note=f"× {cfg.embed_scale:.4g}" if cfg.embed_scale != 1 else "")
+    if inner is not None:
+        return _two_stacks(pen, cfg, loops, inner)
     if cfg.n_prelude:
         pen.stack("prelude", cfg.n_prelude)
     _loop(pen, cfg, loops)
@@ -45,6 +44,30 @@ def schedule_svg(cfg: LoopedConfig, n_loops: int | None = None) -> str:
     pen.arrow(pen.x, _MIDDLE, pen.x + _GAP, _MIDDLE)
     pen.label("logits", pen.x + _GAP + 24, _MIDDLE + 4)
     words = f"{cfg.n_prelude} prelude, {cfg.n_core} core layers run {loops} times, {cfg.n_coda} coda layers"
+    return pen.svg(pen.x + _GAP + 52, f"Schedule: {words}.")
+
+
+def _two_stacks(pen: _Pen, cfg: LoopedConfig, loops: int, inner: int) -> str:
+    """Two stacks in a loop: the one that runs several times, then the one whose state the head reads."""
+    fast, slow = cfg.looping
+    left = pen.x + _GAP
+    pen.x = left
+    start = pen.x
+    for name, times in ((fast, f"{inner} times in a loop"), (slow, "once in a loop")):
+        pen.stack("core", cfg.n_core, title=name)
+        pen.label(times, pen.x - 42, _MIDDLE + 72, small=True)
+    out = pen.x + 24
+    pen.line(f"M {pen.x:.1f} {_MIDDLE} H {out + 18:.1f}")
+    pen.dot(out, _MIDDLE)
+    over = _MIDDLE - 92
+    pen.line(f"M {out:.1f} {_MIDDLE} V {over} H {start + 12:.1f} V {_MIDDLE - 2}", head=True, strong=True)
+    pen.label("both states", (out + start) / 2, over - 8)
+    pen.frame(left, 22, out + 18, _HEIGHT - 56, f"one loop, run {loops} times")
+    pen.x = out + 18
+    pen.step("head", "plain")
+    pen.arrow(pen.x, _MIDDLE, pen.x + _GAP, _MIDDLE)
+    pen.label("logits", pen.x + _GAP + 24, _MIDDLE + 4)
+    words = f"{loops} loops, each {inner} times {fast} and once {slow}, of {cfg.n_core} layers"
     return pen.svg(pen.x + _GAP + 52, f"Schedule: {words}.")
 
 
@@ -104,13 +127,13 @@ class _Pen:
             self.label(note, self.x + width / 2, _MIDDLE + 36, small=True)
         self.x += width
 
-    def stack(self, name: str, n_layers: int, arrow: bool = True) -> None:
+    def stack(self, name: str, n_layers: int, arrow: bool = True, title: str | None = None) -> None:
         """A box with a strip for each layer; of many, the first three and the last."""
         strips = n_layers if n_layers <= 6 else 5
         width = max(84, 22 * strips + 18)
         self._advance(arrow)
         self._rect(self.x, _MIDDLE - 52, width, 104, name)
-        self.label(name, self.x + width / 2, _MIDDLE - 34, bold=True)
+        self.label(title or name, self.x + width / 2, _MIDDLE - 34, bold=True)
         left = self.x + (width - 22 * strips) / 2
         for i in range(strips):
             if n_layers > 6 and i == 3:
