@@ -45,6 +45,14 @@ def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_advice_on_speed() -> None:
+    """What is said of slow number formats depends on the processor, and tests run on any."""
+    from tl_looped.engine import numbers
+
+    numbers._ADVISED.update((torch.bfloat16, torch.float16))
+
+
 @pytest.fixture
 def released(tmp_path: Path) -> Callable[..., Path]:
     """A folder in a family's released form, with its config and weights changed."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tl_looped import InputError, LoadError, LoopedModel
 from tl_looped.adapters import hub as hub_module
 from tl_looped.adapters import saving
+from tl_looped.engine import numbers
 
 Weights = dict[str, torch.Tensor]
 
@@ -393,3 +394,19 @@ def test_loading_needs_the_memory_of_the_weights_and_little_more(tmp_path: Path)
     small, large = (1024 * int(line.split()[1]) for line in done.stdout.splitlines())
     assert size > 1.2e8
     assert size < large - small < 1.1 * size
+
+
+def test_a_format_that_the_cpu_is_slow_in_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for name, supported in (("fp16", False), ("bf16", True)):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda supported=supported: supported)
+    monkeypatch.setattr(numbers, "_ADVISED", set())
+    folder = PARITY / "ouro"
+    with pytest.warns(UserWarning, match=r"no arithmetic for torch.float16, .* pass dtype=torch.float32, which holds"):
+        LoopedModel.from_pretrained(folder, dtype="float16", device="cpu")
+    recwarn.clear()
+    LoopedModel.from_pretrained(folder, dtype="float16", device="cpu")  # said already
+    LoopedModel.from_pretrained(folder, dtype="bfloat16", device="cpu")  # quick here
+    LoopedModel.from_pretrained(folder, device="cpu")
+    assert not [one for one in recwarn if "no arithmetic" in str(one.message)]

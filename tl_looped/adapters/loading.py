@@ -18,6 +18,7 @@ from tl_looped.adapters.lora import CONFIG, PREFIX, merged
 from tl_looped.adapters.weights import FORMATS, FolderWeights, Weights, read_json, some
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, LoadError, check_count
+from tl_looped.engine.numbers import advise
 from tl_looped.nn import NativeNetwork, build
 
 Place = Callable[[Tensor, Source], nn.Parameter]  # makes a parameter of rows of a stored tensor
@@ -86,6 +87,7 @@ def load(
         changes = replace(changes, ignore_config_keys=[key for key in keys if not key.startswith(PREFIX)])
     plan = Plan.of(values, ends, weights, name, changes)
     kind = dtype or plan.one_dtype()
+    advise(device, kind)
 
     def place(rows: Tensor, source: Source) -> nn.Parameter:
         weight = rows.to(device=device, dtype=kind)

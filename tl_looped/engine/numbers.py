@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from tl_looped.engine.errors import InputError, nearest
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_ADVISED: set[torch.dtype] = set()
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -18,6 +21,22 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
         hint = nearest(dtype, DTYPES) if isinstance(dtype, str) else ""
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{hint}")
     return found
+
+
+def advise(device: torch.device, dtype: torch.dtype) -> None:
+    """Say, once for a format, that a model will be slow in it on this CPU, which has no arithmetic for it."""
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if device.type != "cpu" or dtype not in kinds or dtype in _ADVISED:
+        return
+    _ADVISED.add(dtype)
+    if not (
+        torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{kinds[dtype]}_supported")()
+    ):
+        warnings.warn(
+            f"this CPU has no arithmetic for {dtype}, so the model runs several times slower than in float32: pass "
+            "dtype=torch.float32, which holds the same weights exactly.",
+            stacklevel=4,
+        )
 
 
 def check_device(device: torch.device | str | None) -> torch.device:
