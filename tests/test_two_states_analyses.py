@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from analyses import analyses, call
-from helpers import TWO_STATES, make, noise_like, tokens_for, word_tokenizer
+from helpers import PARITY, TWO_STATES, make, noise_like, tokens_for, word_tokenizer
 from torch import Tensor
 
 from tl_looped import InputError, LoopedCache, LoopedModel, TwoStates
@@ -22,11 +22,13 @@ from tl_looped.dynamics import (
     cycle,
     jacobian_spectrum,
     limit_behaviour,
+    long_run,
     path_independence,
     similarity,
     state_motion,
     trajectory,
 )
+from tl_looped.dynamics.verdicts import judge_states, sketch
 from tl_looped.lens import fit_tuned_lens, logit_lens, readout_agreement, trace_exits
 from tl_looped.lens.measures import ENTROPY
 from tl_looped.observe import Measure, observe
@@ -42,9 +44,11 @@ from tl_looped.patching import (
 )
 from tl_looped.patching.sources import Source
 from tl_looped.record import directions, record, steering_sweep
-from tl_looped.report import Prompt, collect
+from tl_looped.report import Prompt, collect, report_page
+from tl_looped.report.analyses import loop_analyses
+from tl_looped.report.readouts import readout_sections
 from tl_looped.stages import STAGE_MEASURES, ablation_effect, massive_activations, neuron_shares
-from tl_looped.viz import schedule_svg
+from tl_looped.stages.neurons import logit_effects
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
 STACKS = pytest.mark.parametrize("stack", ["L_blocks", "H_blocks"])
@@ -355,7 +359,6 @@ def test_stages_know_every_layer_call(model: LoopedModel, tokens: Tensor, cache:
 REFUSES: dict[str, Callable[[LoopedModel, Tensor], Any]] = {
     "attention_bound": attention_bound,
     "path_independence": lambda model, tokens: path_independence(model, tokens, noise=0.5),
-    "neuron_shares": lambda model, tokens: neuron_shares(model),
     "path_patch": lambda model, tokens: path_patch(
         model,
         tokens,
@@ -364,8 +367,6 @@ REFUSES: dict[str, Callable[[LoopedModel, Tensor], Any]] = {
         sender=Sender(0, 0, "mlp"),
         receivers=[Receiver("readout")],
     ),
-    "collect": lambda model, tokens: collect(model, [Prompt(token_ids=(1, 2))]),
-    "schedule_svg": lambda model, tokens: schedule_svg(model.cfg),
 }
 
 
@@ -382,7 +383,7 @@ def test_every_call_takes_two_stacks_or_refuses(name: str):
         said = str(error)
     assert not said or "two stacks loop in it" in said
     if (
-        takes and not said and name != "ablation_effect" and name not in ("logit_lens", "fit_tuned_lens")
+        takes and not said and name != "ablation_effect" and name not in ("logit_lens", "fit_tuned_lens", "long_run")
     ):  # which default to what the head reads
         with pytest.raises(InputError, match="what loops in custom is L_blocks and H_blocks: pass stack="):
             call(name, model, prompts, 16)
@@ -395,6 +396,52 @@ def test_what_asks_for_one_core_refuses_by_name(model: LoopedModel, tokens: Tens
     )
     with pytest.raises(InputError, match=message):
         REFUSES[name](model, tokens)
+
+
+@STACKS
+def test_the_long_run_is_of_one_stack(stack: str):
+    """A stack's own loops: as judged from its states, each of them kept."""
+    model = make(**TWO_STATES)
+    prompt = tokens_for(model, batch=1)
+    found = long_run(model, prompt, (40, 2), stack=stack, progress=False)
+    _, cache = model.run_with_cache(prompt, (40, 2), names_filter=lambda name: "hook_state_post" in name)
+    states = cache.stack(f"{stack}.state_post")[:, 0]
+    assert len(states) == (80 if stack == "L_blocks" else 40) and found.made_by["stack"] == stack
+    wanted = judge_states(sketch(states).movedim(1, -1))
+    assert torch.equal(found.verdict, wanted["verdict"])
+    with pytest.raises(InputError, match="what loops in custom is L_blocks and H_blocks: pass stack=.*got 'blocks'"):
+        long_run(model, prompt, (40, 2), stack="blocks")
+
+
+def test_neurons_of_both_stacks(model: LoopedModel):
+    found = neuron_shares(model)
+    assert found.stacks == ("L_blocks", "L_blocks", "H_blocks", "H_blocks") and found.layers == (0, 1, 0, 1)
+    block = model.transformer.get_submodule("H_blocks.1")
+    gain = model.transformer.head_gain
+    W_U = model.W_U if gain is None else model.W_U * gain[:, None]
+    effects = logit_effects(block.mlp.W_out.detach(), W_U.detach())
+    torch.testing.assert_close(found.kurtosis[3], effects.kurtosis)
+
+
+def test_a_report_looks_at_the_stack_that_the_head_reads():
+    model = LoopedModel.from_pretrained(PARITY / "hrm-text")
+    data = collect(model, [Prompt(token_ids=(1, 5, 7, 2)), Prompt(token_ids=(3, 5, 2))], (3, 2))
+    assert (data.n_loops, data.stack) == (3, "H_blocks")
+    reading, tokens = data.readings[0], torch.tensor([[1, 5, 7, 2]])
+    _, cache = model.run_with_cache(tokens, (3, 2))
+    states = torch.stack([cache["H_blocks.state_pre", 0], *cache.stack("H_blocks.state_post")])[:, 0]
+    steps = (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)
+    torch.testing.assert_close(reading.step, steps, rtol=1e-4, atol=1e-5)
+    assert {layer.stack for layer in reading.attention} == {"H_blocks"}
+    torch.testing.assert_close(
+        reading.attention[1].patterns[2], cache["H_blocks.pattern", 1, 2][0], rtol=1e-4, atol=1e-5
+    )
+    for t in range(3):
+        said = model(tokens, (t + 1, 2))[0, -1].softmax(-1).max().detach()
+        torch.testing.assert_close(reading.top_probs[t, -1, 0], said, rtol=1e-4, atol=1e-5)
+    html = report_page(data, "x", [*readout_sections(model, data), *loop_analyses(model, data, 16)])
+    for words in ("this page looks at H_blocks", "3 loops, each 2 times L_blocks and once H_blocks, of 2 layers"):
+        assert words in html
 
 
 def test_the_realised_depth_view_does_not_build_two_stacks(model: LoopedModel):

@@ -92,8 +92,14 @@ def the_model(data: ReportData) -> Section:
         f"{schedule_svg(data.cfg, data.runs.counts)}"
         '<p class="note">From left to right. x is the state, e what enters the loops from the left; N, N′ and “norm” '
         "are root-mean-square norms, f an attention or an MLP. A read-out after loop t takes the state leaving that "
-        "loop straight to whatever stands right of the frame.</p>" + table((), rows, "facts"),
+        f"loop straight to whatever stands right of the frame.{_which_stack(data)}</p>" + table((), rows, "facts"),
     )
+
+
+def _which_stack(data: ReportData) -> str:
+    if data.cfg.two_states is None:
+        return ""
+    return f" Two stacks loop: this page looks at {data.stack}, whose state the head reads; loops are its own."
 
 
 def _prompt(reading: Reading) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
-from tl_looped.engine.schedule import CODA, CORE, PRELUDE
+from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.nn import LoopedTransformer
 from tl_looped.nn.block import Block
@@ -184,8 +184,8 @@ def neuron_shares(
     With `fold`, a norm between the MLP and the stream (`ln2_post`) has its weight multiplied into the neurons'
     directions, and the final norm (the one that closes a loop, for Ouro) into W_U; its scale is positive and the same
     for all tokens, so it changes neither moment. A linear map of the state after the loops (Parcae) is part of what the
-    core's neurons write to the head. Injection, later layers, the other of two stacks and later loops are left out, also where they
-    have weights of their own on the stream's way (Huginn's layers).
+    core's neurons write to the head. Injection, later layers and later loops, and the other of two stacks, are left
+    out, also where they have weights of their own on the stream's way (Huginn's layers).
 
     Args:
         model: the model. Nothing is run.

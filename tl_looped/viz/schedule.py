@@ -50,12 +50,12 @@ def schedule_svg(cfg: LoopedConfig, n_loops: LoopCount | None = None) -> str:
 def _two_stacks(pen: _Pen, cfg: LoopedConfig, loops: int, inner: int) -> str:
     """Two stacks in a loop: the one that runs several times, then the one whose state the head reads."""
     fast, slow = cfg.looping
-    left = pen.x + _GAP
-    pen.x = left
-    start = pen.x
+    before, left = pen.x, pen.x + _GAP
+    pen.x = start = left
+    pen.arrow(before, _MIDDLE, left + _GAP, _MIDDLE)
     for name, times in ((fast, f"{inner} times in a loop"), (slow, "once in a loop")):
         pen.stack("core", cfg.n_core, title=name)
-        pen.label(times, pen.x - 42, _MIDDLE + 72, small=True)
+        pen.label(times, pen.x - 42, _MIDDLE + 66, small=True)
     out = pen.x + 24
     pen.line(f"M {pen.x:.1f} {_MIDDLE} H {out + 18:.1f}")
     pen.dot(out, _MIDDLE)
