@@ -434,7 +434,7 @@ def test_a_report_looks_at_the_stack_that_the_head_reads():
     torch.testing.assert_close(reading.step, steps, rtol=1e-4, atol=1e-5)
     assert {layer.stack for layer in reading.attention} == {"H_blocks"}
     torch.testing.assert_close(
-        reading.attention[1].patterns[2], cache["H_blocks.pattern", 1, 2][0], rtol=1e-4, atol=1e-5
+        reading.attention[1].pattern[2], cache["H_blocks.pattern", 1, 2][0], rtol=1e-4, atol=1e-5
     )
     for t in range(3):
         said = model(tokens, (t + 1, 2))[0, -1].softmax(-1).max().detach()

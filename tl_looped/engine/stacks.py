@@ -8,9 +8,9 @@ from tl_looped.engine.schedule import CORE, FAST, SLOW, HookSite, LoopCount
 
 _KNOW_STACKS = (
     "with stack=, logit_lens, fit_tuned_lens, patch_sweep, attribution_sweep, the interventions, convergence, "
-    "state_motion, limit_behaviour, long_run, cycle, similarity, trajectory and attention_stability; as they are, caches, "
-    "hooks, generate, observe, record, directions, steering_sweep, trace_exits, readout_agreement, jacobian_spectrum, "
-    "lyapunov_exponents, massive_activations, ablation_effect, neuron_shares, check and the report"
+    "state_motion, limit_behaviour, long_run, cycle, similarity, trajectory and attention_stability; as they are, "
+    "caches, hooks, generate, observe, record, directions, steering_sweep, trace_exits, readout_agreement, "
+    "jacobian_spectrum, lyapunov_exponents, massive_activations, ablation_effect, neuron_shares, check and the report"
 )
 
 
