@@ -2,6 +2,8 @@
 
 from tl_looped.lens.agreement import ReadoutAgreement as ReadoutAgreement
 from tl_looped.lens.agreement import readout_agreement as readout_agreement
+from tl_looped.lens.contributions import Decomposition as Decomposition
+from tl_looped.lens.contributions import decompose as decompose
 from tl_looped.lens.exits import AccelerationRule as AccelerationRule
 from tl_looped.lens.exits import EntropyRule as EntropyRule
 from tl_looped.lens.exits import GateChanceRule as GateChanceRule

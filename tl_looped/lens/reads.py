@@ -190,14 +190,15 @@ def resolve_targets(
     wanted = [targets] if isinstance(targets, (str, int)) else list(targets)
     if not wanted:
         raise InputError("targets is empty: leave it out to follow the run's own top token.")
-    ids = [_one(model, target) for target in wanted]
+    ids = [resolve_target(model, target) for target in wanted]
     names = tuple(target_name(target) for target in wanted)
     if len(set(ids)) < len(ids):
         raise InputError(f"targets names a token twice: {list(wanted)}.")
     return torch.tensor(ids, device=tokens.device).expand(batch, pos, -1), names
 
 
-def _one(model: LoopedModel, target: str | int) -> int:
+def resolve_target(model: LoopedModel, target: str | int) -> int:
+    """The id of one token, or an InputError."""
     if isinstance(target, str):
         return model.to_single_token(target)
     if isinstance(target, bool) or not isinstance(target, int):
