@@ -364,7 +364,8 @@ class LoopedCache(AnyResult, ActivationCache):
         raise InputError(
             f"{what} adds up a feedforward model's residual stream. In a looped model injection and "
             "the norms between loops are not part of that sum, so it would be wrong here: read states with "
-            "cache.stack, split logits by lens.decompose, or use model.unrolled(n_loops), whose cache adds up if it can."
+            "cache.stack, split logits by lens.decompose, or use model.unrolled(n_loops), whose cache adds up where "
+            "that holds."
         )
 
     def accumulated_resid(self, *args: Any, **kwargs: Any) -> NoReturn:
