@@ -364,8 +364,7 @@ class LoopedCache(AnyResult, ActivationCache):
         raise InputError(
             f"{what} adds up a feedforward model's residual stream. In a looped model injection and "
             "the norms between loops are not part of that sum, so it would be wrong here: read states with "
-            "cache.stack, split logits by lens.decompose, or use model.unrolled(n_loops), whose cache adds up where "
-            "that holds."
+            "cache.stack, split logits by lens.decompose, or take model.unrolled(n_loops), where that sum may hold."
         )
 
     def accumulated_resid(self, *args: Any, **kwargs: Any) -> NoReturn:
