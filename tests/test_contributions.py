@@ -152,6 +152,15 @@ def test_zeroing_the_last_write_of_a_plain_stream_is_what_it_adds_but_for_the_no
     torch.testing.assert_close(found.measured[:, measured[0]], found.target - edited.double(), rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_measured_does_not_hang_on_the_batches() -> None:
+    model = LoopedModel.from_pretrained(PARITY / "ouro")
+    prompts = [[int(one) for one in torch.randint(40, (4 + i % 2,))] for i in range(6)]
+    found = [decompose(model, prompts, by="head", compare=3, batch_size=n, progress=False) for n in (1, 2, 8)]
+    for one in found:
+        assert int((~one.measured.isnan()).all(0).sum()) == 3 == int((~one.measured.isnan()).any(0).sum())
+        torch.testing.assert_close(one.measured, found[0].measured, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_a_result_is_kept_and_shown(tmp_path: Any) -> None:
     model = LoopedModel.from_pretrained("looped-hops")
     found = decompose(model, "a=4; c=a; b=7; d=c; f=b; ? d", targets="4", against="7", by="head", progress=False)

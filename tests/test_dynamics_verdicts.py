@@ -121,6 +121,15 @@ def test_a_slow_approach_hides_in_noise_and_is_not_called_rest():
     assert one(states(KINDS["noise about a point"][1][""], 32))["word"] == "rest"
 
 
+@pytest.mark.parametrize("rate", [1e-9, 1e-5, 1e-3])
+def test_what_is_over_in_a_loop_or_two_rests(rate: float):
+    times = torch.arange(256.0, dtype=torch.float64)[:, None]
+    start, end = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert one(end + start * rate**times)["word"] == "rest"
+    noise = 1e-6 * torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert one(end + start * rate ** (times - 70).clamp(min=0) + noise)["word"] in ("rest", "undecided")
+
+
 def test_zero_states_rest():
     row = one(torch.zeros(20, 4))
     assert (row["word"], row["way_left"], row["scatter"]) == ("rest", 0.0, 0.0)

@@ -253,7 +253,8 @@ def _sort_modes(fit: ModeFit, tolerance: float, slowest: float) -> _Modes:
         lasts = mode.radius - mode.radius_error > slowest
         if mode.radius + mode.radius_error < 1:
             shrinking.append(mode)
-            seen = mode.radius ** -(fit.n_loops - 1) - 1  # of its way, beside what is left of it
+            way = -(fit.n_loops - 1) * math.log(max(mode.radius, 1e-300))
+            seen = math.expm1(min(way, 700.0))  # of its way, beside what is left of it
             unclear = unclear or (seen < _LEAST_SEEN and mode.size > tolerance)
         elif turned < 0.5:  # not half a turn was seen: it moves on
             drift = drift or lasts

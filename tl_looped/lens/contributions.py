@@ -72,7 +72,7 @@ class Decomposition(Result):
         return float(((self.contributions.sum(1) - self.target).abs() / size).max())
 
     def agreement(self) -> float:
-        """Correlation of contributions with what zeroing measured, over all that was measured; NaN below three."""
+        """Correlation of contributions with what zeroing measured, over the largest, `compare` many; NaN below three."""
         where = ~self.measured.isnan()
         if int(where.sum()) < 3:
             return float("nan")
@@ -175,8 +175,9 @@ def decompose(
     batch_size = 1 if model.cfg.learned_positions else batch_size  # rows share the vectors of positions
     for rows in tqdm(runs.equal_lengths(batch_size), "Decomposing", unit="batch", disable=not progress):
         batch = _Batch(model, model.batch_of(runs, rows), "component" if by == "loop" else by)
-        batch.decompose(None if wanted is None else wanted[rows], None if other is None else other[rows], compare)
+        batch.decompose(None if wanted is None else wanted[rows], None if other is None else other[rows])
         parts.append((rows, batch))
+    _compare([batch for _, batch in parts], compare)
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
 
     def gathered(name: str) -> Tensor:
@@ -235,7 +236,7 @@ class _Batch:
             found += [(_KINDS[name], HookSite(name, stack, layer, loop)) for name in _WRITES[self.by]]
         return {site.name: (kind, site) for kind, site in found}
 
-    def decompose(self, wanted: Tensor | None, other: Tensor | None, compare: int) -> None:
+    def decompose(self, wanted: Tensor | None, other: Tensor | None) -> None:
         """Fill in the numbers."""
         writes: dict[str, Tensor] = {}
 
@@ -259,7 +260,6 @@ class _Batch:
         self.contributions, self.target = torch.cat(self.found, dim=1), value.detach().double()
         check_finite(self.contributions, ("prompt", "component"))
         self.measured = torch.full_like(self.contributions, torch.nan)
-        self._compare(compare)
 
     def _head_in(self) -> Float[Tensor, "batch d_model"]:
         """What the unembedding reads at every prompt's last token."""
@@ -305,26 +305,32 @@ class _Batch:
             self.components.append({**_EMPTY, "name": name, "kind": "bias"})
 
     @torch.no_grad()
-    def _compare(self, compare: int) -> None:
-        """Zero the largest components, each in a run of its own."""
-        places = {c["name"]: i for i, c in enumerate(self.components)}
-        chosen = [c for c in self.components if c["kind"] in _KINDS.values()]
-        chosen.sort(key=lambda c: -float(self.contributions[:, places[c["name"]]].abs().mean()))
-        for component in chosen[:compare]:
-            name = next(n for n, (k, s) in self.sites.items() if _component(k, s, component["index"]) == component)
+    def measure(self, at: int) -> None:
+        """Zero one component in a run of its own."""
+        component = self.components[at]
+        name = next(n for n, (k, s) in self.sites.items() if _component(k, s, component["index"]) == component)
 
-            def silence(x: Tensor, hook: LoopHookPoint, index: int | None = component["index"]) -> Tensor:
-                x = x.clone()
-                place = (self.rows, self.run.last_positions)
-                x[place if index is None else (*place, index)] = 0
-                return x
+        def silence(x: Tensor, hook: LoopHookPoint) -> Tensor:
+            x, place = x.clone(), (self.rows, self.run.last_positions)
+            x[place if component["index"] is None else (*place, component["index"])] = 0
+            return x
 
-            with self.model.hooks([(name, silence)]):
-                logits = wide(self.model.transformer.unembed(self._head_in())).double()
-            value = logits[self.rows, self.tokens[:, 0]]
-            if bool((self.tokens[:, 1] >= 0).all()):
-                value = value - logits[self.rows, self.tokens[:, 1]]
-            self.measured[:, places[component["name"]]] = self.target - value
+        with self.model.hooks([(name, silence)]):
+            logits = wide(self.model.transformer.unembed(self._head_in())).double()
+        value = logits[self.rows, self.tokens[:, 0]]
+        if bool((self.tokens[:, 1] >= 0).all()):
+            value = value - logits[self.rows, self.tokens[:, 1]]
+        self.measured[:, at] = self.target - value
+
+
+def _compare(batches: Sequence[_Batch], most: int) -> None:
+    """Measure the components that are largest over all prompts, whatever batches these are in."""
+    sizes = torch.cat([batch.contributions for batch in batches]).abs().mean(0)
+    order = sizes.argsort(descending=True, stable=True).tolist()
+    chosen = [at for at in order if batches[0].components[at]["kind"] in _KINDS.values()]
+    for at in chosen[:most]:
+        for batch in batches:
+            batch.measure(at)
 
 
 _EMPTY: dict[str, Any] = {"name": "", "kind": "", "stack": None, "layer": None, "loop": None, "index": None}

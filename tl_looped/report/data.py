@@ -15,7 +15,7 @@ from tl_looped.engine.checks import check_eval
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.runs import Runs
-from tl_looped.engine.schedule import CODA, PRELUDE, HookSite
+from tl_looped.engine.schedule import CODA, PRELUDE, HookSite, LoopCount
 from tl_looped.lens import LogitLens, logit_lens
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.watching import watch
@@ -122,7 +122,7 @@ class ReportData:
 def collect(
     model: LoopedModel,
     questions: Iterable[Prompt],
-    n_loops: int | None = None,
+    n_loops: LoopCount | None = None,
     seed: int | None = None,
     name: str | None = None,
     progress: bool = False,
