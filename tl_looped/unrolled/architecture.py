@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformer_lens.config import TransformerBridgeConfig
@@ -93,11 +94,8 @@ class Architecture:
     @property
     def points(self) -> dict[str, str]:
         """The model's own sites -> the hook points that have them."""
-        names = (name.removeprefix("hook_") for name in ("hook_embed", "hook_state_init", "hook_head_in"))
-        found = {f"hook_{name}": f"{self.component(name)}.hook_out" for name in names}
-        if not self._embeds_apart:
-            found.pop("hook_embed")
-        return {**found, "hook_state_out": "state_out.hook_out"}
+        names = ["state_init", "state_out", "head_in", *(["embed"] if self._embeds_apart else [])]
+        return {f"hook_{name}": f"{self.component(name)}.hook_out" for name in names}
 
     @property
     def norms_stream(self) -> bool:
@@ -192,7 +190,7 @@ class Architecture:
     def first_start(self) -> int:
         """The first depth from which the rest of a run reads nothing but the residual stream there; else the depth."""
         cfg, schedule, last = self.cfg, self.schedule, self.n_loops - 1
-        if cfg.reads_tokens_in_layers:
+        if cfg.reads_tokens_in_layers or cfg.d_embed is not None:
             return schedule.depth
         if cfg.two_states is not None:
             return schedule.realised_depth(cfg.looping[-1], 0, last)
@@ -206,12 +204,13 @@ class Architecture:
         """Sizes and kinds, as TransformerLens's tools ask for them."""
         cfg, rms = self.cfg, self.cfg.norm not in ("layer", "layer_no_bias")
         rotary = cfg.rotary or cfg.rotary_windowed
-        turns = {} if rotary is None else {"rotary_base": rotary.base}
+        more: dict[str, Any] = {name: getattr(cfg, name) for name in _SIZES}
         if rotary is not None:
-            turns["rotary_interleaved_cos_sin"] = rotary.style == "adjacent"
+            more |= {"rotary_base": rotary.base, "rotary_interleaved_cos_sin": rotary.style == "adjacent"}
+        if cfg.logit_cap is not None:
+            more["output_logits_soft_cap"] = cfg.logit_cap
         return TransformerBridgeConfig(
-            **{name: getattr(cfg, name) for name in _SIZES},
-            **turns,
+            **more,
             n_layers=self.schedule.depth,
             n_key_value_heads=cfg.kv_heads if cfg.kv_heads != cfg.n_heads else None,
             device=str(device),

@@ -17,8 +17,9 @@ _FINAL = "ln_final."
 class DepthNames:
     """`blocks.{l}.loop.{t}.X` of the looped model is `blocks.{d}.X` of the view.
 
-    Of two stacks, `L_blocks.loop.{t}.X` is `L.loop.{t}.X`. The norm that closes the last loop is the view's `ln_final` where nothing but the head comes after it (Ouro); the
-    head's norm is its `ln_head` where another comes before it. Sites of the loop itself keep their names.
+    Of two stacks, `L_blocks.loop.{t}.X` is `L.loop.{t}.X`. The norm that closes the last loop is the view's `ln_final`
+    where nothing but the head comes after it (Ouro); the head's norm is its `ln_head` where another comes before it.
+    Other sites of loops and of the model keep their names.
 
     Args:
         arch: the model.

@@ -76,13 +76,17 @@ class _Embed(nn.Module):
 
 
 class _Head(nn.Module):  # no nn.Linear, to which TransformerLens would add a bias that does not follow the weights
-    def __init__(self, unembed: nn.Linear):
+    def __init__(self, unembed: nn.Linear, takes_bias: bool):
         super().__init__()
-        self.weight, self.bias = unembed.weight, unembed.bias
+        self.weight = unembed.weight
+        if cast("Tensor | None", unembed.bias) is None and takes_bias:  # of the norm before it, if that is folded in
+            self.register_buffer("bias", torch.zeros_like(self.weight[:, 0]))
+        else:
+            self.bias = unembed.bias
         self.capped = unembed.capped if isinstance(unembed, CappedLinear) else lambda logits: logits
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.capped(F.linear(x, self.weight, self.bias))
+        return self.capped(F.linear(x, self.weight, None if self.bias is None else self.bias.to(self.weight)))
 
 
 class Realised(nn.Module):
@@ -95,10 +99,14 @@ class Realised(nn.Module):
         seed: seed of a drawn state.
     """
 
+    network: Any
+    embed: Any
+    blocks: Any
+
     def __init__(self, network: Network, arch: Architecture, state: Tensor | None, seed: int | None):
         super().__init__()
         self.arch, self.given, self.seed = arch, state, seed
-        for name, weight in network._parameters.items():
+        for name, weight in network.named_parameters(recurse=False):
             self.register_parameter(name, weight)
         for name, module in network.named_children():
             if name not in arch.stacks and name not in ("embed", "unembed", "ln_final", "ln_loop"):
@@ -117,8 +125,8 @@ class Realised(nn.Module):
             self._place(path, nn.Module())
         for path, name in arch.norms.items():
             self._place(path, _twin(network.get_submodule(name), name))
-        self.unembed = _Head(network.unembed)
-        self.__dict__["network"] = self._running(network, calls)
+        self.unembed = _Head(network.unembed, arch.cfg.norm == "layer")
+        vars(self)["network"] = self._running(network, calls)
 
     def _place(self, path: str, module: nn.Module) -> None:
         """Put a module at a path, with what is missing on the way."""
@@ -136,28 +144,35 @@ class Realised(nn.Module):
         depths = {call: depth for depth, call in enumerate(calls)}
 
         def layer(stack: str, index: int) -> Callable[..., Tensor]:
-            return lambda x, frame, loop=None: self.blocks[depths[stack, index, loop]](x, frame=frame)
+            def call(x: Tensor, frame: Frame, loop: int | None = None) -> Tensor:
+                block = self.blocks[depths[stack, index, loop]]
+                return block(_own(x, block.hook_in), frame=frame)
+
+            return call
 
         stacks = {name: [layer(name, i) for i in range(self.arch.schedule.n_layers(name))] for name in self.arch.stacks}
-        running.__dict__.update(_modules=self._modules, _parameters=self._parameters, cfg=self.arch.unscaled, **stacks)
-        for name in ("ln_final", "ln_loop"):  # which of its copies runs is for the caller's hooks to say
-            running.__dict__[name] = lambda x, loop=None, where=None: where(x, loop)
+        parts = {"_modules": self._modules, "_parameters": self._parameters, "cfg": self.arch.unscaled, **stacks}
+        # Which copy of these runs is for the caller's hooks to say.
+        parts |= dict.fromkeys(("ln_final", "ln_loop"), lambda x, loop, where: where(x, loop))
+        vars(running).update(parts)
         return running
 
     def connect(self) -> None:
         """Have the network's code fire the hook points of the components that are in place of the modules by now."""
         running, find = self.network, self.get_submodule
-        root = {f"hook_{name}": _Point(find(self.arch.component(name)).hook_out) for name in self.names}
+        places: dict[str, Any] = {f"hook_{name}": find(self.arch.component(name)) for name in self.names}
+        root = {name: _Point(place.hook_out) for name, place in places.items()}
         norms: dict[Any, Any] = dict.fromkeys(running.norm_hooks)  # of norms that have one place only
         for name, paths in self.arch.norm_calls.items():
             norms[name] = lambda x, loop=None, paths=paths: find(paths[loop or 0])(x)
         by_stack = running.loop_hooks if isinstance(running.loop_hooks, dict) else {None: running.loop_hooks}
         groups: dict[Any, Any] = {}
         for stack, group in by_stack.items():
-            own = [find(path) for path, of in self.arch.loops.items() if of == stack]
-            groups[stack] = _Points(group, {name: _Point(*(getattr(one, name) for one in own)) for name in vars(group)})
+            each = [find(path) for path, of in self.arch.loops.items() if of == stack]
+            points = {name: _Point(*(getattr(one, name) for one in each)) for name in vars(group)}
+            groups[stack] = _Points(group, points)
         loops = groups if isinstance(running.loop_hooks, dict) else groups[None]
-        running.__dict__.update(hooks=_Points(running.hooks, root), norm_hooks=norms, loop_hooks=loops)
+        vars(running).update(hooks=_Points(running.hooks, root), norm_hooks=norms, loop_hooks=loops)
 
     def forward(
         self,
@@ -168,8 +183,10 @@ class Realised(nn.Module):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits; masks and positions as `LoopedModel` takes them."""
         cfg, network = self.arch.cfg, self.network
-        read = inputs_embeds if input_ids is None else input_ids
+        read = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         tokens = torch.zeros(read.shape[:2], dtype=torch.long, device=read.device) if input_ids is None else input_ids
+        if cfg.puzzles is not None or (input_ids is None and cfg.reads_tokens_in_layers):
+            self._check_tokens(tokens, input_ids is None)
         mask = attention_mask
         both = None  # tokens that see each other in both directions
         if not cfg.causal and (mask is None or mask.ndim == 2):
@@ -187,6 +204,18 @@ class Realised(nn.Module):
             x = network.loop(x, e, frame, t)
         return network.readout(x, frame)
 
+    def _check_tokens(self, tokens: Tensor, embedded: bool) -> None:
+        cfg = self.arch.cfg
+        if embedded:
+            raise InputError(f"{cfg.model_name} reads tokens, and here are vectors in their place: pass token ids.")
+        rows = 0 if cfg.puzzles is None else cfg.puzzles.rows
+        of_puzzle = torch.arange(tokens.shape[1], device=tokens.device) < rows
+        if tokens.shape[1] <= rows or not bool(((tokens >= cfg.d_vocab) == of_puzzle).all()):
+            raise InputError(
+                "prompts must begin with the tokens of one puzzle, and have them nowhere else: put "
+                "looped.cfg.puzzle_tokens(puzzle) before them."
+            )
+
     def _given(self, positions: Tensor) -> Tensor | None:
         given, shape = self.given, (*positions.shape, self.arch.cfg.d_state)
         if given is None:
@@ -203,6 +232,11 @@ class Realised(nn.Module):
 # TransformerLens's hook points, called as ours are.
 
 
+def _own(x: Tensor, point: Any) -> Tensor:
+    """What a point may give to its hooks: its own copy, as the tensor itself may be read elsewhere, or a caller's."""
+    return x.clone() if point.fwd_hooks else x
+
+
 class _Point:
     """Points of TransformerLens as one of ours: one that fires once, or one for every loop."""
 
@@ -210,7 +244,8 @@ class _Point:
         self.points = points
 
     def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
-        return self.points[loop or 0](x)
+        point = self.points[loop or 0]
+        return point(_own(x, point))
 
     def wants(self, loop: int | None = None) -> bool:
         point = self.points[loop or 0]
@@ -220,7 +255,7 @@ class _Point:
         """See `SharedHookPoint.fire`."""
         if not self.wants(loop):
             return x, None
-        found = self(x.clone(), loop)
+        found = self(x, loop)
         return found, differ(found, x)
 
 
@@ -267,7 +302,9 @@ def _without(component: GeneralizedComponent, *points: str) -> None:
 class _Norm(NormalizationBridge):
     """A norm of ours, by its own code."""
 
-    def forward(self, hidden_states: Tensor, loop: int | None = None, hooks: Any = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - called as the norm is
+        self, hidden_states: Tensor, loop: int | None = None, hooks: Any = None
+    ) -> Tensor:
         """As the norm's own; the hook points are the component's."""
         points = SimpleNamespace(hook_scale=_Point(self.hook_scale), hook_normalized=_Point(self.hook_normalized))
         return self.hook_out(cast(nn.Module, self.original_component)(self.hook_in(hidden_states), None, points))
@@ -290,18 +327,18 @@ class _Heads(PositionEmbeddingsAttentionBridge):  # of the kinds whose inputs Tr
         super().__init__(*args, **kwargs)
         _without(self, "hook_cos", "hook_sin", "hook_q_normed", "hook_k_normed")
 
-    def set_original_component(self, original_component: nn.Module) -> None:  # the parent's asks for a layout
-        AttentionBridge.set_original_component(self, original_component)
-        attn = cast(Attention, original_component)
+    def set_original_component(self, component: nn.Module) -> None:
+        AttentionBridge.set_original_component(self, component)  # the parent's asks for a layout
+        attn = cast(Attention, component)
         points: Any = _points(self, attn.hooks, self.hook_aliases)
         points.hook_z, points.hook_result = self._z, _Gated(self)
-        attn.__dict__.update(hooks=points, results=self._results)
+        vars(attn).update(hooks=points, results=self._results)
 
     def setup_hook_compatibility(self) -> None:
         super().setup_hook_compatibility()
         for name in ("hook_rot_q", "hook_rot_k"):
             if name in self._modules:
-                self._modules[name].hook_conversion = None  # they are [batch, pos, head, d_head] here
+                cast(HookPoint, self._modules[name]).hook_conversion = None  # they are [batch, pos, head, d_head] here
 
     def _z(self, z: Tensor, loop: int | None = None) -> Tensor:
         """Z through the point in front of o, which does not fire again."""
@@ -352,13 +389,13 @@ class _Layer(BlockBridge):
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         block = cast(Block, original_component)
-        block.__dict__["hooks"] = _points(self, block.hooks, ["hook_resid_pre", "hook_resid_post", *self.hook_aliases])
+        vars(block)["hooks"] = _points(self, block.hooks, ["hook_resid_pre", "hook_resid_post", *self.hook_aliases])
         norms = {name: group for name, group in block.norm_hooks.items() if hasattr(group, "hook_modulated")}
         made = {
             name: _points(self.submodules[name], group, ("hook_scale", "hook_normalized"))
             for name, group in norms.items()
         }
-        block.__dict__["norm_hooks"] = {name: made.get(name) for name in block.norm_hooks}
+        vars(block)["norm_hooks"] = {name: made.get(name) for name in block.norm_hooks}
 
 
 class _Plain(MLPBridge):
@@ -367,7 +404,7 @@ class _Plain(MLPBridge):
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         mlp = cast(Any, original_component)
-        mlp.__dict__["hooks"] = _Points(mlp.hooks, {})
+        vars(mlp)["hooks"] = _Points(mlp.hooks, {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return GeneralizedComponent.forward(self, args[0], None)
@@ -407,7 +444,7 @@ class RealisedAdapter(ArchitectureAdapter):
         self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=cfg.qk_bias or cfg.v_bias)}
         layer, self._config = model.blocks[0], config
         attn = {part: _Projection(part) for part in "qkv"} | {"o": LinearBridge("o")}
-        maps = {"in": LinearBridge("up"), "out": LinearBridge("down")}
+        maps: dict[str, GeneralizedComponent] = {"in": LinearBridge("up"), "out": LinearBridge("down")}
         if cfg.gated_mlp:
             maps = {"gate": LinearBridge("gate"), **maps}
         parts: dict[str, GeneralizedComponent] = {
@@ -423,7 +460,9 @@ class RealisedAdapter(ArchitectureAdapter):
             heads = parts["attn"]
             heads.hook_aliases = {k: v for k, v in heads.hook_aliases.items() if k != "hook_v"}
         once = {name: GeneralizedComponent(name) for name in map(arch.component, model.names)}
-        ends = {"pos_embed": PosEmbedBridge("pos_embed")} if cfg.learned_positions else {}
+        ends: dict[str, GeneralizedComponent] = (
+            {"pos_embed": PosEmbedBridge("pos_embed")} if cfg.learned_positions else {}
+        )
         if cfg.state_out:
             ends["state_out"] = LinearBridge("state_out")
         self.component_mapping = {
@@ -443,12 +482,11 @@ class RealisedAdapter(ArchitectureAdapter):
         """What loops have beside their layers, at the looped model's names."""
         by_stack: dict[str | None, dict[str, Any]] = {}
         for path, stack in arch.loops.items():
-            groups: Any = model.network.loop_hooks
+            groups = model.network.loop_hooks
             points = vars(groups if stack is None else groups[stack])
             number = path.rpartition(".")[2]
             inner = self._norms(model.get_submodule(path), "ln_loop")
             by_stack.setdefault(stack, {})[number] = Silent(number, inner, points)
         loops = {stack: Loops("loop", parts) for stack, parts in by_stack.items()}
         short = {stack: arch.short(stack) for stack in loops if stack is not None}
-        inner = {name: Silent(name, {"loop": loops[stack]}) for stack, name in short.items()}
-        return inner or {"loop": loops[None]}
+        return {name: Silent(name, {"loop": loops[stack]}) for stack, name in short.items()} or {"loop": loops[None]}

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from tl_looped.engine.schedule import LoopCount
 from tl_looped.unrolled.architecture import Architecture
 from tl_looped.unrolled.names import DepthNames
 from tl_looped.unrolled.realised import Realised, RealisedAdapter
+
+
+class _NoMapError(InputError, TypeError):  # TransformerLens looks at every attribute, and passes over such errors
+    """A weight is asked for that is no map of the residual stream."""
 
 
 def _adds_up(name: str, *broken_by: Callable[[Architecture], str | None]) -> Callable[..., Any]:
@@ -86,10 +90,6 @@ class UnrolledModel(TransformerBridge):
         names: from the looped model's names of sites to the view's, and back.
     """
 
-    hook_aliases: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride] - as TransformerBridge has it
-        **TransformerBridge.hook_aliases,
-        **{f"hook_{name}": f"{name}.hook_out" for name in ("state_init", "state_out", "head_in")},
-    }
     looped: Engine
     arch: Architecture
     names: DepthNames
@@ -101,15 +101,15 @@ class UnrolledModel(TransformerBridge):
         check_eval(looped)
         first = [] if looped.cfg.puzzles is None else looped.cfg.puzzle_tokens(0)
         shape = (1, *initial_state.shape[:-1])[-2:] if isinstance(initial_state, Tensor) else (1, len(first) or 1)
-        who = torch.ones((*shape, shape[1]))  # sees whom
-        options: dict[str, Any] = {"initial_state": initial_state, "seed": seed, "attention_mask": who}
+        options: dict[str, Any] = {"initial_state": initial_state, "seed": seed, "attention_mask": torch.ones(shape)}
+        options |= {"prefix_length": 0} if looped.cfg.prefix_lm else {}
         tokens = torch.zeros(shape, dtype=torch.long)
         tokens[:, : len(first)] = torch.tensor(first)[: shape[1]]
         looped.prepare(tokens, n_loops, **options)  # for its errors
         if looped.cfg.prefix_lm:
             warnings.warn(
-                f"{looped.cfg.model_name} was trained with a prefix whose tokens see each other in both directions, and "
-                "its view runs causally: pass attention_mask= of [batch, query, key] to say who sees whom.",
+                f"{looped.cfg.model_name} was trained with a prefix whose tokens see each other in both directions, "
+                "and its view runs causally: pass attention_mask= of [batch, query, key] to say who sees whom.",
                 stacklevel=3,
             )
         arch = Architecture(looped.cfg, n_loops)
@@ -209,7 +209,7 @@ class UnrolledModel(TransformerBridge):
         if start_at_layer is not None:
             depth = start_at_layer + (len(self.blocks) if start_at_layer < 0 else 0)
             if depth < self.arch.first_start():
-                reason = "later layers read more than that"
+                reason = "the rest of a run reads more than that"
                 instead = "looped(tokens, start_at_loop=..., initial_state=...)"
                 self.refuse(f"start_at_layer={start_at_layer} goes on from a residual stream alone", reason, instead)
             kwargs["start_at_layer"] = start_at_layer
@@ -229,6 +229,22 @@ class UnrolledModel(TransformerBridge):
             if not torch.equal(state_dict.get(name, own), state_dict.get(other, own)):
                 raise InputError(f"{other!r} and {name!r} are one weight of the looped model: make them equal.")
         return super().load_state_dict(dict(state_dict), strict)
+
+    @property
+    def W_U(self) -> Tensor:
+        """As TransformerLens's, where the head reads the residual stream."""
+        self._needs_head_map("W_U maps")
+        return super().W_U
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """As TransformerLens's, where the head reads the residual stream."""
+        self._needs_head_map("W_U is among the weights that map")
+        return super().tl_parameters()
+
+    def _needs_head_map(self, what: str) -> None:
+        if self.arch.cfg.head_transform:
+            family, reason = self.arch.cfg.family, self.arch.readout_broken_by()
+            raise _NoMapError(f"{what} the residual stream to logits, but this is a {family} model: {reason}.")
 
     # Caching.
 
