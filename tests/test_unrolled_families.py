@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformer_lens.tools.analysis as tools
-from helpers import FAMILIES, TINY, make, noise_like, parity, tiny, tokens_for
+from families import FOLDERS, load
+from helpers import FAMILIES, PARITY, TINY, make, noise_like, parity, tiny, tokens_for
 from patching_helpers import CASES, OTHERS, assert_same, case, run_clean, short_prompts
 from torch import Tensor
 from transformer_lens import patching
@@ -18,13 +19,33 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import DEAD_ENDS
 from tl_looped.unrolled import UnrolledModel
 
-MODELS = [*(f"tiny {name}" for name in TINY), *OTHERS, *FAMILIES]
+STORED = [*FAMILIES, *FOLDERS, "hrm-act", "trm"]  # every folder of tests/parity
+pytestmark = pytest.mark.filterwarnings("ignore:.* was trained with a prefix")
+MODELS = [*(f"tiny {name}" for name in TINY), *OTHERS, *STORED]
+
+
+@lru_cache
+def named(name: str) -> LoopedModel:
+    """A model by its name here."""
+    if name in FOLDERS:
+        return load(name)
+    if name in STORED and name not in FAMILIES:
+        return LoopedModel.from_pretrained(PARITY / name)
+    return tiny(name.removeprefix("tiny ")) if name.startswith("tiny ") else case(name)
+
+
+def prompts(model: LoopedModel, batch: int = 2, pos: int = 5) -> Tensor:
+    """Random tokens, behind those of a puzzle where the model needs them."""
+    tokens = tokens_for(model, batch=batch, pos=pos)
+    if model.cfg.puzzles is None:
+        return tokens
+    return torch.cat([torch.tensor(model.cfg.puzzle_tokens(0)).expand(batch, -1), tokens], dim=1)
 
 
 @lru_cache
 def pair(name: str) -> tuple[LoopedModel, UnrolledModel]:
     """A model and its view, with each head's result."""
-    model = tiny(name.removeprefix("tiny ")) if name.startswith("tiny ") else case(name)
+    model = named(name)
     unrolled = model.unrolled(2)
     unrolled.set_use_attn_result(True)
     return model, unrolled
@@ -37,13 +58,14 @@ def pair(name: str) -> tuple[LoopedModel, UnrolledModel]:
 @torch.no_grad()
 def test_logits_and_every_activation_are_those_of_the_looped_model(name: str) -> None:
     model, unrolled = pair(name)
-    tokens, ours = tokens_for(model), run_clean(model, tokens_for(model), 2)
+    tokens = prompts(model)
+    ours = run_clean(model, tokens, 2)
     logits, theirs = unrolled.run_with_cache(tokens)
     assert_same("logits", logits, model(tokens, 2))
     assert set(unrolled.names.pairs) == set(ours.keys())
     for site, other in unrolled.names.pairs.items():
         seen = ours[site].isfinite()  # TransformerLens hides keys by the lowest number
-        bound = 1e-4 * float(ours[site][seen].abs().max().clamp(min=0.1))
+        bound = 1e-5 * float(ours[site][seen].abs().max().clamp(min=0.1))
         assert ours[site].shape == theirs[other].shape, site
         assert float((theirs[other] - ours[site])[seen].abs().max()) < bound, site
 
@@ -54,7 +76,7 @@ def test_an_edit_at_any_site_does_the_same(name: str) -> None:
     """One run for all: every row of the batch is edited at another site."""
     model, unrolled = pair(name)
     pairs = unrolled.names.pairs
-    tokens = tokens_for(model, batch=1, pos=4).expand(len(pairs), -1)
+    tokens = prompts(model, batch=1, pos=4).expand(len(pairs), -1)
 
     def edit(row: int, site: str) -> Any:
         def write(x: Tensor, hook: Any) -> Tensor:
@@ -81,7 +103,7 @@ def test_an_edit_at_any_site_does_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_gradient_is_the_same(name: str) -> None:
     model, unrolled = pair(name)
-    tokens = tokens_for(model, pos=4)
+    tokens = prompts(model, pos=4)
     weights = noise_like(torch.empty(model.cfg.d_vocab))
     pairs = {a: b for a, b in unrolled.names.pairs.items() if not any(a.endswith(end) for end in DEAD_ENDS)}
     ours: dict[str, Tensor] = {}
@@ -101,6 +123,40 @@ def test_every_gradient_is_the_same(name: str) -> None:
         assert grad.shape == theirs[site].shape, site
         bound = 1e-4 * float(grad.abs().max()) + 1e-5 * largest
         assert float((grad - theirs[site]).abs().max()) < bound, site
+
+
+def test_every_folder_of_stored_numbers_has_a_view() -> None:
+    assert set(STORED) == {folder.name for folder in PARITY.iterdir() if folder.is_dir()}
+
+
+def test_a_view_of_a_model_trained_with_prefixes_says_how_it_is_given_one() -> None:
+    model = named("hrm-text")
+    with pytest.warns(UserWarning, match=r"runs causally: pass attention_mask= of \[batch, query, key\]"):
+        unrolled = model.unrolled()
+    tokens, who = prompts(model), torch.ones(2, 5, 5).tril().bool()
+    who[:, :3, :3] = True
+    with torch.no_grad():
+        assert_same("prefix", unrolled(tokens, attention_mask=who), model(tokens, prefix_length=3))
+
+
+@pytest.mark.parametrize("name", ["ff-gemma3", "ff-gpt2", "nanochat", "albert"])
+@torch.no_grad()
+def test_padding_and_positions_are_read_as_the_looped_model_reads_them(name: str) -> None:
+    model, unrolled = pair(name)
+    tokens, mask = tokens_for(model), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for options in ({"attention_mask": mask}, {"position_ids": torch.arange(5).expand(2, -1).clone() + 2}):
+        assert_same("logits", unrolled(tokens, **options), model(tokens, 2, **options))
+
+
+def test_what_predicts_a_next_token_refuses_where_tokens_see_both_ways() -> None:
+    model, unrolled = pair("albert")
+    tokens = tokens_for(model)
+    for call in (lambda: unrolled(tokens, return_type="loss"), lambda: unrolled.loss_fn(unrolled(tokens), tokens)):
+        with pytest.raises(InputError, match="the loss of the next token needs a model that reads from left to right"):
+            call()
+    for call in (unrolled.generate, unrolled.generate_stream):
+        with pytest.raises(InputError, match="generating text needs a model that reads from left to right"):
+            call(tokens, max_new_tokens=1)
 
 
 def test_a_seed_and_a_state_of_the_view_are_those_of_its_runs() -> None:

@@ -5,42 +5,116 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import TINY, make, word_tokenizer
+from families import FOLDERS, load
+from helpers import FAMILIES, PARITY, TINY, make, parity, word_tokenizer
+from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens import ActivationCache, SVDInterpreter, patching
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources.native.model import NativeModel
 from transformer_lens.tools import analysis
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch, faithfulness
 from transformer_lens.tools.analysis.projection_kernel import attention_head_subspace_affinity
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tl_looped import LoopedModel
-from tl_looped.engine.schedule import CORE
+from tl_looped.engine.errors import InputError
+from tl_looped.engine.schedule import HookSite
 from tl_looped.unrolled import UnrolledModel
 
 LOOPS = 2
 # Without injection and loop norms the sum holds; with one loop Ouro's does too, though not by head.
 FORMS: dict[str, tuple[dict[str, Any], int]] = {
     "feedforward but for its loops": ({"n_prelude": 1, "n_core": 1, "n_coda": 1}, LOOPS),
+    "damped": ({"n_prelude": 1, "n_core": 1, "n_coda": 1, "loop_update": "damped", "loop_step": 0.5}, LOOPS),
     "Ouro, one loop": (TINY["ouro"], 1),
-    "Ouro": (TINY["ouro"], LOOPS),
-    "Huginn": ({**TINY["huginn"], "n_core": 1}, LOOPS),
-    "retrofitted Llama": ({**TINY["llama"], "n_core": 1}, LOOPS),
-    "retrofitted OLMo-2": ({**TINY["olmo2"], "n_core": 1}, LOOPS),
     "prelude added in every loop": ({**TINY["added"], "n_core": 1}, LOOPS),
 }
 PLAIN = next(iter(FORMS))
+STORED = (*FAMILIES, *FOLDERS, "hrm-act", "trm")  # every folder of tests/parity
 CLEAN, CORRUPTED = torch.tensor([[2, 5, 7], [4, 2, 9]]), torch.tensor([[2, 8, 7], [4, 6, 9]])
 TEXT = "a b c a b"
+
+
+def stored(name: str) -> LoopedModel:
+    """The model of a folder of tests/parity."""
+    if name in FAMILIES:
+        return parity(name)
+    return load(name) if name in FOLDERS else LoopedModel.from_pretrained(PARITY / name)
+
+
+def prompt(model: Any, tokens: Tensor) -> Tensor:
+    """Tokens, behind those of a puzzle where the model needs them."""
+    cfg = getattr(model, "looped", model).cfg
+    first = getattr(cfg, "puzzles", None) and cfg.puzzle_tokens(0)
+    return torch.cat([torch.tensor(first).expand(len(tokens), -1), tokens], dim=1) if first else tokens
+
+
+def transformers_bridge(name: str, looped: LoopedModel, n_loops: int) -> TransformerBridge:
+    """transformers' model of a feedforward family, its layers in the order in which they run, in TransformerLens's."""
+    fields = json.loads((PARITY / name / "config.json").read_text())
+    layers = looped.cfg.layers()
+    order = [layers.index((stack, layer)) for stack, layer, _ in looped.cfg.schedule(n_loops).layer_calls()]
+    fields["n_layer" if fields["model_type"] == "gpt2" else "num_hidden_layers"] = len(order)
+    if "layer_types" in fields:
+        fields["layer_types"] = [fields["layer_types"][i] for i in order]
+    config = AutoConfig.for_model(**fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    given: dict[int, dict[str, Tensor]] = {}
+    whole = {}
+    for key, weight in load_file(PARITY / name / "model.safetensors").items():
+        found = re.fullmatch(r"(.*(?:layers|h)\.)(\d+)(\..*)", key)
+        if found is None:
+            whole[key] = weight
+        else:
+            given.setdefault(int(found[2]), {})[f"{found[1]}@{found[3]}"] = weight
+    for depth, layer in enumerate(order):
+        whole |= {key.replace("@", str(depth)): weight for key, weight in given[layer].items()}
+    missing, unexpected = model.load_state_dict(whole, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return build_bridge_from_module(model, fields["architectures"][0], hf_config=config)
+
+
+def native_bridge(looped: LoopedModel, n_loops: int) -> TransformerBridge:
+    """TransformerLens's own model with the weights of one of learned positions, RMS norms and plain MLPs."""
+    cfg, schedule = looped.cfg, looped.cfg.schedule(n_loops)
+    sizes = {name: getattr(cfg, name) for name in ("d_model", "d_head", "n_heads", "d_mlp", "d_vocab", "n_ctx", "eps")}
+    kinds = {"act_fn": "gelu", "normalization_type": "RMS", "positional_embedding_type": "standard"}
+    config = TransformerBridgeConfig(**sizes, **kinds, n_layers=schedule.depth, architecture="TransformerLensNative")
+    config.uses_rms_norm = config.final_rms = True
+    model = NativeModel(config).eval()
+    state, ours = model.state_dict(), looped.transformer
+    with torch.no_grad():
+        for name, weight in state.items():
+            if name.endswith("bias"):
+                weight.zero_()
+        model.tok_embed.weight.copy_(ours.embed.weight)
+        model.pos.weight.copy_(ours.pos_embed.weight)
+        model.head.weight.copy_(ours.unembed.weight)
+        model.ln_out.weight.copy_(ours.ln_final.weight)
+        for theirs, (stack, layer, _) in zip(model.layers, schedule.layer_calls(), strict=True):
+            block = getattr(ours, stack)[layer]
+            for part in "qkvo":
+                getattr(theirs.attn, part).weight.copy_(getattr(block.attn, part).weight)
+            theirs.ln1.weight.copy_(block.ln1.weight)
+            theirs.ln2.weight.copy_(block.ln2.weight)
+            theirs.mlp.fc_in.weight.copy_(block.mlp.up.weight)
+            theirs.mlp.fc_out.weight.copy_(block.mlp.down.weight)
+    return build_bridge_from_module(model, "TransformerLensNative", tl_config=config)
 
 
 def llama_bridge(looped: LoopedModel, n_loops: int, folded: bool = False) -> TransformerBridge:
@@ -72,25 +146,77 @@ def llama_bridge(looped: LoopedModel, n_loops: int, folded: bool = False) -> Tra
     return built
 
 
+def gpt2_bridge(looped: LoopedModel, n_loops: int) -> TransformerBridge:
+    """The same as `native_bridge`, in transformers' GPT-2 with other norms: TransformerLens splits its inputs."""
+    cfg, schedule, ours = looped.cfg, looped.cfg.schedule(n_loops), looped.transformer
+    sizes = {"n_embd": cfg.d_model, "n_head": cfg.n_heads, "n_inner": cfg.d_mlp, "n_positions": cfg.n_ctx}
+    more = {"activation_function": "gelu", "layer_norm_epsilon": cfg.eps}
+    config = GPT2Config(**sizes, **more, vocab_size=cfg.d_vocab, n_layer=schedule.depth)
+    model = GPT2LMHeadModel(config).eval()
+    for bias in (weight for name, weight in model.named_parameters() if name.endswith("bias")):
+        bias.data.zero_()
+
+    def norm(weight: Tensor) -> torch.nn.Module:
+        made = torch.nn.RMSNorm(cfg.d_model, cfg.eps)
+        made.weight.data.copy_(weight.data)
+        return made
+
+    model.transformer.wte.weight.data.copy_(ours.embed.weight.data)
+    model.transformer.wpe.weight.data.copy_(ours.pos_embed.weight.data)
+    model.transformer.ln_f = norm(ours.ln_final.weight)
+    for theirs, (stack, layer, _) in zip(model.transformer.h, schedule.layer_calls(), strict=True):
+        block = getattr(ours, stack)[layer]
+        theirs.ln_1, theirs.ln_2 = norm(block.ln1.weight), norm(block.ln2.weight)
+        qkv = torch.cat([getattr(block.attn, part).weight.data for part in "qkv"])
+        maps = {theirs.attn.c_attn: qkv, theirs.attn.c_proj: block.attn.o.weight.data}
+        maps |= {theirs.mlp.c_fc: block.mlp.up.weight.data, theirs.mlp.c_proj: block.mlp.down.weight.data}
+        for one, weight in maps.items():
+            one.weight.data.copy_(weight.T)
+    return build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=config)
+
+
 @lru_cache
 def looped(form: str) -> LoopedModel:
     """The model of a form."""
-    return make(tokenizer=word_tokenizer(), **FORMS[form][0])
+    if form in FORMS:
+        return make(tokenizer=word_tokenizer(), **FORMS[form][0])
+    model = copy.copy(stored(form))
+    model.tokenizer = word_tokenizer()
+    return model
+
+
+def loops(form: str) -> int:
+    """How many of its loops are counted out."""
+    return FORMS[form][1] if form in FORMS else LOOPS
 
 
 @lru_cache
 def view(form: str, folded: bool = False) -> UnrolledModel:
     """Its view."""
-    made = looped(form).unrolled(FORMS[form][1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = looped(form).unrolled(loops(form))
     if folded:
         made.enable_compatibility_mode()
     return made
 
 
 @lru_cache
-def plain_bridge(folded: bool = False) -> TransformerBridge:
-    """What the view of `PLAIN` has to equal."""
-    return llama_bridge(looped(PLAIN), LOOPS, folded)
+def bridge(form: str, folded: bool = False) -> TransformerBridge | None:
+    """What the view has to equal, if there is: TransformerLens's bridge of a feedforward model of the same layers."""
+    model = looped(form)
+    if form in (PLAIN, "mobilellm-ls"):
+        return llama_bridge(model, loops(form), folded)
+    if not form.startswith("ff-") and form != "base-loop":
+        return None
+    plain = native_bridge if folded else gpt2_bridge
+    build = partial(transformers_bridge, form) if form.startswith("ff-") else plain
+    built = build(model, loops(form))
+    built._tokenizer = model.tokenizer  # setting `tokenizer` would ask the hub for another
+    built.cfg.default_prepend_bos = built.cfg.tokenizer_prepends_bos = False
+    if folded:
+        built.enable_compatibility_mode()
+    return built
 
 
 @dataclass(frozen=True)
@@ -110,16 +236,23 @@ class Tool:
     as_bridge: bool = True
 
 
+# The refusals of TransformerLens's own that count as such.
+_THEIRS = "exposes no `ln_final` component|per-head attention outputs are normalized|JacobianLens requires causal"
+_THEIRS += r"|\(GQA/MQA\), so its K/V inputs are not per query head"
+
+
 def outcome(tool: Tool, form: str) -> str:
     """Run a tool on the view of a form, and say "right" or what refused; a wrong number is an error."""
-    model, n_loops = looped(form), FORMS[form][1]
+    model, n_loops = looped(form), loops(form)
     try:
         found = tool.run(view(form, tool.folded))
-    except (ValueError, NotImplementedError) as error:
+    except (InputError, ValueError) as error:
+        if not isinstance(error, InputError) and not re.search(_THEIRS, str(error)):
+            raise
         return f"refuses: {error}"
     wanted = []
-    if form == PLAIN and tool.as_bridge:
-        wanted.append(tool.run(plain_bridge(tool.folded)))
+    if tool.as_bridge and bridge(form) is not None:
+        wanted.append(tool.run(bridge(form, tool.folded)))
     if tool.by_hand is not None:
         wanted.append(tool.by_hand(model, n_loops))
     if not wanted:
@@ -132,10 +265,20 @@ def outcome(tool: Tool, form: str) -> str:
 # The tools.
 
 
-def cache_of(model: Any, tokens: Tensor = CLEAN) -> ActivationCache:
+def clean(model: Any) -> Tensor:
+    """The clean prompts."""
+    return prompt(model, CLEAN)
+
+
+def corrupted(model: Any) -> Tensor:
+    """The corrupted ones."""
+    return prompt(model, CORRUPTED)
+
+
+def cache_of(model: Any, tokens: Tensor | None = None) -> ActivationCache:
     """The cache of a bridge."""
     with torch.no_grad():
-        return model.run_with_cache(tokens)[1]
+        return model.run_with_cache(clean(model) if tokens is None else tokens)[1]
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -145,20 +288,22 @@ def metric(logits: Tensor) -> Tensor:
 
 def site(model: LoopedModel, n_loops: int, depth: int, component: str) -> str:
     """The looped model's name of a site of a layer of the view."""
-    stack, layer, loop = model.cfg.schedule(n_loops).at_depth(depth)
-    return f"{stack}.{layer}.loop.{loop}.{component}" if stack == CORE else f"{stack}.{layer}.{component}"
+    return HookSite(component, *model.cfg.schedule(n_loops).at_depth(depth)).name
 
 
-def activations(model: LoopedModel, n_loops: int, component: str, tokens: Tensor = CLEAN) -> list[Tensor]:
+def activations(model: LoopedModel, n_loops: int, component: str, tokens: Tensor | None = None) -> list[Tensor]:
     """A site of every layer call."""
     with torch.no_grad():
+        tokens = clean(model) if tokens is None else tokens
         cache = model.run_with_cache(tokens, n_loops, names_filter=lambda name: True)[1].cache_dict
     return [cache[site(model, n_loops, depth, component)] for depth in range(model.cfg.schedule(n_loops).depth)]
 
 
-def embedded(model: LoopedModel, tokens: Tensor = CLEAN) -> Tensor:
-    """What the embedding writes."""
-    return model.W_E[tokens] * model.cfg.embed_scale
+def embedded(model: LoopedModel, n_loops: int) -> list[Tensor]:
+    """What the embeddings write."""
+    with torch.no_grad():
+        cache = model.run_with_cache(clean(model), n_loops, names_filter=lambda name: "embed" in name)[1].cache_dict
+    return [cache[name] for name in ("hook_embed", "hook_pos_embed") if name in cache]
 
 
 def states(model: LoopedModel, n_loops: int) -> Tensor:
@@ -171,12 +316,13 @@ def states(model: LoopedModel, n_loops: int) -> Tensor:
 def writes(model: LoopedModel, n_loops: int) -> Tensor:
     """What the embedding and every layer add."""
     both = zip(*(activations(model, n_loops, f"hook_{part}_out") for part in ("attn", "mlp")), strict=True)
-    return torch.stack([embedded(model), *(x for pair in both for x in pair)])
+    return torch.stack([*embedded(model, n_loops), *(x for pair in both for x in pair)])
 
 
 def lens(model: LoopedModel, n_loops: int) -> Tensor:
     """Every state through the norm before the head."""
-    norm = model.transformer.ln_final
+    final = model.cfg.has_final_weights
+    norm = model.transformer.ln_final if final else model.transformer.ln_loop
     return model.transformer.unembed(norm(states(model, n_loops)))
 
 
@@ -185,17 +331,17 @@ def patched(component: str, head: bool = False) -> Callable[[LoopedModel, int], 
 
     def sweep(model: LoopedModel, n_loops: int) -> Tensor:
         rows = []
-        for depth, clean in enumerate(activations(model, n_loops, component)):
-            for place in range(clean.shape[2 if head else 1]):
+        for depth, one in enumerate(activations(model, n_loops, component)):
+            for place in range(one.shape[2 if head else 1]):
 
-                def write(x: Tensor, hook: Any, clean: Tensor = clean, place: int = place) -> Tensor:
+                def write(x: Tensor, hook: Any, clean: Tensor = one, place: int = place) -> Tensor:
                     x = x.clone()
                     where = (slice(None), slice(None), place) if head else (slice(None), place)
                     x[where] = clean[where]
                     return x
 
                 name = site(model, n_loops, depth, component)
-                rows.append(metric(model.run_with_hooks(CORRUPTED, n_loops, fwd_hooks=[(name, write)])))
+                rows.append(metric(model.run_with_hooks(corrupted(model), n_loops, fwd_hooks=[(name, write)])))
         return torch.stack(rows).unflatten(0, (model.cfg.schedule(n_loops).depth, -1))
 
     return torch.no_grad()(sweep)
@@ -204,26 +350,32 @@ def patched(component: str, head: bool = False) -> Callable[[LoopedModel, int], 
 def act_patch(name: str) -> Callable[[Any], Tensor]:
     """One of `transformer_lens.patching`."""
     function = getattr(patching, f"get_act_patch_{name}")
-    return torch.no_grad()(lambda model: function(model, CORRUPTED, cache_of(model), metric))
+    return torch.no_grad()(lambda model: function(model, corrupted(model), cache_of(model), metric))
 
 
 def direct_path(model: Any) -> Tensor:
     """From the first layer's head 1 into all queries behind it."""
-    caches = cache_of(model), cache_of(model, CORRUPTED)
+    caches = cache_of(model), cache_of(model, corrupted(model))
     with torch.no_grad():
-        return patching.get_act_patch_direct_path(model, CORRUPTED, *caches, metric, 0, 1, "q")
+        return patching.get_act_patch_direct_path(model, corrupted(model), *caches, metric, 0, 1, "q")
 
 
 def edges(model: Any) -> Tensor:
     """Scores of all edges."""
     config = EdgeAttributionConfig(granularity="edge")
-    return torch.tensor(list(attribution_patch(model, CLEAN, CORRUPTED, metric, config).edge_scores.values()))
+    return torch.tensor(
+        list(attribution_patch(model, clean(model), corrupted(model), metric, config).edge_scores.values())
+    )
 
 
 def recovered(model: Any) -> Tensor:
     """How much the 20 largest edges recover."""
-    result = attribution_patch(model, CLEAN[:1], CORRUPTED[:1], metric, EdgeAttributionConfig(granularity="edge"))
-    return torch.tensor(faithfulness(model, CLEAN[:1], CORRUPTED[:1], metric, result.top_edges(k=20)).recovered)
+    result = attribution_patch(
+        model, clean(model)[:1], corrupted(model)[:1], metric, EdgeAttributionConfig(granularity="edge")
+    )
+    return torch.tensor(
+        faithfulness(model, clean(model)[:1], corrupted(model)[:1], metric, result.top_edges(k=20)).recovered
+    )
 
 
 def node_scores(model: LoopedModel, n_loops: int) -> Tensor:
@@ -234,18 +386,19 @@ def node_scores(model: LoopedModel, n_loops: int) -> Tensor:
         names += [site(model, n_loops, d, "attn.hook_z"), site(model, n_loops, d, "hook_mlp_out")]
     keep = [(name, lambda grad, hook: grads.__setitem__(hook.name, grad)) for name in names]
     with model.hooks(bwd_hooks=keep):
-        metric(model(CORRUPTED, n_loops)).backward()
+        metric(model(corrupted(model), n_loops)).backward()
     model.zero_grad()
     with torch.no_grad():
-        clean, corrupted = (model.run_with_cache(t, n_loops, names_filter=names)[1] for t in (CLEAN, CORRUPTED))
+        both = (model.run_with_cache(t, n_loops, names_filter=names)[1] for t in (clean(model), corrupted(model)))
+        ours, theirs = both
     # By position, and for z by position and head.
-    scores = [((clean[name] - corrupted[name]) * grads[name]).sum(-1).flatten(1).mean(0) for name in names]
+    scores = [((ours[name] - theirs[name]) * grads[name]).sum(-1).flatten(1).mean(0) for name in names]
     return torch.cat(scores)
 
 
 def by_node(model: Any) -> Tensor:
     """The same from TransformerLens: the embedding's positions, then each layer's heads and MLP by position."""
-    result = attribution_patch(model, CLEAN, CORRUPTED, metric).node_scores
+    result = attribution_patch(model, clean(model), corrupted(model), metric).node_scores
     order = {"embed": 0, "attn_head_out": 1, "mlp_out": 2}
     nodes = sorted(result, key=lambda n: (n.layer or 0, order[n.kind], n.position, n.head or 0))
     return torch.tensor([result[node] for node in nodes])
@@ -324,7 +477,7 @@ def affinities(model: Any) -> Tensor:
 
 def greedy(model: LoopedModel, n_loops: int) -> Tensor:
     """Two tokens more, the most likely each time."""
-    tokens = CLEAN[:1]
+    tokens = clean(model)[:1]
     for _ in range(2):
         tokens = torch.cat([tokens, model(tokens, n_loops)[:, -1].argmax(-1)[:, None]], dim=1)
     return tokens
@@ -333,7 +486,7 @@ def greedy(model: LoopedModel, n_loops: int) -> Tensor:
 def generated(model: Any) -> Tensor:
     """The same from TransformerLens."""
     options = {"do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
-    return model.generate(CLEAN[:1], max_new_tokens=2, **options)
+    return model.generate(clean(model)[:1], max_new_tokens=2, **options)
 
 
 def continued(layer: int) -> Callable[[Any], Tensor]:
@@ -344,12 +497,12 @@ def continued(layer: int) -> Callable[[Any], Tensor]:
 def stopped(model: Any) -> Tensor:
     """The residual stream before layer 2."""
     with torch.no_grad():
-        return model(CLEAN, stop_at_layer=1)
+        return model(clean(model), stop_at_layer=1)
 
 
 def total(model: Any) -> Tensor:
     """Direct logit attribution of heads."""
-    return analysis.direct_logit_attribution(model, CLEAN, 3, unit="head").attribution
+    return analysis.direct_logit_attribution(model, clean(model), 3, unit="head").attribution
 
 
 def attributed(model: Any) -> Tensor:
@@ -360,17 +513,17 @@ def attributed(model: Any) -> Tensor:
 
 def run(model: LoopedModel, n_loops: int) -> Tensor:
     """Logits."""
-    return model(CLEAN, n_loops)
+    return model(clean(model), n_loops)
 
 
 TOOLS: dict[str, Tool] = {
-    "forward": Tool(lambda model: model(CLEAN), run),
-    "loss": Tool(lambda model: model(CLEAN, return_type="loss"), lambda m, n: m(CLEAN, n, return_type="loss")),
+    "forward": Tool(lambda m: m(clean(m)), run),
+    "loss": Tool(lambda m: m(clean(m), return_type="loss"), lambda m, n: m(clean(m), n, return_type="loss")),
     "generate": Tool(generated, greedy),
     "forward(stop_at_layer)": Tool(stopped, lambda m, n: activations(m, n, "hook_resid_pre")[1]),
     "forward(start_at_layer) in the first loop": Tool(continued(0), run),
     "enable_compatibility_mode": Tool(
-        lambda model: model(CLEAN).log_softmax(-1), lambda m, n: run(m, n).log_softmax(-1), folded=True
+        lambda m: m(clean(m)).log_softmax(-1), lambda m, n: run(m, n).log_softmax(-1), folded=True
     ),
     "W_Q, W_O": Tool(
         lambda m: torch.cat([m.W_Q.flatten(), m.W_O.flatten()]),
@@ -385,7 +538,7 @@ TOOLS: dict[str, Tool] = {
     "cache.stack_head_results": Tool(lambda m: cache_of(m).stack_head_results(incl_remainder=True)),
     "cache.stack_neuron_results": Tool(lambda m: cache_of(m).stack_neuron_results(2)),
     "cache.get_full_resid_decomposition": Tool(lambda m: cache_of(m).get_full_resid_decomposition()),
-    "logit_lens": Tool(lambda m: analysis.logit_lens(m, CLEAN, incl_mid=True, positions=None).values, lens),
+    "logit_lens": Tool(lambda m: analysis.logit_lens(m, clean(m), incl_mid=True, positions=None).values, lens),
     "direct_logit_attribution": Tool(total, folded=True),
     "get_act_patch_resid_pre": Tool(act_patch("resid_pre"), patched("hook_resid_pre")),
     "get_act_patch_resid_mid": Tool(act_patch("resid_mid"), patched("hook_resid_mid"), as_bridge=False),
@@ -406,26 +559,37 @@ TOOLS: dict[str, Tool] = {
 
 def table() -> str:
     """All tools on all forms, as a page."""
-    head = ["tool", *FORMS]
-    rows = [[f"`{name}`" if name.isidentifier() or "." in name else name] for name in TOOLS]
-    for row, tool in zip(rows, TOOLS.values(), strict=True):
-        row += [outcome(tool, form).split(":")[0] for form in FORMS]
-    lines = [head, ["---"] * len(head), *rows]
-    return _INTRODUCTION + "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    lines = ["| model | refuse there |", "| --- | --- |"]
+    for form in [*FORMS, *STORED]:
+        refusing = [name for name, tool in TOOLS.items() if outcome(tool, form) != "right"]
+        lines.append(f"| {form} | {', '.join(refusing) or 'none'} |")
+    tools = "".join(f"- {name}\n" for name in TOOLS)
+    return f"{_INTRODUCTION}\n{tools}\n{_TABLE}\n" + "\n".join(lines) + "\n"
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "unrolled-tools.md"
 _INTRODUCTION = """# TransformerLens's tools on a looped model
 
-`model.unrolled(n_loops)` is a TransformerBridge of all layer calls in a row, on the looped model's own Parameters. A
-tool is *right* there where its numbers are those of a bridge of transformers' Llama with copied weights, and those of
-the looped model's own calls; what would be wrong *refuses*, with the reason and what to call instead. This page
-is written by `python tests/unrolled_tools.py` and checked by the tests. (TransformerLens's `get_act_patch_resid_mid`
-on its own bridges writes to the MLP's input only; here it writes to the residual stream.)
+`model.unrolled(n_loops)` is a TransformerBridge of all layer calls in a row, on the looped model's own Parameters, for
+every family. It runs the looped model's own code, so that without hooks its logits are the same to the bit. A tool is
+*right* there where its numbers are those of the looped model's own calls, done by hand; and, where the layers in a row
+are a model that TransformerLens has a bridge of, the numbers of that bridge with copied weights (the feedforward
+families in transformers' own code, MobileLLM as a Llama, Base-Loop as a GPT-2 with other norms). What would be wrong
+*refuses*, with the reason and what to call instead. This page is written by `python tests/unrolled_tools.py` and
+checked by the tests. (TransformerLens's `get_act_patch_resid_mid` on its own bridges writes to the MLP's input only;
+here it writes to the residual stream.)
 
 What the view does not do: its hooks do not act in the looped model, nor the other way round; loop count and initial
-state are those it was made with; attention is always explicit. A hook's loop is `view.names.loop(hook.name)`.
+state are those it was made with, and step sizes all alike; a prefix is told by a whole attention mask. A hook's loop is
+`view.names.loop(hook.name)`. Of two stacks, the layers of both are in one row, and what is a loop's own, such as
+`L_blocks.loop.3.hook_state_post`, is called `L.loop.3.hook_state_post`.
+
+The tools:
+"""
+_TABLE = """Every tool is right on every model but for those named here. (Edge attribution and faithfulness are refused
+by TransformerLens itself where heads share keys and values, and the Jacobian lens where tokens see both ways.)
 """
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
     PAGE.write_text(table())

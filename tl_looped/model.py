@@ -291,8 +291,8 @@ class LoopedModel(CachingHooks, GeneratesText, HasWeights):
         """
         from tl_looped.unrolled import UnrolledModel
 
-        total, *_ = resolve_loops(n_loops, None, None, self.cfg)
-        return UnrolledModel(self, total, initial_state, seed)
+        total, _, _, l_cycles = resolve_loops(n_loops, None, None, self.cfg)
+        return UnrolledModel(self, total if l_cycles is None else (total, l_cycles), initial_state, seed)
 
     # Caching.
 

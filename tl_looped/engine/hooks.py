@@ -301,7 +301,7 @@ class SharedHookPoint(HookPoint):
                     final = final.clone()
         changed = None
         if compare and writes:
-            changed = _differ(final, x)
+            changed = differ(final, x)
         elif compare and backward:
             changed = torch.zeros((), dtype=torch.bool, device=x.device)
         if backward:
@@ -463,6 +463,6 @@ def settle(fast: Tensor, explicit: Callable[[], Tensor], *changed: Tensor | None
     return torch.where(torch.stack(asked).any(), slow, same)
 
 
-def _differ(a: Tensor, b: Tensor) -> Tensor:
+def differ(a: Tensor, b: Tensor) -> Tensor:
     """Whether two tensors of one shape differ in a number, as a boolean on their device; NaN is NaN's equal."""
     return ~((a == b) | ((a != a) & (b != b))).all()

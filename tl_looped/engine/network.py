@@ -172,7 +172,10 @@ class CappedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """The capped logits, computed in float32 at least."""
-        logits = super().forward(input)
+        return self.capped(super().forward(input))
+
+    def capped(self, logits: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_out"]:
+        """The cap alone."""
         return (wide(logits) / self.cap).tanh().mul(self.cap).to(logits.dtype)
 
 

@@ -198,11 +198,17 @@ class Attention(nn.Module):
         self, out: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"], loop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Show each head's contribution to its hooks; the given output, unless a hook changed one."""
-        if is_plain(self.o):
-            result, bias = einsum("bphd,hdm->bphm", z, self.W_O), self.o.bias
-        else:  # an adapter: the module itself, which is taken to be affine, on one head at a time
-            bias = self.o(torch.zeros_like(z[:1, :1]).flatten(-2))
-            alone = torch.eye(z.shape[2], dtype=torch.bool, device=z.device)[:, :, None]
-            result = torch.stack([self.o(z.where(head, 0).flatten(-2)) - bias for head in alone], dim=2)
+        result, bias = self.results(z)
         result, changed = self.hooks.hook_result.fire(result, loop)
         return settle(out, lambda: result.sum(2) if bias is None else result.sum(2) + bias, changed)
+
+    def results(
+        self, z: Float[Tensor, "batch pos head d_head"]
+    ) -> tuple[Float[Tensor, "batch pos head d_model"], Tensor | None]:
+        """(what each head adds, what is added beside them)."""
+        if is_plain(self.o):
+            return einsum("bphd,hdm->bphm", z, self.W_O), self.o.bias
+        # An adapter: the module itself, which is taken to be affine, on one head at a time.
+        bias = self.o(torch.zeros_like(z[:1, :1]).flatten(-2))
+        alone = torch.eye(z.shape[2], dtype=torch.bool, device=z.device)[:, :, None]
+        return torch.stack([self.o(z.where(head, 0).flatten(-2)) - bias for head in alone], dim=2), bias

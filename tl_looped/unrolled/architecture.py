@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError
-from tl_looped.engine.parts import QKNorm, Rotary
-from tl_looped.engine.schedule import CORE, HookSite, LoopSchedule
-from tl_looped.nn.rotary import component_frequencies, rotary_angles
+from tl_looped.engine.runs import resolve_steps
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, LoopCount, LoopSchedule
 
 
 @dataclass(frozen=True)
@@ -25,75 +21,86 @@ class Architecture:
 
     Args:
         cfg: the model's config.
-        n_loops: loops to unroll.
+        counts: loops to unroll; with two stacks that loop, also how often the fast one runs in each.
     """
 
     cfg: LoopedConfig
-    n_loops: int
+    counts: LoopCount
 
     @cached_property
     def schedule(self) -> LoopSchedule:
         """Which layer runs at which depth."""
-        return self.cfg.schedule(self.n_loops)
-
-    # Parts.
-
-    def check_parts(self) -> None:
-        """Raise for a model with a part that the view does not build.
-
-        Raises:
-            InputError: the message names the part.
-        """
-        cfg, plain = self.cfg, Rotary(self.rotary.base, self.rotary.style, scaling=self.rotary.scaling)
-        unknown = {
-            "two stacks that loop": cfg.one_core_broken_by(),
-            "a gate on attention": cfg.attn_gate,
-            "norms on the stream alone": cfg.norm_placement == "post",
-            "norms other than root-mean-square norms with weights": {cfg.norm, cfg.final_norm_kind} - {"rms", None},
-            "an MLP other than silu(gate) · up": cfg.act_fn != "silu" or not cfg.gated_mlp,
-            "biases other than those of queries and keys": cfg.v_bias or cfg.o_bias or cfg.mlp_bias,
-            "a norm on queries and keys of another kind": cfg.qk_norm not in (None, QKNorm()),
-            "a scale of the scores": cfg.attn_scale not in (None, cfg.d_head**-0.5) or cfg.scores_by_layer,
-            "soft caps": cfg.score_cap or cfg.logit_cap,
-            "sliding windows": any(cfg.windows),
-            "another position embedding": cfg.learned_positions or cfg.rotary != plain or cfg.rotary_windowed,
-            "an injection of another kind": cfg.injection not in ("none", "add", "concat_linear"),
-            "an update of the state that keeps a part of it": cfg.loop_update != "replace",
-            "a linear map after the loops": cfg.state_out,
-            "layers that the loop's time modulates": cfg.loop_time,
-            "attention in both directions": not cfg.causal,
-            "norms on the stream without one before": cfg.norm_placement == "post",
-            "an embedding or a head of another form": cfg.d_embed or cfg.n_token_types or cfg.head_transform,
-            "value embeddings": any(cfg.value_embeds),
-            "an exit gate that reads a norm of its own": cfg.exit_norm,
-            "norms at the prelude or of the loop's own": cfg.embed_norm or cfg.prelude_norm or cfg.loop_norm == "own",
-        }
-        found = [part for part, is_so in unknown.items() if is_so]
-        if found:
-            raise InputError(
-                f"the realised-depth view does not build {found[0]}, which {cfg.model_name!r} has: use the model's own "
-                "calls (run_with_cache, tl_looped.patching, tl_looped.lens), which need no view."
-            )
+        return self.cfg.schedule(self.counts)
 
     @property
-    def rotary(self) -> Rotary:
-        """How positions turn queries and keys."""
-        return self.cfg.rotary or Rotary()
+    def n_loops(self) -> int:
+        """Loops of a run."""
+        return self.cfg.counts(self.counts)[0]
 
     @property
-    def act(self) -> Callable[[Tensor], Tensor]:
-        """What the gate of an MLP goes through."""
-        return F.silu
+    def l_cycles(self) -> int | None:
+        """Of two stacks that loop, how often the fast one runs in each loop."""
+        return self.cfg.counts(self.counts)[1]
+
+    @property
+    def steps(self) -> tuple[float, ...] | None:
+        """The step sizes of loops that have a time."""
+        return resolve_steps(self.cfg, None, self.n_loops)
+
+    # What there is beside the layers.
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The network's stacks of layers, by the names that it has for them."""
+        return (PRELUDE, CORE, CODA) if self.cfg.two_states is None else self.cfg.looping
+
+    @cached_property
+    def loops(self) -> dict[str, str | None]:
+        """Where every loop has its own sites -> its stack, None where one stack loops."""
+        if self.cfg.two_states is None:
+            return {f"loop.{t}": None for t in range(self.n_loops)}
+        each = [(name, t) for name in self.cfg.looping for t in range(self.schedule.n_loops(name))]
+        return {f"{self.short(name)}.loop.{t}": name for name, t in each}
+
+    @staticmethod
+    def short(stack: str) -> str:
+        """A stack in the names of what its loops have: TransformerLens takes L_blocks for more lists of layers."""
+        return stack.removesuffix("_blocks")
+
+    @property
+    def _embeds_apart(self) -> bool:
+        """Whether what is embedded is made of more than a row of the embedding."""
+        return self.cfg.puzzles is not None
+
+    @property
+    def embed_scale(self) -> float:
+        """What the embedding itself is multiplied by; TransformerLens's hook_embed is behind that."""
+        return 1.0 if self._embeds_apart else self.cfg.embed_scale
+
+    @property
+    def unscaled(self) -> LoopedConfig:
+        """The config of a network whose embedding does that already."""
+        return self.cfg if self._embeds_apart else dataclasses.replace(self.cfg, embed_scale=1.0)
+
+    @property
+    def fired(self) -> tuple[str, ...]:
+        """Sites of the model that are the output of one of its modules, where TransformerLens's component fires."""
+        return ("hook_pos_embed", "hook_state_out", *([] if self._embeds_apart else ["hook_embed"]))
+
+    def component(self, site: str) -> str:
+        """What the component of another such site is called."""
+        return "embedded" if site == "embed" else site
+
+    @property
+    def points(self) -> dict[str, str]:
+        """The model's own sites -> the hook points that have them."""
+        names = ["state_init", "state_out", "head_in", *(["embed"] if self._embeds_apart else [])]
+        return {f"hook_{name}": f"{self.component(name)}.hook_out" for name in names}
 
     @property
     def norms_stream(self) -> bool:
         """Whether ln1_post and ln2_post norm the residual stream, and not what is added to it."""
-        return self.cfg.norm_placement == "residual_sandwich"
-
-    @property
-    def injects(self) -> bool:
-        """Whether every loop mixes the prelude's output into the state, by a map of both or a sum."""
-        return self.cfg.reads_input_in_loops
+        return self.cfg.norm_placement in ("residual_sandwich", "post")
 
     @property
     def closing(self) -> HookSite | None:
@@ -102,21 +109,35 @@ class Architecture:
             return None
         return self.cfg.head_norm_site(self.n_loops - 1)
 
-    def closes(self, loop: int) -> bool:
-        """Whether a norm that is not ln_final closes a loop."""
-        return self.cfg.norms_each_loop and (loop < self.n_loops - 1 or self.closing is None)
-
-    @property
-    def norms_before_coda(self) -> bool:
-        """Whether a norm that is not ln_final comes between the last loop and what follows."""
-        return self.cfg.norms_last_loop and self.closing is None
-
     @property
     def head_norm(self) -> str | None:
         """The norm before the head: ln_final, a name that tells TransformerLens that nothing else is on the way."""
         if self.cfg.readout_broken_by() is None:
             return "ln_final"
         return "ln_head" if self.cfg.final_norm else None
+
+    @cached_property
+    def norm_calls(self) -> dict[str, list[str]]:
+        """The network's own word for a norm -> where the view has it: once, or in every loop."""
+        cfg, last = self.cfg, self.n_loops - 1
+        found: dict[str, list[str]] = {}
+        if cfg.norms_each_loop:
+            for path, stack in self.loops.items():
+                found.setdefault(stack or "ln_loop", []).append(f"{path}.ln_loop")
+            if self.closing is not None:
+                found[cfg.head_stack or "ln_loop"][last] = "ln_final"
+        if cfg.norms_last_loop:
+            found["ln_coda"] = ["ln_coda" if self.closing is None else "ln_final"]
+        if cfg.final_norm and self.head_norm is not None:
+            found["ln_final"] = [self.head_norm]
+        return found
+
+    @cached_property
+    def norms(self) -> dict[str, str]:
+        """Where the view has a norm -> the network's module for it, which may serve several places."""
+        own = self.cfg.loop_norm == "own"
+        paths = {path: own and name == "ln_loop" for name, paths in self.norm_calls.items() for path in paths}
+        return {path: "ln_loop" if is_own else "ln_final" for path, is_own in paths.items()}
 
     # Why a tool of TransformerLens is not right here; None where it is.
 
@@ -132,47 +153,79 @@ class Architecture:
         """Why the head does not read the last layer's output through one norm and nothing else."""
         return self.cfg.readout_broken_by()
 
+    def capped_by(self) -> str | None:
+        """Why logits are not linear in what the head reads."""
+        return None if self.cfg.logit_cap is None else "a soft cap comes between its head and its logits"
+
+    def split_broken_by(self) -> str | None:
+        """Why what queries, keys and values read can't be taken apart."""
+        if self.cfg.loop_time:
+            return "the loop's time scales what attention reads"
+        if self.cfg.attn_gate or any(self.cfg.value_embeds):
+            return "a gate in attention reads what queries, keys and values read"
+        return None
+
     def folding_broken_by(self) -> str | None:
-        """Why the norm before the head can't be folded into the head."""
-        gated = self.cfg.exit_gate and self.closing is not None
-        return "its exit gate reads the norm before the head too, so it is not folded in" if gated else None
+        """Why norms can't be folded into what reads them."""
+        cfg = self.cfg
+        if cfg.exit_gate and self.closing is not None:
+            return "its exit gate reads the norm before the head too, so it is not folded in"
+        if cfg.norm != "weightless" and self.split_broken_by() is not None:
+            return f"{self.split_broken_by()}, with the norm's weights in it"
+        if cfg.final_norm_kind not in (None, cfg.norm):
+            return "its last norm is of another kind than those of its layers"
+        return None
+
+    def centring_broken_by(self) -> str | None:
+        """Why the mean of what is written can't be left out, as TransformerLens leaves it out before LayerNorms."""
+        cfg = self.cfg
+        if cfg.norm not in ("layer", "layer_no_bias"):
+            return None
+        others = cfg.exit_gate or cfg.state_out or cfg.d_embed or cfg.loop_update == "gated" or cfg.loop_time
+        plain = cfg.norm_placement in ("pre", "output_sandwich") and self.readout_broken_by() is None
+        if others or not plain or cfg.injection not in ("none", "add"):
+            return "more than LayerNorms reads its residual stream"
+        return None
 
     def first_start(self) -> int:
-        """The first depth from which the rest of a run reads nothing but the residual stream there."""
-        return self.schedule.realised_depth(CORE, 0, self.n_loops - 1) if self.injects else 0
+        """The first depth from which the rest of a run reads nothing but the residual stream there; else the depth."""
+        cfg, schedule, last = self.cfg, self.schedule, self.n_loops - 1
+        if cfg.reads_tokens_in_layers or cfg.d_embed is not None:
+            return schedule.depth
+        if cfg.two_states is not None:
+            return schedule.realised_depth(cfg.looping[-1], 0, last)
+        if cfg.loop_update != "replace":
+            return schedule.realised_depth(CODA, 0, None) if cfg.n_coda else schedule.depth
+        return schedule.realised_depth(CORE, 0, last) if cfg.reads_input_in_loops else 0
 
     # In TransformerLens's terms.
 
     def bridge_config(self, device: torch.device, dtype: torch.dtype) -> TransformerBridgeConfig:
         """Sizes and kinds, as TransformerLens's tools ask for them."""
-        cfg = self.cfg
+        cfg, rms = self.cfg, self.cfg.norm not in ("layer", "layer_no_bias")
+        rotary = cfg.rotary or cfg.rotary_windowed
+        more: dict[str, Any] = {name: getattr(cfg, name) for name in _SIZES}
+        if rotary is not None:
+            more |= {"rotary_base": rotary.base, "rotary_interleaved_cos_sin": rotary.style == "adjacent"}
+        if cfg.logit_cap is not None:
+            more["output_logits_soft_cap"] = cfg.logit_cap
         return TransformerBridgeConfig(
-            **{name: getattr(cfg, name) for name in _SIZES},
+            **more,
             n_layers=self.schedule.depth,
             n_key_value_heads=cfg.kv_heads if cfg.kv_heads != cfg.n_heads else None,
             device=str(device),
             dtype=dtype,
             architecture="LoopedUnrolled",
-            gated_mlp=True,
-            rotary_base=self.rotary.base,
-            normalization_type="RMS",
-            final_rms=True,
-            uses_rms_norm=True,
-            positional_embedding_type="rotary",
-            rotary_interleaved_cos_sin=self.rotary.style == "adjacent",
+            act_fn={"gelu_tanh": "gelu_new"}.get(cfg.act_fn, cfg.act_fn),
+            gated_mlp=cfg.gated_mlp,
+            normalization_type="RMS" if rms else "LN",
+            final_rms=rms,
+            uses_rms_norm=rms,
+            rmsnorm_uses_offset=cfg.norm == "rms_plus_one",
+            positional_embedding_type="standard" if rotary is None else "rotary",
+            attention_dir="causal" if cfg.causal else "bidirectional",
             tie_word_embeddings=cfg.tie_embeddings,
         )
 
-    def frequencies(self) -> Float[Tensor, " d_head"]:
-        """Radians per position of each component of a head, as TransformerLens turns them: all forward."""
-        return component_frequencies(self.rotary, self.cfg.d_head).abs()
 
-    def angles(
-        self, frequencies: Float[Tensor, " d_head"], positions: Int[Tensor, "rows pos"], dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "rows pos d_head"], Float[Tensor, "rows pos d_head"]]:
-        """Cosine and sine of rotary embedding."""
-        cos, sin = rotary_angles(self.rotary, frequencies, positions, dtype)
-        return cos.squeeze(2), sin.squeeze(2)
-
-
-_SIZES = ("d_model", "d_head", "n_ctx", "n_heads", "d_mlp", "d_vocab", "model_name", "act_fn", "eps")
+_SIZES = ("d_model", "d_head", "n_ctx", "n_heads", "d_mlp", "d_vocab", "model_name", "eps")

@@ -17,8 +17,9 @@ _FINAL = "ln_final."
 class DepthNames:
     """`blocks.{l}.loop.{t}.X` of the looped model is `blocks.{d}.X` of the view.
 
-    The norm that closes the last loop is the view's `ln_final` where nothing but the head comes after it (Ouro); the
-    head's norm is its `ln_head` where another comes before it. Sites of the loop itself keep their names.
+    Of two stacks, `L_blocks.loop.{t}.X` is `L.loop.{t}.X`. The norm that closes the last loop is the view's `ln_final`
+    where nothing but the head comes after it (Ouro); the head's norm is its `ln_head` where another comes before it.
+    Other sites of loops and of the model keep their names.
 
     Args:
         arch: the model.
@@ -38,11 +39,14 @@ class DepthNames:
         """
         site, norm = HookSite.parse(name), self._arch.closing
         if site.stack is not None and site.layer is not None:
-            if site.stack == CORE and site.loop is None:
+            if site.looped and site.loop is None:
                 raise HookNameError(f"{name!r} means every loop: the realised-depth view needs one.")
             return HookSite(site.component, CORE, self.schedule.realised_depth(site.stack, site.layer, site.loop)).name
-        if norm is not None and site.loop == norm.loop and site.component.startswith(norm.component):
+        at = (site.stack, site.loop)
+        if norm is not None and at == (norm.stack, norm.loop) and site.component.startswith(norm.component):
             return site.component.replace(norm.component, _FINAL)
+        if site.stack is not None:
+            return name.replace(site.stack, self._arch.short(site.stack), 1)
         return name.replace(_FINAL, f"{self._arch.head_norm}.") if site.component.startswith(_FINAL) else name
 
     def to_looped(self, name: str) -> str:
@@ -64,8 +68,9 @@ class DepthNames:
     @cached_property
     def pairs(self) -> dict[str, str]:
         """Every site of the looped model in such a run -> its name in the view."""
-        loops = range(self._arch.n_loops)
-        sites = (p.site.at(t).name for p in self._looped.points() for t in (loops if p.looped else [None]))
+        points = self._looped.points()
+        loops = {None: self._arch.n_loops, **{one: self.schedule.n_loops(one) for one in self.schedule.stacks()}}
+        sites = (p.site.at(t).name for p in points for t in (range(loops[p.site.stack]) if p.looped else [None]))
         return {name: self.to_depth(name) for name in sites}
 
     @cached_property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +18,15 @@ from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.checks import check_eval
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError
-from tl_looped.nn import LoopedTransformer
+from tl_looped.engine.network import Network
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.unrolled.architecture import Architecture
 from tl_looped.unrolled.names import DepthNames
 from tl_looped.unrolled.realised import Realised, RealisedAdapter
+
+
+class _NoMapError(InputError, TypeError):  # TransformerLens looks at every attribute, and passes over such errors
+    """A weight is asked for that is no map of the residual stream."""
 
 
 def _adds_up(name: str, *broken_by: Callable[[Architecture], str | None]) -> Callable[..., Any]:
@@ -41,7 +47,9 @@ class UnrolledCache(ActivationCache):
     model: Any
 
     decompose_resid = _adds_up("decompose_resid")
-    logit_attrs = _adds_up("logit_attrs", Architecture.folding_broken_by)
+    logit_attrs = _adds_up(
+        "logit_attrs", Architecture.readout_broken_by, Architecture.capped_by, Architecture.folding_broken_by
+    )
     get_full_resid_decomposition = _adds_up("get_full_resid_decomposition", Architecture.heads_mixed_by)
     stack_head_results = _adds_up("stack_head_results", Architecture.heads_mixed_by)
     stack_neuron_results = _adds_up("stack_neuron_results", Architecture.heads_mixed_by)
@@ -82,29 +90,38 @@ class UnrolledModel(TransformerBridge):
         names: from the looped model's names of sites to the view's, and back.
     """
 
-    hook_aliases: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride] - as TransformerBridge has it
-        **TransformerBridge.hook_aliases,
-        "hook_state_init": "state_init.hook_out",
-    }
     looped: Engine
     arch: Architecture
     names: DepthNames
     state_given: bool
 
-    def __init__(self, looped: Engine, n_loops: int, initial_state: Tensor | None = None, seed: int | None = None):
+    def __init__(
+        self, looped: Engine, n_loops: LoopCount, initial_state: Tensor | None = None, seed: int | None = None
+    ):
         check_eval(looped)
-        shape = (1, *initial_state.shape[:-1])[-2:] if isinstance(initial_state, Tensor) else (1, 1)
+        first = [] if looped.cfg.puzzles is None else looped.cfg.puzzle_tokens(0)
+        shape = (1, *initial_state.shape[:-1])[-2:] if isinstance(initial_state, Tensor) else (1, len(first) or 1)
         options: dict[str, Any] = {"initial_state": initial_state, "seed": seed, "attention_mask": torch.ones(shape)}
-        looped.prepare(torch.zeros(shape, dtype=torch.long), n_loops, **options)  # for its errors
+        options |= {"prefix_length": 0} if looped.cfg.prefix_lm else {}
+        tokens = torch.zeros(shape, dtype=torch.long)
+        tokens[:, : len(first)] = torch.tensor(first)[: shape[1]]
+        looped.prepare(tokens, n_loops, **options)  # for its errors
+        if looped.cfg.prefix_lm:
+            warnings.warn(
+                f"{looped.cfg.model_name} was trained with a prefix whose tokens see each other in both directions, "
+                "and its view runs causally: pass attention_mask= of [batch, query, key] to say who sees whom.",
+                stacklevel=3,
+            )
         arch = Architecture(looped.cfg, n_loops)
-        arch.check_parts()
-        model = Realised(cast(LoopedTransformer, looped.transformer), arch, initial_state, seed).eval()
+        model = Realised(cast(Network, looped.transformer), arch, initial_state, seed).eval()
         config, tokenizer = arch.bridge_config(looped.device, looped.dtype), copy.deepcopy(looped.tokenizer)
         if tokenizer is not None:  # text is read as the looped model reads it
             config.tokenizer_prepends_bos, config.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
             config.default_prepend_bos = config.tokenizer_prepends_bos
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.__dict__["hook_aliases"] = {**self.hook_aliases, **arch.points}
         super().__init__(model, RealisedAdapter(config, arch, model), tokenizer)
+        model.connect()
         names = DepthNames(arch, looped.hook_dict, self.hook_dict)
         self.__dict__.update(looped=looped, arch=arch, names=names, state_given=initial_state is not None)
 
@@ -130,17 +147,57 @@ class UnrolledModel(TransformerBridge):
     def enable_compatibility_mode(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on
         self, disable_warnings: bool = False, no_processing: bool = False, fold_ln: bool = True, **options: Any
     ) -> None:
-        """As TransformerLens's, on weights of the view's own; norms are folded where that leaves all sites right."""
-        reason = self.arch.folding_broken_by()
-        if fold_ln and not no_processing and reason is not None:
-            self.refuse("enable_compatibility_mode folds norms into what reads them", reason, "fold_ln=False")
+        """As TransformerLens's, on weights of the view's own; what would change the model's output is refused."""
+        if not no_processing:
+            self._check_processing(fold_ln=fold_ln, **options)
         super().enable_compatibility_mode(disable_warnings, no_processing, fold_ln, **options)
+
+    def process_weights(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on
+        self, verbose: bool = False, **options: Any
+    ) -> None:
+        """As TransformerLens's; what would change the model's output is refused."""
+        self._check_processing(**options)
+        super().process_weights(verbose, **options)
+
+    def _check_processing(self, refactor_factored_attn_matrices: bool = False, **asked: bool) -> None:
+        arch = self.arch
+        kinds = {
+            "fold_ln": ("folds norms into what reads them", arch.folding_broken_by()),
+            "center_writing_weights": ("takes the mean out of what is written", arch.centring_broken_by()),
+            "center_unembed": ("takes the mean out of the logits", arch.capped_by()),
+        }
+        for option, (what, reason) in kinds.items():
+            if asked.get(option, True) and reason is not None:
+                self.refuse(f"processing weights {what}", reason, f"{option}=False")
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """As TransformerLens's, where the sum holds: direct path patching and edge attribution are built on it."""
         if use_split_qkv_input:
-            self.needs_sum("split q, k, v input", instead="tl_looped.patching.path_patch, which reaches across loops")
+            instead = "tl_looped.patching.path_patch, which reaches across loops"
+            self.needs_sum("split q, k, v input", Architecture.split_broken_by, instead=instead)
         super().set_use_split_qkv_input(use_split_qkv_input)
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """As TransformerLens's, where nothing else reads what queries, keys and values read."""
+        reason = self.arch.split_broken_by()
+        if use_attn_in and reason is not None:
+            self.refuse("use_attn_in gives every head an input of its own", reason, "tl_looped.patching.path_patch")
+        super().set_use_attn_in(use_attn_in)
+
+    def loss_fn(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, for models that read from left to right."""
+        self.arch.cfg.check_causal("the loss of the next token")
+        return super().loss_fn(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, for models that read from left to right."""
+        self.arch.cfg.check_causal("generating text")
+        return super().generate(*args, **kwargs)
+
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, for models that read from left to right."""
+        self.arch.cfg.check_causal("generating text")
+        return super().generate_stream(*args, **kwargs)
 
     def all_composition_scores(self, mode: str) -> Any:
         """As TransformerLens's, where a later head reads what an earlier one writes."""
@@ -152,7 +209,7 @@ class UnrolledModel(TransformerBridge):
         if start_at_layer is not None:
             depth = start_at_layer + (len(self.blocks) if start_at_layer < 0 else 0)
             if depth < self.arch.first_start():
-                reason = "later loops read the prelude's output too"
+                reason = "the rest of a run reads more than that"
                 instead = "looped(tokens, start_at_loop=..., initial_state=...)"
                 self.refuse(f"start_at_layer={start_at_layer} goes on from a residual stream alone", reason, instead)
             kwargs["start_at_layer"] = start_at_layer
@@ -172,6 +229,22 @@ class UnrolledModel(TransformerBridge):
             if not torch.equal(state_dict.get(name, own), state_dict.get(other, own)):
                 raise InputError(f"{other!r} and {name!r} are one weight of the looped model: make them equal.")
         return super().load_state_dict(dict(state_dict), strict)
+
+    @property
+    def W_U(self) -> Tensor:
+        """As TransformerLens's, where the head reads the residual stream."""
+        self._needs_head_map("W_U maps")
+        return super().W_U
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """As TransformerLens's, where the head reads the residual stream."""
+        self._needs_head_map("W_U is among the weights that map")
+        return super().tl_parameters()
+
+    def _needs_head_map(self, what: str) -> None:
+        if self.arch.cfg.head_transform:
+            family, reason = self.arch.cfg.family, self.arch.readout_broken_by()
+            raise _NoMapError(f"{what} the residual stream to logits, but this is a {family} model: {reason}.")
 
     # Caching.
 
