@@ -444,11 +444,6 @@ def test_a_report_looks_at_the_stack_that_the_head_reads():
         assert words in html
 
 
-def test_the_realised_depth_view_does_not_build_two_stacks(model: LoopedModel):
-    with pytest.raises(InputError, match="the realised-depth view does not build two stacks that loop"):
-        model.unrolled()
-
-
 def test_a_record_comes_back_as_the_cache_of_its_own_run(model: LoopedModel, tokens: Tensor, tmp_path: Path):
     """Of a pair of counts, the second is not the trained one; of the fast stack, loops are its own."""
     sites = ["L_blocks.resid_post", "H_blocks.state_post"]

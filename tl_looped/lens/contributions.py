@@ -72,7 +72,7 @@ class Decomposition(Result):
         return float(((self.contributions.sum(1) - self.target).abs() / size).max())
 
     def agreement(self) -> float:
-        """Correlation of contributions with what zeroing measured, over the largest, `compare` many; NaN below three."""
+        """Correlation of contributions with what zeroing measured, over the largest; NaN below three numbers."""
         where = ~self.measured.isnan()
         if int(where.sum()) < 3:
             return float("nan")
