@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tl-looped", description="Looped language models in TransformerLens: look inside every loop."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_report, _add_check, _add_convert, _add_study):
+    for add in (_add_report, _add_claims, _add_check, _add_convert, _add_study):
         add(commands)
     return parser
 
@@ -81,6 +81,24 @@ def _add_report(commands: Commands) -> None:
     )
     command.add_argument("--out", default="report.html", metavar="FILE", help="the file to write (report.html)")
     command.set_defaults(run="report")
+
+
+def _add_claims(commands: Commands) -> None:
+    command = commands.add_parser(
+        "claims",
+        help="test the claims of arXiv 2604.11791 on a model, beside random weights",
+        description="Test claims 1 to 6 of arXiv 2604.11791 on a looped model: of each an effect with its interval "
+        "over prompts, the same effect of models with random weights, and what that supports.",
+    )
+    command.add_argument("model", metavar="ID_OR_FOLDER", help="hub id, folder or embedded model")
+    command.add_argument(
+        "--prompts", nargs="+", required=True, metavar="TEXT_OR_FILE", help="four texts, or a file of them"
+    )
+    command.add_argument("--baseline", metavar="ID_OR_FOLDER", help="the feedforward model beside it")
+    command.add_argument("--n-loops", type=int, default=128, metavar="N", help="loops to run (128)")
+    command.add_argument("--null-seeds", type=int, default=3, metavar="N", help="models with random weights (3)")
+    command.add_argument("--out", metavar="FILE.csv", help="where to write the table as well")
+    command.set_defaults(run="claims_of_model")
 
 
 def _add_check(commands: Commands) -> None:

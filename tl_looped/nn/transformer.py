@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
@@ -220,9 +220,12 @@ class LoopedTransformer(Network):
         return Condition(found, *hook.fire(found.expand_as(x), t)) if hook.wants(t) else Condition(found)
 
     def close(
-        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
+        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: Any = None
     ) -> Float[Tensor, "*dims d_model"]:
-        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks` none sees it."""
+        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks`, a HookGroup, none sees.
+
+        (The realised-depth view puts norms of its own in the place of ours, and they get what it put for their hooks.)
+        """
         if not self.cfg.norms_each_loop:
             return x
         return (self.ln_loop if self.cfg.loop_norm == "own" else self.ln_final)(x, t, hooks)
@@ -275,7 +278,7 @@ class LoopedTransformer(Network):
 
     def begin(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: Shaped[Tensor, "batch pos *read"],
         frame: Frame,
         state: Float[Tensor, "batch pos d_model"] | None,
         start: int = 0,

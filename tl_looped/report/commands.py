@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tl_looped.adapters.convert import convert
-from tl_looped.claims import study_architectures
+from tl_looped.claims import paper_claims, study_architectures
 from tl_looped.dynamics.limits import FEWEST_LOOPS
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.files import check_output, write_whole
@@ -19,6 +19,23 @@ from tl_looped.report.prompts import CHAIN_MODELS, CHAIN_TO_PATCH, Prompt, built
 from tl_looped.report.readouts import readout_sections
 from tl_looped.report.sections import report_page
 from tl_looped.report.study import architectures_page
+
+
+def claims_of_model(options: argparse.Namespace) -> int:
+    """Run `tl-looped claims`."""
+    target = None if options.out is None else check_output(options.out)
+    prompts = options.prompts
+    if len(prompts) == 1 and Path(prompts[0]).is_file():
+        prompts = Path(prompts[0])
+    baseline = None if options.baseline is None else LoopedModel.from_pretrained(options.baseline, dtype="float32")
+    model = LoopedModel.from_pretrained(options.model, dtype="float32")
+    found = paper_claims(model, prompts, options.n_loops, baseline=baseline, null_seeds=options.null_seeds)
+    table = found.to_dataframe()
+    shown = table[["claim", "effect", "value", "low", "high", "null", "verdict"]]
+    print(shown.to_string(index=False, float_format="%.3g"))
+    if target is not None:
+        print(f"Wrote {write_whole(target, table.to_csv(index=False))}")
+    return 0
 
 
 def convert_checkpoint(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -170,9 +169,9 @@ class Realised(nn.Module):
         for stack, group in by_stack.items():
             each = [find(path) for path, of in self.arch.loops.items() if of == stack]
             points = {name: _Point(*(getattr(one, name) for one in each)) for name in vars(group)}
-            groups[stack] = _Points(group, points)
+            groups[stack] = _Points(vars(group), points)
         loops = groups if isinstance(running.loop_hooks, dict) else groups[None]
-        vars(running).update(hooks=_Points(running.hooks, root), norm_hooks=norms, loop_hooks=loops)
+        vars(running).update(hooks=_Points(vars(running.hooks), root), norm_hooks=norms, loop_hooks=loops)
 
     def forward(
         self,
@@ -269,11 +268,11 @@ class _Quiet:
         return False
 
 
-class _Points:
-    """The points of a group of ours: those of TransformerLens that are given, quiet ones for the rest."""
+class _Points(HookGroup):
+    """A group of ours whose points are those of TransformerLens that are given, and quiet ones for the rest."""
 
-    def __init__(self, group: HookGroup, points: dict[str, Any]):
-        for name in vars(group):
+    def __init__(self, names: Iterable[str], points: dict[str, Any]):
+        for name in names:
             setattr(self, name, points.get(name, _Quiet()))
 
 
@@ -285,7 +284,7 @@ def _points(component: GeneralizedComponent, group: HookGroup, quiet: Collection
             if not isinstance(component._modules.get(name), HookPoint):
                 setattr(component, name, HookPoint())
             found[name] = _Point(cast(HookPoint, component._modules[name]))
-    return _Points(group, found)
+    return _Points(vars(group), found)
 
 
 def _without(component: GeneralizedComponent, *points: str) -> None:
@@ -306,7 +305,8 @@ class _Norm(NormalizationBridge):
         self, hidden_states: Tensor, loop: int | None = None, hooks: Any = None
     ) -> Tensor:
         """As the norm's own; the hook points are the component's."""
-        points = SimpleNamespace(hook_scale=_Point(self.hook_scale), hook_normalized=_Point(self.hook_normalized))
+        own = {"hook_scale": _Point(self.hook_scale), "hook_normalized": _Point(self.hook_normalized)}
+        points = _Points(own, own)
         return self.hook_out(cast(nn.Module, self.original_component)(self.hook_in(hidden_states), None, points))
 
 
@@ -404,7 +404,7 @@ class _Plain(MLPBridge):
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         mlp = cast(Any, original_component)
-        vars(mlp)["hooks"] = _Points(mlp.hooks, {})
+        vars(mlp)["hooks"] = _Points(vars(mlp.hooks), {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return GeneralizedComponent.forward(self, args[0], None)
