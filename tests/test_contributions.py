@@ -154,11 +154,41 @@ def test_zeroing_the_last_write_of_a_plain_stream_is_what_it_adds_but_for_the_no
 
 def test_what_is_measured_does_not_hang_on_the_batches() -> None:
     model = LoopedModel.from_pretrained(PARITY / "ouro")
+    torch.manual_seed(0)
     prompts = [[int(one) for one in torch.randint(40, (4 + i % 2,))] for i in range(6)]
     found = [decompose(model, prompts, by="head", compare=3, batch_size=n, progress=False) for n in (1, 2, 8)]
     for one in found:
         assert int((~one.measured.isnan()).all(0).sum()) == 3 == int((~one.measured.isnan()).any(0).sum())
         torch.testing.assert_close(one.measured, found[0].measured, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("family", ["ff-llama", "huginn", "hrm-text"])
+def test_what_hooks_add_to_the_stream_is_no_component(family: str, dtype: str) -> None:
+    model = LoopedModel.from_pretrained(PARITY / family, dtype=dtype)
+    prompts = prompts_of(model, family)
+
+    def steer(x: Tensor, hook: Any) -> Tensor:
+        return x + torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+
+    stream, written = ([n for n in model.hook_dict if n.endswith(end)][-1] for end in ("resid_post", "mlp_out"))
+    with model.hooks([(stream, steer)]), pytest.raises(InputError, match=r"misses the target by .* by your hooks"):
+        decompose(model, prompts, targets=3, progress=False)
+    with model.hooks([(written, steer)]):  # a write that is edited is one still
+        found = decompose(model, prompts, targets=3, progress=False)
+        torch.testing.assert_close(found.target, logits_of(model, prompts)[:, 3], rtol=1e-5, atol=1e-5)
+    assert found.error() <= 1e-5
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_whatever_the_gradient_mode(mode: Any) -> None:
+    model = LoopedModel.from_pretrained(PARITY / "ouro")
+    prompts = prompts_of(model, "ouro")
+    wanted = decompose(model, prompts, targets=3, compare=2, progress=False)
+    with mode():
+        found = decompose(model, prompts.clone(), targets=3, compare=2, progress=False)
+    torch.testing.assert_close(found.contributions, wanted.contributions)
+    torch.testing.assert_close(found.measured, wanted.measured, equal_nan=True)
 
 
 def test_a_result_is_kept_and_shown(tmp_path: Any) -> None:

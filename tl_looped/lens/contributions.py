@@ -37,6 +37,7 @@ from tl_looped.viz.contributions import contribution_bars
 By = Literal["component", "head", "neuron", "loop"]
 Token = str | int
 _BATCH = 8
+_EXACT = 1e-4  # of what is summed: parts that miss their sum by more (or by more than roundings) leave something out
 _HELD = ("hook_scale", "hook_update_gate", "hook_modulation")  # what is no sum of writes, at its value in the run
 _WRITES: dict[str, tuple[str, str]] = {  # by -> what is a write of attention, and of an MLP
     "component": ("hook_attn_out", "hook_mlp_out"),
@@ -68,8 +69,7 @@ class Decomposition(Result):
 
     def error(self) -> float:
         """The largest difference between the target and the sum of its parts, over prompts, beside what is summed."""
-        size = self.contributions.abs().sum(1).clamp(min=1e-12)
-        return float(((self.contributions.sum(1) - self.target).abs() / size).max())
+        return _missed(self.contributions, self.target)
 
     def agreement(self) -> float:
         """Correlation of contributions with what zeroing measured, over the largest; NaN below three numbers."""
@@ -111,6 +111,7 @@ class Decomposition(Result):
         return contribution_bars(names, self.contributions, self.target, most, title)
 
 
+@torch.inference_mode(mode=False)  # it needs gradients, whatever the caller's mode
 @with_run_options
 def decompose(
     model: LoopedModel,
@@ -148,7 +149,8 @@ def decompose(
 
     Raises:
         InputError: a target that is no token, or not one for each prompt; an unknown `by`; a head that reads the stream
-            through an activation function (ALBERT); train mode.
+            through an activation function (ALBERT); train mode; parts that do not sum to the target, as hooks of yours
+            add to the stream what no component wrote.
 
     Source:
         Direct logit attribution (Elhage et al. 2021), carried through loops; the rest is this library's.
@@ -194,6 +196,12 @@ def decompose(
         tokens=gathered("tokens"),
     )
     return _by_loop(found) if by == "loop" else found
+
+
+def _missed(contributions: Tensor, target: Tensor) -> float:
+    """The largest difference between a target and its sum, beside what is summed."""
+    size = contributions.abs().sum(1).clamp(min=1e-12)
+    return float(((contributions.sum(1) - target).abs() / size).max())
 
 
 def _tokens(model: LoopedModel, given: Any, n: int, name: str) -> Tensor | None:
@@ -259,6 +267,13 @@ class _Batch:
             self._add_biases(biases, grads[len(writes) :], value)
         self.contributions, self.target = torch.cat(self.found, dim=1), value.detach().double()
         check_finite(self.contributions, ("prompt", "component"))
+        missed = _missed(self.contributions, self.target)
+        if missed > max(_EXACT, 16 * torch.finfo(head_in.dtype).eps):
+            raise InputError(
+                f"what the components write misses the target by {missed:.2g} of what is summed, so something else is "
+                "added to the stream, such as an edit by your hooks: leave the `with model.hooks(...)` block or call "
+                "model.reset_hooks(), or edit what a component writes (hook_embed, hook_attn_out, hook_mlp_out)."
+            )
         self.measured = torch.full_like(self.contributions, torch.nan)
 
     def _head_in(self) -> Float[Tensor, "batch d_model"]:
