@@ -36,6 +36,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "attribution_sweep": {"source": zero(), "metric": total},
     "path_patch": {"metric": total, "sender": Sender(0, 0, "mlp"), "receivers": [Receiver("readout")]},
     "ablation_effect": {"layer": 0, "progress": False},
+    "paper_claims": {"null_seeds": 1, "resamples": 100, "progress": False},
 }
 """Arguments that have no default, and those that keep a call short."""
 

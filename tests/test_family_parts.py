@@ -192,8 +192,6 @@ def test_a_linear_map_after_the_loops_is_part_of_every_read_out():
     core = logit_effects(model.transformer.blocks[1].mlp.W_out @ through.T, model.W_U, True)
     shares = neuron_shares(model, min_kurtosis=0.1, fold=False)
     torch.testing.assert_close(shares.kurtosis[2], core.kurtosis)
-    with pytest.raises(InputError, match="does not build an injection of another kind"):
-        model.unrolled(2)
     with pytest.raises(InputError, match="state_out=True goes with loop_norm='none', got 'each'"):
         config(state_out=True, loop_norm="each")
 
@@ -215,8 +213,6 @@ def test_values_have_the_tokens_own_embedding_by_a_gate():
     ):
         metric = lambda logits: logits[:, -1, 0].sum()  # noqa: E731
         attribution_sweep(model, corrupted, 2, source=cache, metric=metric, n_steps=2, progress=False)
-    with pytest.raises(InputError, match="does not build value embeddings"):
-        model.unrolled(2)
     with pytest.raises(InputError, match="value_embeds must have one entry for each of 2 layers, got 1"):
         config(value_embeds=(True,))
 
@@ -344,8 +340,6 @@ def test_what_a_time_of_loops_breaks_is_refused():
     model, tokens = timed(), tokens_for(timed())
     with pytest.raises(InputError, match="the loops of custom have no time, so leave out step_sizes"):
         make()(tokens, 2, step_sizes=[0.5, 0.5])
-    with pytest.raises(InputError, match="does not build .*layers that the loop's time modulates|other than"):
-        model.unrolled(2)
     with pytest.raises(InputError, match="no one weight can be folded in: pass fold=False"):
         neuron_shares(model, min_kurtosis=0.1)
     assert "a gate that changes with the loop" in str(model.cfg.heads_mixed_by())
@@ -456,8 +450,6 @@ def test_what_reading_both_ways_breaks_is_refused():
     assert torch.equal(model(given), model(tokens))
     with pytest.raises(InputError, match="d_embed=8 needs head_transform=True"):
         config(d_embed=8)
-    with pytest.raises(InputError, match="does not build attention in both directions"):
-        make(causal=False).unrolled(2)
 
 
 @pytest.mark.parametrize(

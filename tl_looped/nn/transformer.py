@@ -129,7 +129,7 @@ class LoopedTransformer(Network):
         times = None if step_sizes is None else clock(step_sizes, self.embed.weight.dtype, positions.device)
         return Frame(positions, full, windowed, visible, tokens=read, clock=times)
 
-    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def read(self, tokens: Shaped[Tensor, "batch pos *read"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""
         x = self.embed(tokens)
         if self.cfg.embed_scale != 1.0:
