@@ -14,7 +14,7 @@ loops t · L to t · L + L − 1. Either stack has its own sites, of width d_mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -155,7 +155,7 @@ class TwoStateTransformer(Network):
     def step(
         self,
         stack: str,
-        blocks: nn.ModuleList,
+        blocks: Iterable[Callable[..., Tensor]],
         own: Float[Tensor, "batch pos d_model"],
         other: Float[Tensor, "batch pos d_model"],
         frame: Frame,
