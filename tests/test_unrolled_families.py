@@ -329,3 +329,98 @@ def test_transformerlenss_patching_on_the_looped_model_itself_is_an_error_and_no
     cache = run_clean(model, clean)
     with pytest.raises(AttributeError, match="LoopedConfig has no 'n_layers': cfg.n_prelude, cfg.n_core and"):
         patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits.sum())
+
+
+@pytest.mark.parametrize("name", ["added", "loopus-qwen3", "looped-gpt", "tiny huginn", "hrm-text"])
+@torch.no_grad()
+def test_an_edit_in_place_reaches_what_comes_after_it_alone(name: str) -> None:
+    """The tensor that a loop is given is read again: by its update, by later injections, and by who made a state."""
+    model, _ = pair(name)
+    tokens = prompts(model)
+    state = model(tokens, stop_at_loop=1)
+    given = {"initial_state": state} if model.cfg.reads_input_in_loops else {}
+    before, unrolled = state.clone(), model.unrolled(2, **given)
+
+    def halve(x: Tensor, hook: Any) -> None:
+        x.mul_(0.5)
+
+    ends = ("hook_resid_pre", "hook_state_pre", "hook_state_init", "hook_injection", "hook_injection_in")
+    for site, other in unrolled.names.pairs.items():
+        if site.endswith(ends):
+            ours = model.run_with_hooks(tokens, 2, fwd_hooks=[(site, halve)], **given)
+            assert_same(site, unrolled.run_with_hooks(tokens, fwd_hooks=[(other, halve)]), ours)
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ff-gemma2", "takes the mean out of the logits.* a soft cap comes between .* Use center_unembed=False"),
+        ("parcae", "folds norms into what reads them.* a gate in attention reads .* Use fold_ln=False"),
+        ("loopformer", "folds norms into what reads them.* last norm is of another kind .* Use fold_ln=False"),
+        ("albert", "takes the mean out of what is written.* Use center_writing_weights=False"),
+    ],
+)
+def test_processing_that_would_change_the_output_is_refused_with_what_to_leave_out(name: str, message: str) -> None:
+    model = named(name)
+    for call in ("enable_compatibility_mode", "process_weights"):
+        with pytest.raises(InputError, match=f"processing weights {message}"):
+            getattr(model.unrolled(2), call)()
+    unrolled, tokens = model.unrolled(2), tokens_for(model)
+    left_out = {"fold_ln": False, "center_unembed": False, "center_writing_weights": False}
+    unrolled.enable_compatibility_mode(**left_out)
+    assert_same("processed", unrolled(tokens).log_softmax(-1), model(tokens, 2).log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", ["parcae", "loopformer", "hrm-text"])
+def test_inputs_that_something_else_reads_are_not_split(name: str) -> None:
+    _, unrolled = pair(name)
+    with pytest.raises(InputError, match="use_attn_in gives every head an input of its own.* Use tl_looped.patching"):
+        unrolled.set_use_attn_in(True)
+    with pytest.raises(InputError, match="split q, k, v input adds up"):
+        unrolled.set_use_split_qkv_input(True)
+
+
+@pytest.mark.parametrize("name", ["ff-gpt2", "ff-gemma3", "looped-gpt", "retrofit-llama"])
+@torch.no_grad()
+def test_heads_with_inputs_of_their_own_compute_the_same(name: str) -> None:
+    model = named(name)
+    unrolled, tokens = model.unrolled(2), tokens_for(model)
+    unrolled.set_use_attn_in(True)
+    assert_same("attn_in", unrolled(tokens), model(tokens, 2))
+    rolled = unrolled.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_attn_in", lambda x, hook: x.roll(1, -1))])
+    assert not torch.allclose(rolled, unrolled(tokens), atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_layer_of_a_view_runs_also_where_a_state_is_given_in_place_of_what_it_makes() -> None:
+    model, tokens = named("loopus-qwen3"), tokens_for(named("loopus-qwen3"))
+    state = model(tokens, stop_at_loop=1)
+    unrolled = model.unrolled(2, initial_state=state)
+    logits, cache = unrolled.run_with_cache(tokens)
+    assert_same("logits", logits, model(tokens, 2, initial_state=state))
+    assert cache.accumulated_resid().shape[0] == unrolled.cfg.n_layers + 1
+
+
+def test_what_a_model_reads_beside_its_embeddings_is_asked_for() -> None:
+    _, unrolled = pair("hrm-act")
+    with pytest.raises(InputError, match=r"must begin with the tokens of one puzzle, .* looped.cfg.puzzle_tokens"):
+        unrolled(torch.tensor([[1, 2, 3]]))
+    model, unrolled = pair("parcae")
+    assert model.cfg.reads_tokens_in_layers
+    with pytest.raises(InputError, match="reads tokens, and here are vectors in their place: pass token ids"):
+        unrolled(torch.zeros(1, 3, model.cfg.d_model))
+    _, unrolled = pair("albert")
+    for read in (lambda: unrolled.W_U, unrolled.tl_parameters):
+        with pytest.raises(InputError, match="the residual stream to logits, but this is a albert model: its head"):
+            read()
+
+
+def test_vectors_in_place_of_tokens_and_a_run_that_stops_leave_nothing_behind() -> None:
+    model, unrolled = pair("ff-gpt2")
+    tokens = tokens_for(model)
+    with torch.no_grad():
+        vectors = model.W_E[tokens]
+        assert_same("vectors", unrolled(vectors), model(tokens, 2))
+        unrolled(vectors, stop_at_layer=0)
+        assert_same("after", unrolled(tokens), model(tokens, 2))

@@ -15,7 +15,7 @@ loops t · L to t · L + L − 1. Either stack has its own sites, of width d_mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -169,12 +169,9 @@ class TwoStateTransformer(Network):
         return hooks.hook_state_post(self.close(x, loop, self.norm_hooks.get(stack)), loop)
 
     def close(
-        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: Any = None
+        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
     ) -> Float[Tensor, "*dims d_model"]:
-        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks`, a HookGroup, none sees.
-
-        (The realised-depth view puts norms of its own in the place of ours, and they get what it put for their hooks.)
-        """
+        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks` none sees it."""
         return self.ln_final(x, t, hooks) if self.cfg.norms_each_loop else x
 
     def read_part(self, state: Float[Tensor, "*rows d_state"]) -> Float[Tensor, "*rows d_model"]:

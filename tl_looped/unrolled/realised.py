@@ -7,7 +7,7 @@ TransformerLens's bridge components take the places of these copies, and their h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,29 +15,33 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
-    AttentionBridge,
-    BlockBridge,
     EmbeddingBridge,
-    GatedMLPBridge,
     LinearBridge,
-    MLPBridge,
-    NormalizationBridge,
     PosEmbedBridge,
-    PositionEmbeddingsAttentionBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from tl_looped.engine.errors import InputError
-from tl_looped.engine.hooks import HookGroup, differ
 from tl_looped.engine.network import CappedLinear, Frame, Network, matrix
 from tl_looped.engine.runs import resolve_positions, resolve_state, visibility
-from tl_looped.nn.attention import Attention
-from tl_looped.nn.block import Block
 from tl_looped.unrolled.architecture import Architecture
+from tl_looped.unrolled.components import (
+    GatedMLP,
+    Heads,
+    Layer,
+    Loops,
+    NormAt,
+    Places,
+    PlainMLP,
+    Point,
+    Points,
+    Projection,
+    Silent,
+    own,
+)
 
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
@@ -61,15 +65,17 @@ def _twin(module: nn.Module, name: str) -> nn.Module:
 
 
 class _Embed(nn.Module):
-    """Tokens to vectors, scaled; vectors stay what they are, where a run starts from them."""
+    """Tokens to vectors, scaled; or the vectors that a run starts from in their place."""
+
+    instead: Tensor | None = None
 
     def __init__(self, weight: nn.Parameter, scale: float):
         super().__init__()
         self.weight, self.scale = weight, scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.is_floating_point():
-            return tokens
+        if self.instead is not None:
+            return self.instead.clone()
         x = F.embedding(tokens, self.weight)
         return x if self.scale == 1.0 else x * self.scale
 
@@ -99,6 +105,7 @@ class Realised(nn.Module):
     """
 
     network: Any
+    vectors: _Embed
     embed: Any
     blocks: Any
 
@@ -112,7 +119,7 @@ class Realised(nn.Module):
                 self.add_module(name, _twin(module, name))
         for module in (network.embed, network.unembed):
             _twin(module, "embed" if module is network.embed else "unembed")  # for its errors
-        self.embed = _Embed(cast(nn.Parameter, network.embed.weight), arch.embed_scale)
+        self.embed = vars(self)["vectors"] = _Embed(cast(nn.Parameter, network.embed.weight), arch.embed_scale)
         self.names = [name.removeprefix("hook_") for name in vars(network.hooks) if name not in arch.fired]
         for name in self.names:
             self.add_module(arch.component(name), nn.Identity())
@@ -145,14 +152,15 @@ class Realised(nn.Module):
         def layer(stack: str, index: int) -> Callable[..., Tensor]:
             def call(x: Tensor, frame: Frame, loop: int | None = None) -> Tensor:
                 block = self.blocks[depths[stack, index, loop]]
-                return block(_own(x, block.hook_in), frame=frame)
+                return block(own(x, block.hook_in), frame=frame)
 
             return call
 
         stacks = {name: [layer(name, i) for i in range(self.arch.schedule.n_layers(name))] for name in self.arch.stacks}
         parts = {"_modules": self._modules, "_parameters": self._parameters, "cfg": self.arch.unscaled, **stacks}
         # Which copy of these runs is for the caller's hooks to say.
-        parts |= dict.fromkeys(("ln_final", "ln_loop"), lambda x, loop, where: where(x, loop))
+        parts |= dict.fromkeys(("ln_final", "ln_loop"), lambda x, loop, where: where.run(x, loop))
+        parts["needs_input"] = lambda state_given: True  # every layer runs, also one whose output is not read
         vars(running).update(parts)
         return running
 
@@ -160,18 +168,17 @@ class Realised(nn.Module):
         """Have the network's code fire the hook points of the components that are in place of the modules by now."""
         running, find = self.network, self.get_submodule
         places: dict[str, Any] = {f"hook_{name}": find(self.arch.component(name)) for name in self.names}
-        root = {name: _Point(place.hook_out) for name, place in places.items()}
+        root = {name: Point(place.hook_out) for name, place in places.items()}
         norms: dict[Any, Any] = dict.fromkeys(running.norm_hooks)  # of norms that have one place only
-        for name, paths in self.arch.norm_calls.items():
-            norms[name] = lambda x, loop=None, paths=paths: find(paths[loop or 0])(x)
+        norms |= {name: Places(*map(find, paths)) for name, paths in self.arch.norm_calls.items()}
         by_stack = running.loop_hooks if isinstance(running.loop_hooks, dict) else {None: running.loop_hooks}
         groups: dict[Any, Any] = {}
         for stack, group in by_stack.items():
             each = [find(path) for path, of in self.arch.loops.items() if of == stack]
-            points = {name: _Point(*(getattr(one, name) for one in each)) for name in vars(group)}
-            groups[stack] = _Points(vars(group), points)
+            points = {name: Point(*(getattr(one, name) for one in each)) for name in vars(group)}
+            groups[stack] = Points(vars(group), points)
         loops = groups if isinstance(running.loop_hooks, dict) else groups[None]
-        vars(running).update(hooks=_Points(vars(running.hooks), root), norm_hooks=norms, loop_hooks=loops)
+        vars(running).update(hooks=Points(vars(running.hooks), root), norm_hooks=norms, loop_hooks=loops)
 
     def forward(
         self,
@@ -198,7 +205,11 @@ class Realised(nn.Module):
         state, _ = resolve_state(cfg, positions, self._given(positions), self.seed, self.embed.weight.dtype, False)
         if state is not None and torch.is_grad_enabled() and not state.requires_grad:
             state = state.detach().requires_grad_()  # gradients come to it also where no weight is trained
-        x, e = network.begin(read, frame, state)
+        try:
+            self.vectors.instead = inputs_embeds if input_ids is None else None
+            x, e = network.begin(tokens, frame, state)
+        finally:  # a run may stop at a layer
+            self.vectors.instead = None
         for t in range(self.arch.n_loops):
             x = network.loop(x, e, frame, t)
         return network.readout(x, frame)
@@ -228,209 +239,6 @@ class Realised(nn.Module):
         return given
 
 
-# TransformerLens's hook points, called as ours are.
-
-
-def _own(x: Tensor, point: Any) -> Tensor:
-    """What a point may give to its hooks: its own copy, as the tensor itself may be read elsewhere, or a caller's."""
-    return x.clone() if point.fwd_hooks else x
-
-
-class _Point:
-    """Points of TransformerLens as one of ours: one that fires once, or one for every loop."""
-
-    def __init__(self, *points: HookPoint):
-        self.points = points
-
-    def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
-        point = self.points[loop or 0]
-        return point(_own(x, point))
-
-    def wants(self, loop: int | None = None) -> bool:
-        point = self.points[loop or 0]
-        return bool(point.fwd_hooks or point.bwd_hooks)
-
-    def fire(self, x: Tensor, loop: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """See `SharedHookPoint.fire`."""
-        if not self.wants(loop):
-            return x, None
-        found = self(x, loop)
-        return found, differ(found, x)
-
-
-class _Quiet:
-    """A point that fires elsewhere."""
-
-    def __call__(self, x: Tensor, loop: int | None = None) -> Tensor:
-        return x
-
-    def wants(self, loop: int | None = None) -> bool:
-        return False
-
-
-class _Points(HookGroup):
-    """A group of ours whose points are those of TransformerLens that are given, and quiet ones for the rest."""
-
-    def __init__(self, names: Iterable[str], points: dict[str, Any]):
-        for name in names:
-            setattr(self, name, points.get(name, _Quiet()))
-
-
-def _points(component: GeneralizedComponent, group: HookGroup, quiet: Collection[str] = ()) -> _Points:
-    """A component's own points for a group of ours, made where TransformerLens has none."""
-    found = {}
-    for name in vars(group):
-        if name not in quiet:
-            if not isinstance(component._modules.get(name), HookPoint):
-                setattr(component, name, HookPoint())
-            found[name] = _Point(cast(HookPoint, component._modules[name]))
-    return _Points(vars(group), found)
-
-
-def _without(component: GeneralizedComponent, *points: str) -> None:
-    """Leave out points that would never fire."""
-    for point in points:
-        if point in component._modules:
-            delattr(component, point)
-            del component._hook_registry[point]
-
-
-# Components.
-
-
-class _Norm(NormalizationBridge):
-    """A norm of ours, by its own code."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - called as the norm is
-        self, hidden_states: Tensor, loop: int | None = None, hooks: Any = None
-    ) -> Tensor:
-        """As the norm's own; the hook points are the component's."""
-        own = {"hook_scale": _Point(self.hook_scale), "hook_normalized": _Point(self.hook_normalized)}
-        points = _Points(own, own)
-        return self.hook_out(cast(nn.Module, self.original_component)(self.hook_in(hidden_states), None, points))
-
-
-class _Projection(LinearBridge):
-    """Queries, keys or values; those of split inputs, where they are given."""
-
-    _given: Tensor | None = None
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given, self._given = self._given, None
-        return super().forward(input) if given is None else given
-
-
-class _Heads(PositionEmbeddingsAttentionBridge):  # of the kinds whose inputs TransformerLens knows how to split
-    """Attention of ours, by its own code."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        _without(self, "hook_cos", "hook_sin", "hook_q_normed", "hook_k_normed")
-
-    def set_original_component(self, component: nn.Module) -> None:
-        AttentionBridge.set_original_component(self, component)  # the parent's asks for a layout
-        attn = cast(Attention, component)
-        points: Any = _points(self, attn.hooks, self.hook_aliases)
-        points.hook_z, points.hook_result = self._z, _Gated(self)
-        vars(attn).update(hooks=points, results=self._results)
-
-    def setup_hook_compatibility(self) -> None:
-        super().setup_hook_compatibility()
-        for name in ("hook_rot_q", "hook_rot_k"):
-            if name in self._modules:
-                cast(HookPoint, self._modules[name]).hook_conversion = None  # they are [batch, pos, head, d_head] here
-
-    def _z(self, z: Tensor, loop: int | None = None) -> Tensor:
-        """Z through the point in front of o, which does not fire again."""
-        z = self.o.hook_in(z.flatten(-2)).view_as(z)
-        self.o._suppress_next_hook_in = True
-        return z
-
-    def _results(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        return torch.einsum("bphd,hdm->bphm", z, self.W_O), self.b_O
-
-    def forward(self, x: Tensor, frame: Frame, loop: int | None = None) -> Tensor:
-        x, cfg = self.hook_in(x), cast(Any, self.config)
-        if cfg.use_split_qkv_input or cfg.use_attn_in:
-            self._split(x)
-        return self.hook_out(cast(nn.Module, self.original_component)(x, frame, None))
-
-    def _split(self, x: Tensor) -> None:
-        """Queries, keys and values from inputs of their own, as TransformerLens has them."""
-        cfg: Any = self.config
-        source = x if self._captured_pre_ln_residual is None else self._captured_pre_ln_residual
-        counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads or cfg.n_heads}
-        counts["v"] = counts["k"]
-        shared = (
-            None if cfg.use_split_qkv_input else self._fork_and_norm_per_head(source, self.hook_attn_in, cfg.n_heads)
-        )
-        for part, n in counts.items():
-            own = shared[:, :, :n] if shared is not None else None
-            if own is None:
-                own = self._fork_and_norm_per_head(source, getattr(self, f"hook_{part}_input"), n)
-            projection = getattr(self, part)
-            projection._given = self._project_per_head_qkv(projection, own, n, cfg.d_head)
-
-
-class _Gated(_Point):
-    """What each head adds, where TransformerLens is asked for it."""
-
-    def __init__(self, heads: _Heads):
-        super().__init__(heads.hook_result)
-        self.heads = heads
-
-    def wants(self, loop: int | None = None) -> bool:
-        return bool(cast(Any, self.heads.config).use_attn_result) and super().wants(loop)
-
-
-class _Layer(BlockBridge):
-    """A layer of ours, by its own code."""
-
-    def set_original_component(self, original_component: nn.Module) -> None:
-        super().set_original_component(original_component)
-        block = cast(Block, original_component)
-        vars(block)["hooks"] = _points(self, block.hooks, ["hook_resid_pre", "hook_resid_post", *self.hook_aliases])
-        norms = {name: group for name, group in block.norm_hooks.items() if hasattr(group, "hook_modulated")}
-        made = {
-            name: _points(self.submodules[name], group, ("hook_scale", "hook_normalized"))
-            for name, group in norms.items()
-        }
-        vars(block)["norm_hooks"] = {name: made.get(name) for name in block.norm_hooks}
-
-
-class _Plain(MLPBridge):
-    """An MLP of ours, by its own code, which goes through the components of its maps."""
-
-    def set_original_component(self, original_component: nn.Module) -> None:
-        super().set_original_component(original_component)
-        mlp = cast(Any, original_component)
-        vars(mlp)["hooks"] = _Points(vars(mlp.hooks), {})
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return GeneralizedComponent.forward(self, args[0], None)
-
-
-class _GatedMLP(_Plain, GatedMLPBridge):
-    """A gated one."""
-
-
-class Silent(GeneralizedComponent):
-    """A component that is no call, and so has no input and output to hook."""
-
-    def __init__(self, name: str, submodules: dict[str, GeneralizedComponent], points: Iterable[str] = ()):
-        super().__init__(name, submodules=submodules)
-        _without(self, "hook_in", "hook_out")
-        for point in points:
-            setattr(self, point, HookPoint())
-
-
-class Loops(Silent):
-    """All loops: `view.loop[t]`. TransformerLens would count what is in a list, as layers are, as more layers."""
-
-    def __getitem__(self, t: int) -> nn.Module:
-        return self.get_submodule(str(range(len(self.submodules))[t]))
-
-
 class RealisedAdapter(ArchitectureAdapter):
     """TransformerLens's component for every module of `Realised`."""
 
@@ -443,16 +251,16 @@ class RealisedAdapter(ArchitectureAdapter):
         self.supports_fold_ln = arch.folding_broken_by() is None
         self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=cfg.qk_bias or cfg.v_bias)}
         layer, self._config = model.blocks[0], config
-        attn = {part: _Projection(part) for part in "qkv"} | {"o": LinearBridge("o")}
+        attn = {part: Projection(part) for part in "qkv"} | {"o": LinearBridge("o")}
         maps: dict[str, GeneralizedComponent] = {"in": LinearBridge("up"), "out": LinearBridge("down")}
         if cfg.gated_mlp:
             maps = {"gate": LinearBridge("gate"), **maps}
         parts: dict[str, GeneralizedComponent] = {
             **self._norms(layer, *_NORMS),
-            "attn": _Heads("attn", config, {**attn, **self._norms(layer.attn, "q_norm", "k_norm")}),
-            "mlp": (_GatedMLP if cfg.gated_mlp else _Plain)("mlp", config, maps),
+            "attn": Heads("attn", config, {**attn, **self._norms(layer.attn, "q_norm", "k_norm")}),
+            "mlp": (GatedMLP if cfg.gated_mlp else PlainMLP)("mlp", config, maps),
         }
-        blocks = _Layer("blocks", submodules=parts)
+        blocks = Layer("blocks", submodules=parts)
         own = {"hook_resid_mid", *(["hook_attn_out", "hook_mlp_out"] if cfg.loop_time else [])}
         names = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"} if arch.norms_stream else {}
         blocks.hook_aliases = {k: v for k, v in {**blocks.hook_aliases, **names}.items() if k not in own}
@@ -476,7 +284,7 @@ class RealisedAdapter(ArchitectureAdapter):
         }
 
     def _norms(self, module: Any, *names: str) -> dict[str, Any]:
-        return {name: _Norm(name, self._config) for name in names if name in module._modules}
+        return {name: NormAt(name, self._config) for name in names if name in module._modules}
 
     def _loops(self, arch: Architecture, model: Realised) -> dict[str, GeneralizedComponent]:
         """What loops have beside their layers, at the looped model's names."""

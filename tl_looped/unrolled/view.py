@@ -73,7 +73,7 @@ class UnrolledModel(TransformerBridge):
     Layer d is the d-th layer call of a run: prelude, core in every loop, coda. It has hook points of its own and the
     looped model's Parameters: training, moving or editing the weights of one changes the other; what processes weights
     (`enable_compatibility_mode`) makes new ones and leaves the looped model's alone. Hooks of one do not act in the
-    other, attention is computed explicitly, and loop count and initial state are fixed.
+    other, and loop count and initial state are fixed.
 
     A tool of TransformerLens that assumes what a loop breaks (the residual stream as the sum of what layers write)
     raises InputError with the reason, and names what to call instead.
