@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
@@ -129,7 +129,7 @@ class LoopedTransformer(Network):
         times = None if step_sizes is None else clock(step_sizes, self.embed.weight.dtype, positions.device)
         return Frame(positions, full, windowed, visible, tokens=read, clock=times)
 
-    def read(self, tokens: Shaped[Tensor, "batch pos *read"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""
         x = self.embed(tokens)
         if self.cfg.embed_scale != 1.0:
@@ -220,12 +220,9 @@ class LoopedTransformer(Network):
         return Condition(found, *hook.fire(found.expand_as(x), t)) if hook.wants(t) else Condition(found)
 
     def close(
-        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: Any = None
+        self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
     ) -> Float[Tensor, "*dims d_model"]:
-        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks`, a HookGroup, none sees.
-
-        (The realised-depth view puts norms of its own in the place of ours, and they get what it put for their hooks.)
-        """
+        """The norm that closes every loop, where one does; x itself elsewhere. Without `hooks` none sees it."""
         if not self.cfg.norms_each_loop:
             return x
         return (self.ln_loop if self.cfg.loop_norm == "own" else self.ln_final)(x, t, hooks)
@@ -278,7 +275,7 @@ class LoopedTransformer(Network):
 
     def begin(
         self,
-        tokens: Shaped[Tensor, "batch pos *read"],
+        tokens: Int[Tensor, "batch pos"],
         frame: Frame,
         state: Float[Tensor, "batch pos d_model"] | None,
         start: int = 0,
