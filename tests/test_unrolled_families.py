@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -278,6 +279,35 @@ def test_a_cache_of_the_looped_model_under_the_views_names(name: str) -> None:
     assert cache["resid_pre", -1] is ours[unrolled.names.to_looped(f"blocks.{len(unrolled.blocks) - 1}.hook_in")]
     with pytest.raises(InputError, match="the cache is of 3 loops, the view of 2: make a view like the run"):
         unrolled.view(run_clean(model, clean, 3))
+
+
+def test_a_cache_of_two_stacks_with_other_counts_is_not_renamed() -> None:
+    model = named("hrm-text")
+    tokens, unrolled = prompts(model), model.unrolled((2, 3))
+    with torch.no_grad():
+        cache = unrolled.view(run_clean(model, tokens, (2, 3)))
+        assert_same("last", cache["resid_post", -1], unrolled.run_with_cache(tokens)[1]["resid_post", -1])
+    for counts, message in (((2, 2), r"\(2, 2\) loops"), ((1, 3), r"\(1, 3\) loops")):
+        with pytest.raises(InputError, match=rf"is of {message}, the view of \(2, 3\): make a view like the run"):
+            unrolled.view(run_clean(model, tokens, counts))
+
+
+@pytest.mark.parametrize("name", ["ff-gemma2", "ouro", "nanochat-recursive", "hrm-text"])
+@torch.no_grad()
+def test_a_copy_of_a_view_is_a_view_of_a_copy(name: str) -> None:
+    model, unrolled = pair(name)
+    tokens = prompts(model)
+    twin = copy.deepcopy(unrolled)
+    sites = ("hook_resid_pre", "attn.hook_z", "attn.hook_pattern", "hook_mlp_out", "hook_resid_post")
+    names = [f"blocks.{depth}.{site}" for depth in (0, len(twin.blocks) - 1) for site in sites]
+    hooks = [(name, lambda x, hook: x * 1.2) for name in names]
+    edited = unrolled.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert not torch.allclose(edited, unrolled(tokens), atol=1e-4)
+    assert torch.equal(twin.run_with_hooks(tokens, fwd_hooks=hooks), edited)
+    twin.blocks[0].mlp.out.weight[0].mul_(3)  # not all of it, which a norm behind would undo
+    assert torch.equal(twin(tokens), twin.looped(tokens, 2))
+    assert torch.equal(unrolled(tokens), model(tokens, 2))
+    assert not torch.allclose(twin(tokens), unrolled(tokens), atol=1e-4)
 
 
 def test_a_last_norm_before_a_head_without_one_is_the_views_final_norm() -> None:

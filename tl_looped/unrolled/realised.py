@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -149,12 +150,8 @@ class Realised(nn.Module):
         running = copy.copy(network)
         depths = {call: depth for depth, call in enumerate(calls)}
 
-        def layer(stack: str, index: int) -> Callable[..., Tensor]:
-            def call(x: Tensor, frame: Frame, loop: int | None = None) -> Tensor:
-                block = self.blocks[depths[stack, index, loop]]
-                return block(own(x, block.hook_in), frame=frame)
-
-            return call
+        def layer(stack: str, index: int) -> Callable[..., Tensor]:  # no closure, which a copy of the view would share
+            return partial(self._layer, {t: depth for (*at, t), depth in depths.items() if at == [stack, index]})
 
         stacks = {name: [layer(name, i) for i in range(self.arch.schedule.n_layers(name))] for name in self.arch.stacks}
         parts = {"_modules": self._modules, "_parameters": self._parameters, "cfg": self.arch.unscaled, **stacks}
@@ -163,6 +160,10 @@ class Realised(nn.Module):
         parts["needs_input"] = lambda state_given: True  # every layer runs, also one whose output is not read
         vars(running).update(parts)
         return running
+
+    def _layer(self, depths: dict[int | None, int], x: Tensor, frame: Frame, loop: int | None = None) -> Tensor:
+        block = self.blocks[depths[loop]]
+        return block(own(x, block.hook_in), frame=frame)
 
     def connect(self) -> None:
         """Have the network's code fire the hook points of the components that are in place of the modules by now."""

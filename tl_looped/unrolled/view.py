@@ -73,7 +73,9 @@ class UnrolledModel(TransformerBridge):
     Layer d is the d-th layer call of a run: prelude, core in every loop, coda. It has hook points of its own and the
     looped model's Parameters: training, moving or editing the weights of one changes the other; what processes weights
     (`enable_compatibility_mode`) makes new ones and leaves the looped model's alone. Hooks of one do not act in the
-    other, and loop count and initial state are fixed.
+    other, and loop count and initial state are fixed. A weight that is replaced in either, and not written, is no
+    longer shared (`load_state_dict(assign=True)`, adapters put in later): make the view anew. A copy (`copy.deepcopy`)
+    is a view of a copy of the looped model.
 
     A tool of TransformerLens that assumes what a loop breaks (the residual stream as the sum of what layers write)
     raises InputError with the reason, and names what to call instead.
@@ -257,11 +259,12 @@ class UnrolledModel(TransformerBridge):
 
     def view(self, cache: LoopedCache) -> UnrolledCache:
         """A looped model's cache under the view's names, sharing its tensors."""
-        if cache.run.n_loops != self.n_loops or cache.run.state_given != self.state_given:
-            theirs, ours = (" from a given state" * given for given in (cache.run.state_given, self.state_given))
+        arch, run = self.arch, cache.run
+        if (run.n_loops, run.l_cycles, run.state_given) != (arch.n_loops, arch.l_cycles, self.state_given):
+            theirs, ours = (" from a given state" * given for given in (run.state_given, self.state_given))
+            counts = arch.n_loops if arch.l_cycles is None else (arch.n_loops, arch.l_cycles)
             raise InputError(
-                f"the cache is of {cache.run.n_loops} loops{theirs}, the view of {self.n_loops}{ours}: make a view "
-                "like the run."
+                f"the cache is of {run.counts} loops{theirs}, the view of {counts}{ours}: make a view like the run."
             )
         renamed = {self.names.to_depth(name): tensor for name, tensor in cache.cache_dict.items()}
         return UnrolledCache(renamed, self, cache.has_batch_dim)
