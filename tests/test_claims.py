@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 import torch
 from helpers import make, word_tokenizer
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
 from tl_looped.__main__ import main
 from tl_looped.attention import PATTERN_STEP, TOTAL_VARIATION
 from tl_looped.claims import Evidence, paper_claims
-from tl_looped.claims.evidence import CLAIMS, _follows, _repeats, _resampled, _settles, interval, verdict
+from tl_looped.claims.evidence import (
+    CLAIMS,
+    _follows,
+    _rank_correlation,
+    _repeats,
+    _resampled,
+    _settles,
+    interval,
+    verdict,
+)
 from tl_looped.dynamics import STEP, convergence
 from tl_looped.observe import observe
 from tl_looped.stages import STAGE_MEASURES
@@ -69,8 +79,7 @@ def test_effects_by_slow_computations(model: LoopedModel, prompts: Tensor, found
     pattern = pattern.mean(-1)
     for i in range(5):
         a, b = state[i].flatten().numpy(), pattern[i].flatten().numpy()
-        ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
-        assert float(_follows(seen)[i]) == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-6)
+        assert float(_follows(seen)[i]) == pytest.approx(spearmanr(a, b).statistic, abs=1e-6)
         moved = seen.prompts_by_loop(TOTAL_VARIATION.name)[i].flatten(1).nanmean(1)
         late = [t for t in range(16) if float(moved[t]) > 0.05]
         assert float(_settles(seen, 0.05)[i]) == max(late, default=0)
@@ -91,11 +100,29 @@ def test_a_baseline_is_compared_over_relative_depth(model: LoopedModel, prompts:
     feedforward = make(n_core=5, n_loops=1, injection="none")
     found = paper_claims(model, prompts, 16, baseline=feedforward, null_seeds=1, resamples=100, progress=False)
     assert bool((found.effects["stages_are_the_baseline's"].abs() <= 1).all())
+    again = paper_claims(
+        model, iter(prompts.tolist()), 16, baseline=feedforward, null_seeds=1, resamples=100, progress=False
+    )
+    for name, values in found.effects.items():
+        torch.testing.assert_close(again.effects[name], values, equal_nan=True)
     line = torch.tensor([[0.0, 1.0, 4.0]])
     torch.testing.assert_close(_resampled(line, 5), torch.tensor([[0.0, 0.5, 1.0, 2.5, 4.0]]).double())
 
 
 # Intervals and verdicts.
+
+
+def test_what_stands_still_in_both_is_a_tie_and_no_correlation() -> None:
+    steps, patterns = torch.zeros(2, 1, 19)
+    steps[0, 0], patterns[0, -1] = 1.0, 1.0
+    # Two that are never large together. By places in the row, ties would be alike in both, and come out at 0.7.
+    assert float(_rank_correlation(steps, patterns)[0]) == pytest.approx(-1 / 18)
+
+
+def test_a_null_that_is_not_defined_decides_nothing(model: LoopedModel) -> None:
+    row = {"low": 0.7, "high": 0.9, "null": np.nan, "null_low": np.nan, "null_high": np.nan}
+    said = verdict(model, BY_NAME["attention_follows_state"], row, {})
+    assert said == "holds, and with random weights the effect is not defined"
 
 
 def test_intervals_hold_what_they_say() -> None:
@@ -120,7 +147,7 @@ def test_intervals_hold_what_they_say() -> None:
         ("attention_settles_at", 2.5, 4.0, (5.0, 9.0), "does not hold"),
         ("loss_beyond_training", -0.1, 0.05, (0.0, 0.0), "holds: states rest, and the loss is kept"),
         ("loss_beyond_training", 0.3, 0.5, (0.0, 0.0), "does not hold: states rest, and the loss grows"),
-        ("comes_to_rest", 0.8, 0.9, (0.0, 0.0), "holds: the paper reports 'fixed point' of trained and random models"),
+        ("comes_to_rest", 0.8, 0.9, (0.0, 0.0), "holds: the paper reports 'fixed point' of untrained models"),
         (
             "comes_to_rest",
             0.1,
@@ -133,7 +160,7 @@ def test_intervals_hold_what_they_say() -> None:
 def test_what_the_interval_supports(
     model: LoopedModel, name: str, low: float, high: float, null: tuple[float, float], words: str
 ) -> None:
-    row = {"low": low, "high": high, "null_low": null[0], "null_high": null[1]}
+    row = {"low": low, "high": high, "null": sum(null) / 2, "null_low": null[0], "null_high": null[1]}
     effects = {"comes_to_rest": torch.ones(4)}
     assert verdict(model, BY_NAME[name], row, effects).startswith(words)
 
@@ -164,6 +191,11 @@ def test_what_can_not_be_told_is_refused(model: LoopedModel, prompts: Tensor) ->
         paper_claims(model, prompts, 7)
     with pytest.raises(InputError, match="baseline loops 2 times: give the feedforward model beside it"):
         paper_claims(model, prompts, 16, baseline=model)
+    part = make(n_loops=1, n_prelude=1, n_coda=1, n_core=2)
+    with pytest.raises(InputError, match="baseline has only 2 of its 4 layers in the core, .* without loop_layers="):
+        paper_claims(model, prompts, 16, baseline=part)
+    closing = paper_claims(make(**CONFIG, loop_norm="each"), prompts, 16, null_seeds=1, resamples=100, progress=False)
+    assert closing.rows[-1]["verdict"] == "can't tell: the paper has no 'pre' norms with loop_norm='each'"
     with pytest.raises(InputError, match="this model was trained with one: pass it as baseline="):
         paper_claims(make(n_loops=1), prompts, 16)
     with pytest.raises(

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -149,17 +149,16 @@ def paper_claims(
             f"this model is in {model.dtype}, in which states do not come closer to rest than about one percent: load "
             "it in another format, from_pretrained(..., dtype=torch.float32)."
         )
+    _check_baseline(baseline)
     check_count("null_seeds", null_seeds)
     check_count("resamples", resamples, minimum=100)
     check_number("moved", moved, 0.0, 1.0)
-    if baseline is not None and check_looped(baseline).cfg.n_loops > 1:
-        raise InputError(f"baseline loops {baseline.cfg.n_loops} times: give the feedforward model beside it.")
     runs = prepare_long(model, prompts, n_loops, options, least=_TO_LOSS * model.cfg.n_loops)
     if len(runs) < FEWEST_PROMPTS:
         raise InputError(
             f"{len(runs)} prompts are too few for an interval over prompts: give {FEWEST_PROMPTS} or more."
         )
-    stages = None if baseline is None else _stage_curves(baseline, prompts, batch_size)
+    stages = None if baseline is None else _stage_curves(baseline, runs, batch_size)
     found = _effects(model, runs, stages, moved, batch_size, progress)
     nulls = []
     for seed in tqdm(range(null_seeds), desc="Random weights", disable=not progress):
@@ -179,6 +178,19 @@ def paper_claims(
     made_by |= {"resamples": resamples, "bootstrap_seed": bootstrap_seed}
     made_by |= {"baseline": None if baseline is None else baseline.cfg.model_name}
     return Evidence(made_by=made_by, rows=tuple(rows), effects=found)
+
+
+def _check_baseline(baseline: LoopedModel | None) -> None:
+    if baseline is None:
+        return
+    cfg = check_looped(baseline).cfg
+    if cfg.n_loops > 1:
+        raise InputError(f"baseline loops {cfg.n_loops} times: give the feedforward model beside it.")
+    if cfg.n_prelude or cfg.n_coda:
+        raise InputError(
+            f"baseline has only {cfg.n_core} of its {len(cfg.layers())} layers in the core, and all are compared: load "
+            "it without loop_layers=."
+        )
 
 
 def _effects(
@@ -218,8 +230,7 @@ def _together(judged: Convergence, n: int) -> PerPrompt:
 def _follows(seen: Observed) -> PerPrompt:
     pattern, state = (seen.prompts_by_loop(one.name)[:, 1:] for one in (PATTERN_STEP, STEP))
     pattern = pattern.flatten(3).mean(-1) if pattern.ndim > 3 else pattern
-    ranks = [x.flatten(1).argsort(1).argsort(1).double() for x in (pattern, state)]
-    return _correlation(*ranks)
+    return _rank_correlation(pattern.flatten(1), state.flatten(1))
 
 
 def _settles(seen: Observed, moved: float) -> PerPrompt:
@@ -250,9 +261,10 @@ def _by_layer(seen: Observed, name: str) -> Float[Tensor, "prompt loop layer"]:
     return values.flatten(3).nanmean(-1) if values.ndim > 3 else values
 
 
-def _stage_curves(baseline: LoopedModel, prompts: Prompts, batch_size: int) -> dict[str, Tensor]:
-    """[prompt, layer] of each stage measure in a feedforward model."""
-    seen = observe(baseline, prompts, measures=STAGE_MEASURES, batch_size=batch_size, progress=False)
+def _stage_curves(baseline: LoopedModel, runs: Runs, batch_size: int) -> dict[str, Tensor]:
+    """[prompt, layer] of each stage measure in a feedforward model, on the very tokens."""
+    tokens = [runs.rows.unpadded(row).tolist() for row in range(len(runs))]
+    seen = observe(baseline, tokens, measures=STAGE_MEASURES, batch_size=batch_size, progress=False)
     return {measure.name: _by_layer(seen, measure.name)[:, 0] for measure in STAGE_MEASURES}
 
 
@@ -260,6 +272,11 @@ def _resampled(curves: Float[Tensor, "prompt layer"], layers: int) -> Float[Tens
     """At as many points of relative depth, linearly between."""
     to, at = np.linspace(0, 1, layers), np.linspace(0, 1, curves.shape[1])
     return torch.tensor(np.stack([np.interp(to, at, curve) for curve in curves.double().numpy()]))
+
+
+def _rank_correlation(a: Float[Tensor, "prompt place"], b: Float[Tensor, "prompt place"]) -> PerPrompt:
+    """Spearman's, ties at their mean rank: where nothing moves any more, steps are alike."""
+    return _correlation(*(torch.from_numpy(rankdata(x.numpy(), axis=1)) for x in (a, b)))
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -279,7 +296,7 @@ def _row(
 ) -> dict[str, Any]:
     values = found[claim.name]
     values = values[~values.isnan()]
-    nothing = [null[claim.name] for null in nulls]
+    nothing = [null[claim.name] for null in nulls if not np.isnan(null[claim.name])] or [torch.nan]
     row: dict[str, Any] = {"claim": claim.number, "effect": claim.name, "words": claim.words, "value": torch.nan}
     row |= {"low": torch.nan, "high": torch.nan, "null": float(np.mean(nothing))}
     row |= {"null_low": min(nothing), "null_high": max(nothing)}
@@ -298,9 +315,16 @@ def _why_not(model: LoopedModel, claim: _Claim, n: int) -> str:
         return f"too few layers ({layers}, and {FEWEST_LAYERS} are needed)"
     if claim.number == 1 and layers == 1:
         return "one core layer"
-    if claim.number == 6 and (model.cfg.reads_input_in_loops, model.cfg.norm_placement) not in REPORTED:
-        return f"the paper has no {model.cfg.norm_placement!r} norms"
+    if claim.number == 6 and not _is_of_the_paper(model):
+        return f"the paper has no {model.cfg.norm_placement!r} norms with loop_norm={model.cfg.loop_norm!r}"
     return ""
+
+
+def _is_of_the_paper(model: LoopedModel) -> bool:
+    """Whether section 4.2 has such norms: Ouro's with one that closes each loop, the others without."""
+    cfg = model.cfg
+    closes = cfg.loop_norm == "each" if cfg.norm_placement == "output_sandwich" else not cfg.norms_each_loop
+    return closes and (cfg.reads_input_in_loops, cfg.norm_placement) in REPORTED
 
 
 def interval(values: PerPrompt, resamples: int, seed: int) -> tuple[float, float]:
@@ -330,8 +354,10 @@ def verdict(model: LoopedModel, claim: _Claim, row: dict[str, Any], found: dict[
         if not (inside or outside):
             return "can't tell: the interval reaches over the threshold"
         says = (reported == NONE) == outside
-        return f"{'holds' if says else 'does not hold'}: the paper reports {reported!r} of trained and random models"
+        return f"{'holds' if says else 'does not hold'}: the paper reports {reported!r} of untrained models"
     if not inside:
         return "does not hold" if outside else "can't tell: the interval reaches over the threshold"
+    if np.isnan(row["null"]):
+        return "holds, and with random weights the effect is not defined"
     above = row["high"] < row["null_low"] if claim.less else row["low"] > row["null_high"]
     return "holds, and not with random weights" if above else "holds, but with random weights as well"
