@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 from jaxtyping import Bool, Float, Int
@@ -161,6 +162,26 @@ class Network(nn.Module, ABC):
         for t in range(start, stop):
             x = self.loop(x, e, frame, t)
         return x
+
+
+@contextmanager
+def frozen_weights(module: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Weights without gradients for the length of a `with` block, so that a backward leaves none on them.
+
+    Args:
+        module: whose weights.
+        but: those that are asked for gradients meanwhile.
+    """
+    before = {weight: weight.requires_grad for weight in module.parameters()}
+    try:
+        for weight in before:
+            weight.requires_grad_(False)
+        for weight in but:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, asked in before.items():
+            weight.requires_grad_(asked)
 
 
 class CappedLinear(nn.Linear):
