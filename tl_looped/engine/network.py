@@ -48,6 +48,7 @@ class Frame(NamedTuple):
     tokens: Int[Tensor, "batch pos"] | None = None  # where layers read them
     clock: Float[Tensor, "loop 2"] | None = None  # where layers know it: at which time each loop begins, and its step
     condition: Condition | None = None  # what the loop that is running makes of that
+    gates: dict[int, Tensor] | None = None  # by loop, what exit rules read of the exit gate: filled while it runs
 
     def repeat(self, times: int) -> Frame:
         """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""

@@ -208,7 +208,7 @@ class CachedDecoder(Decoder):
     def _newest_by_loop(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
         """Run the newest position, and after every loop ask the rule and the watcher."""
         start = self.kv.length
-        frame = self._frame(start, start + 1)
+        frame = self._frame(start, start + 1)._replace(gates={})
         judge = None if self.exit_rule is None else self.exit_rule.begin(self.model, self.n_loops)
         going_on, last_loop, some_left = ~ended, torch.where(ended, 0, self.n_loops - 1), False
         with self.progress.at(start):
@@ -250,7 +250,8 @@ class CachedDecoder(Decoder):
                 return transformer.readout(after, frame)[:, -1]
 
         said, said_before = transformer.read_part(after[:, -1]), transformer.read_part(before[:, -1])
-        return LoopEnd(t, said, said_before, read, transformer.exit_logit)
+        gate = (frame.gates or {}).get(t)
+        return LoopEnd(t, said, said_before, read, None if gate is None else lambda: gate[:, -1])
 
 
 def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:
