@@ -22,7 +22,7 @@ StatePolicy = Literal["fresh", "zeros", "carry"]
 Watch = Callable[[LoopEnd, int], object]
 Logits = Float[Tensor, "batch d_vocab"]
 State = Float[Tensor, "batch pos d_state"]
-NewState = Float[Tensor, "batch 1 d_state"]
+NewState = Float[Tensor, "batch new d_state"]
 
 
 class NewStates:
@@ -64,8 +64,8 @@ class NewStates:
                 f"give [pos, d_model] for {n_positions} positions, or pass new_states='zeros' or 'carry'."
             )
 
-    def of(self, position_ids: Int[Tensor, "batch 1"], carried: NewState) -> NewState:
-        """The states of one new position, whose predecessor ended with `carried`."""
+    def of(self, position_ids: Int[Tensor, "batch new"], carried: NewState) -> NewState:
+        """The states of new positions, mostly of one, whose predecessors ended with `carried`."""
         if self.policy == "carry":
             return carried
         return torch.zeros_like(carried) if self.policy == "zeros" or self.table is None else self.table[position_ids]
