@@ -32,6 +32,7 @@ from tl_looped.engine.schedule import FAST, SLOW, HookSite, LoopCount
 from tl_looped.lens.reads import resolve_target
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.contributions import contribution_bars
+from tl_looped.viz.patching import patching_heatmap
 
 By = Literal["component", "head", "neuron", "loop"]
 Token = str | int
@@ -108,6 +109,13 @@ class Decomposition(Result):
         names = [str(component["name"]) for component in self.components]
         title = f"What makes the logit: {self.made_by.get('model', '')}"
         return contribution_bars(names, self.contributions, self.target, most, title)
+
+    def heatmap(self, kind: str = "head", stack: str | None = None) -> go.Figure:
+        """Contributions of one kind by loop, layer and head (or neuron), means over prompts; see `stack`."""
+        values = self.stack(kind, stack).mean(0)
+        axes = ("loop", "layer", kind)[: values.ndim]
+        title = f"What each {kind} adds to the logit: {self.made_by.get('model', '')}"
+        return patching_heatmap(values, axes, title, "logits")
 
 
 @torch.inference_mode(mode=False)  # it needs gradients, whatever the caller's mode
