@@ -24,7 +24,13 @@ from tl_looped.engine.runs import RunOptions
 
 PARAMETER = inspect.Parameter
 NAMES = sorted(analyses())
-OWN_TESTS = {"record", "directions", "steering_sweep", "paper_claims"}  # a folder, a second set of prompts, or four
+OWN_TESTS = {
+    "record",
+    "directions",
+    "aligned_source",
+    "steering_sweep",
+    "paper_claims",
+}  # a folder, a second set of prompts, or four
 OPTIONS = set(get_type_hints(RunOptions))
 NOT_RESULTS = {"view_prompt", "mean_source"}  # a view, and what is put in place of activations
 FUNCTIONS = [
@@ -118,7 +124,7 @@ def test_public_names_are_few() -> None:
 def test_a_result_says_shows_and_keeps_itself(kind: type[AnyResult]) -> None:
     for method in ("to_dataframe", "plot"):
         assert getattr(kind, method) is not getattr(AnyResult, method), method
-    assert kind.__repr__ is AnyResult.__repr__ or kind.__name__ in ("LoopedCache", "Recorded")
+    assert kind.__repr__ is AnyResult.__repr__ or kind.__name__ in ("LoopedCache", "GeneratedCache", "Recorded")
     assert all(hasattr(kind, name) for name in ("_repr_html_", "show", "save", "load"))
 
 

@@ -60,7 +60,12 @@ class AnyResult:
     def __repr__(self) -> str:
         made = ", ".join(f"{name}={value}" for name, value in self.made_by.items() if _is_short(value))
         parts = [f"{name} {[*value.shape]}" for name, value in self._contents().items() if isinstance(value, Tensor)]
-        return f"{type(self).__name__}({made})" + "".join(f"\n    {line}" for line in _lines(parts))
+        lines = [*_lines(parts), *self._in_words()]
+        return f"{type(self).__name__}({made})" + "".join(f"\n    {line}" for line in lines)
+
+    def _in_words(self) -> list[str]:
+        """What a reader of the numbers should know at once, in sentences."""
+        return []
 
     def _repr_html_(self) -> str:
         """A small picture where `plot()` draws one, else a table of what it holds; above it, a line of what made it."""

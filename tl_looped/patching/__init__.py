@@ -8,6 +8,7 @@ from tl_looped.patching.interventions import skip_loop as skip_loop
 from tl_looped.patching.paths import Receiver as Receiver
 from tl_looped.patching.paths import Sender as Sender
 from tl_looped.patching.paths import path_patch as path_patch
+from tl_looped.patching.positions import aligned_source as aligned_source
 from tl_looped.patching.results import LoopPatchingResult as LoopPatchingResult
 from tl_looped.patching.sources import Source as Source
 from tl_looped.patching.sources import fixed as fixed

@@ -108,7 +108,8 @@ def attribution_sweep(
     effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
     method = "attribution" if n_steps is None else f"integrated gradients, {steps} steps"
     how, ran = {"method": method, **model.cfg.made_of(plan.stack)}, (model, run, given)
-    return LoopPatchingResult.of(metrics, (effects + baseline[0])[None], baseline, plan.index(), site, ran, **how)
+    values = given.blank((effects + baseline[0])[None], plan.axes)
+    return LoopPatchingResult.of(metrics, values, baseline, plan.index(), site, ran, **how)
 
 
 def _product(clean: Tensor, corrupted: Tensor, grad: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Source:
         spreads: whether one row or one position stands for all.
         constant: whether the values do not depend on the activation, but for its shape; then they are asked for once
             for all cells of a batch.
+        lacks: the positions, [batch, pos], of which it has no values and leaves what is there; None for none.
     """
 
     name: str
@@ -42,6 +43,18 @@ class Source:
     cache: LoopedCache | None = None
     spreads: bool = False
     constant: bool = False
+    lacks: Tensor | None = None
+
+    def blank(self, values: Tensor, axes: Sequence[str]) -> Tensor:
+        """Values of cells, [metric, *axes] or [metric, *axes, batch], NaN at positions that it lacks."""
+        if self.lacks is None or "pos" not in axes:
+            return values
+        shape, by_prompt = [1] * values.ndim, values.ndim > 1 + len(axes)
+        shape[1 + list(axes).index("pos")] = self.lacks.shape[1]
+        if by_prompt:
+            shape[-1] = len(self.lacks)
+        none = self.lacks.T if by_prompt else self.lacks.any(0)
+        return values.masked_fill(none.reshape(shape).to(values.device), torch.nan)
 
     def require(self, names: Sequence[str], run: Run | None = None) -> None:
         """Raise for a name that the cache does not have, or not for all prompts and positions of the patched run.

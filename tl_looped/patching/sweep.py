@@ -98,6 +98,7 @@ def patch_sweep(
     batches = Batches(plan, max(1, room.rows // prompts_at_once), prompts_at_once, pos, cuts, model.device)
     with torch.no_grad():
         values, baseline = _Sweep(model, run, batches, given, metrics, read, room.states).values(progress)
+    values = given.blank(values, plan.axes)
     made: dict[str, object] = {"when": when, "source_loop": source_loop, **model.cfg.made_of(plan.stack)}
     if positions != "all":
         made["positions"] = positions if isinstance(positions, str) else list(positions)

@@ -133,9 +133,6 @@ class NeuronShares(Result):
     min_kurtosis: float | None
     min_skew: float
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()}\n    {self._in_words()}"
-
     def prediction(self) -> Float[Tensor, " row"]:
         """Share of each layer's neurons that raise a small set of tokens."""
         return self._share(self.skew > self.min_skew)
@@ -159,14 +156,16 @@ class NeuronShares(Result):
     def _of_random(self) -> Float[Tensor, " row"]:
         return quantile(self.random, 1 - RANDOM_SHARE)
 
-    def _in_words(self) -> str:
+    def _in_words(self) -> list[str]:
         """What counts, or that nothing does."""
         bar = "99 % of random directions" if self.min_kurtosis is None else f"{self.min_kurtosis:g}"
         n, most = int((self.kurtosis > self.thresholds()[:, None]).sum()), float(self.kurtosis.nan_to_num(0).max())
         found = f"{n} of {self.kurtosis.numel()} neurons have" if n else "No neuron has"
         low, high = self._of_random().aminmax()
         beyond = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
-        return f"{found} a kurtosis above {bar}; the largest is {most:.3g}, that of random directions {beyond} (99 %)."
+        return [
+            f"{found} a kurtosis above {bar}; the largest is {most:.3g}, that of random directions {beyond} (99 %)."
+        ]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each layer: stack, layer, prediction, suppression (shares), n_neurons, and kurtosis.
@@ -204,7 +203,7 @@ class NeuronShares(Result):
         ]
         shares = {"prediction neurons": self.prediction(), "suppression neurons": self.suppression()}
         shares |= {"beyond 99 % of random directions": self.beyond_random()}
-        title = f"{self.made_by.get('model', '')}: {self._in_words()}"
+        title = f"{self.made_by.get('model', '')}: {self._in_words()[0]}"
         return layer_shares(shares, names, "share of the layer's neurons", title)
 
 
