@@ -73,7 +73,11 @@ MISTAKES: dict[str, tuple[Callable[[LoopedModel], Any], str]] = {
     "another unknown argument": (lambda m: m.run_with_cache(PROMPT, loop=[3]), "run_with_cache has no argument 'loop'"),
     "a layer to stop at": (
         lambda m: m(PROMPT, stop_at_layer=1),
-        "'stop_at_layer': stop_at_loop= returns the state",
+        r"'stop_at_layer': a layer runs in every loop, so stop_at=\(loop, layer\) returns",
+    ),
+    "a layer to start at": (
+        lambda m: m(torch.zeros(1, 23, 64), start_at_layer=1),
+        r"'start_at_layer': .* model\(stream, start_at=\(loop, layer\), tokens=prompts\) goes on from",
     ),
     "a hook's name": (
         lambda m: m.run_with_hooks(PROMPT, fwd_hooks=[("blocks.0.attn.hook_pattrn", lambda x, hook: x)]),

@@ -20,9 +20,10 @@ OPTIONS = {
     "hf_model": "LoopedModel.from_model(hf_model, tokenizer) shares its weights",
     "default_prepend_bos": "every call takes prepend_bos=; without it the tokenizer's own habit holds",
     "default_padding_side": "every call takes padding_side=",
-    "stop_at_layer": "stop_at_loop= returns the state that would enter a loop; "
-    "model.unrolled(n_loops) counts layers in depth and takes stop_at_layer=",
-    "start_at_layer": "start_at_loop= with initial_state= goes on from a state",
+    "stop_at_layer": "a layer runs in every loop, so stop_at=(loop, layer) returns the stream that enters it, and "
+    "stop_at_loop= the state that enters a loop; model.unrolled(n_loops) counts layers in depth, with stop_at_layer=",
+    "start_at_layer": "a layer runs in every loop, so model(stream, start_at=(loop, layer), tokens=prompts) goes on "
+    "from the stream that enters it",
     "max_tokens": "it is called max_new_tokens",
     "max_length": "it is called max_new_tokens, and counts new tokens only",
     "num_steps": "it is called n_loops",

@@ -14,6 +14,8 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookDict
 from tl_looped.engine.kv import Keys
 from tl_looped.engine.numbers import wide
+from tl_looped.engine.schedule import Pass
+from tl_looped.engine.span import Place, Span
 
 
 class Angles(NamedTuple):
@@ -141,6 +143,37 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
+    def lead_in(
+        self,
+        one: Pass,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_state"] | None,
+        e: Float[Tensor, "batch pos d_model"] | None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_state"] | None]:
+        """(what the first layer of a pass reads, the state that the pass finds)."""
+
+    @abstractmethod
+    def layers_of(
+        self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Some layers of a pass, from what the first of them reads."""
+
+    @abstractmethod
+    def lead_out(
+        self,
+        one: Pass,
+        x: Float[Tensor, "batch pos d_model"],
+        state: Float[Tensor, "batch pos d_state"] | None,
+        e: Float[Tensor, "batch pos d_model"] | None,
+    ) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"] | None]:
+        """(the state that a pass leaves when x comes out of its layers; of the last what the head reads, e)."""
+
+    @abstractmethod
+    def read_input(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """e: what the loops read of the tokens."""
+
+    @abstractmethod
     def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state."""
 
@@ -161,6 +194,44 @@ class Network(nn.Module, ABC):
         for t in range(start, stop):
             x = self.loop(x, e, frame, t)
         return x
+
+    def reads(self, span: Span, state_given: bool) -> bool:
+        """Whether a run begins with the tokens' embedding, or makes anew what it still mixes in of them."""
+        if span.begins.layer < 0:
+            return self.needs_input(state_given) or span.ends.number == 0
+        return span.begins.number > 0 and self.cfg.reads_input_in_loops and span.enters_loop
+
+    def stretch(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_state"] | None,
+        span: Span,
+        stream: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> Float[Tensor, "batch pos width"]:
+        """A run from a layer, or to a layer: the stream that enters it, else the state, or what the unembedding reads.
+
+        Args:
+            tokens, frame: of the run.
+            state: the state that it starts from, or in whose pass the layer lies that it starts at.
+            span: from where to where it goes.
+            stream: what the first layer reads; None for a run that starts at a loop's beginning.
+        """
+        x, e = stream, None
+        if stream is None and span.ends.number > 0:
+            state, e = self.begin(tokens, frame, state, cast(int, span.start))
+        elif stream is not None and self.reads(span, state is not None):
+            e = self.read_input(tokens, frame)
+        for index, one in span.touched():
+            if stream is None and index == 0 and span.ends.number > 0:
+                continue  # has begun
+            if span.has(Place(index, -1)):
+                x, state = self.lead_in(one, tokens, frame, state, e)
+            if span.layers(index):
+                x = self.layers_of(one, cast(Tensor, x), frame, span.layers(index))
+            if span.has(Place(index, one.n_layers)):
+                state, e = self.lead_out(one, cast(Tensor, x), state, e)
+        return cast(Tensor, x if span.ends.layer >= 0 else state)
 
 
 class CappedLinear(nn.Linear):

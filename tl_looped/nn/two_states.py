@@ -15,6 +15,7 @@ loops t · L to t · L + L − 1. Either stack has its own sites, of width d_mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
 from tl_looped.engine.network import Frame, Network
-from tl_looped.engine.schedule import FAST, SLOW, HookSite
+from tl_looped.engine.schedule import FAST, SLOW, HookSite, Pass
 from tl_looped.nn.block import Block
 from tl_looped.nn.ends import head, random_weights
 from tl_looped.nn.norm import NORMS
@@ -127,6 +128,10 @@ class TwoStateTransformer(Network):
             x = torch.where((tokens < d_vocab)[..., None], self.embed(tokens.clamp(max=d_vocab - 1)), of_puzzles)
         return self.hooks.hook_embed(x if self.cfg.embed_scale == 1.0 else x * self.cfg.embed_scale)
 
+    def read_input(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """See `Network`."""
+        return self.read(tokens)
+
     def loop(
         self,
         state: Float[Tensor, "batch pos d_state"],
@@ -148,8 +153,7 @@ class TwoStateTransformer(Network):
             z_l = self.loop_hooks[FAST].hook_state_pre(z_l, loop)
             z_l = self.step(FAST, self.L_blocks, z_l, z_h if e is None else z_h + e, frame, loop)
         z_h = self.step(SLOW, self.H_blocks, z_h, z_l, frame, t)
-        if self.cfg.halt_gate and self.loop_hooks[SLOW].hook_halt_gate.wants(t):
-            self.loop_hooks[SLOW].hook_halt_gate(self.halt_gate(z_h), t)
+        self._show_halting(z_h, t)
         return torch.cat((z_h, z_l), dim=-1)
 
     def step(
@@ -162,11 +166,68 @@ class TwoStateTransformer(Network):
         loop: int,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state that a stack makes of its own and the other one."""
-        hooks = self.loop_hooks[stack]
-        x = hooks.hook_injection(own + hooks.hook_injection_in(other, loop), loop)
+        x = self._enter(stack, own, other, loop)
         for block in blocks:
             x = block(x, frame, loop)
-        return hooks.hook_state_post(self.close(x, loop, self.norm_hooks.get(stack)), loop)
+        return self._leave(stack, x, loop)
+
+    def _enter(
+        self, stack: str, own: Float[Tensor, "batch pos d_model"], other: Float[Tensor, "batch pos d_model"], loop: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        hooks = self.loop_hooks[stack]
+        return hooks.hook_injection(own + hooks.hook_injection_in(other, loop), loop)
+
+    def _leave(
+        self, stack: str, x: Float[Tensor, "batch pos d_model"], loop: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return self.loop_hooks[stack].hook_state_post(self.close(x, loop, self.norm_hooks.get(stack)), loop)
+
+    def _show_halting(self, z_h: Float[Tensor, "batch pos d_model"], t: int) -> None:
+        if self.cfg.halt_gate and self.loop_hooks[SLOW].hook_halt_gate.wants(t):
+            self.loop_hooks[SLOW].hook_halt_gate(self.halt_gate(z_h), t)
+
+    def lead_in(
+        self,
+        one: Pass,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_state"] | None,
+        e: Float[Tensor, "batch pos d_model"] | None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_state"] | None]:
+        """See `Network`."""
+        z_h, z_l = cast(Tensor, state).chunk(2, dim=-1)
+        if one.loop is None:
+            return z_h, state
+        if one.stack == SLOW:
+            return self._enter(SLOW, z_h, z_l, one.loop), state
+        if one.coordinates[1] == 0:
+            z_h = self.loop_hooks[SLOW].hook_state_pre(z_h, one.coordinates[0])
+        z_l = self.loop_hooks[FAST].hook_state_pre(z_l, one.loop)
+        return self._enter(FAST, z_l, z_h if e is None else z_h + e, one.loop), torch.cat((z_h, z_l), dim=-1)
+
+    def layers_of(
+        self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """See `Network`."""
+        for block in islice(self.L_blocks if one.stack == FAST else self.H_blocks, layers.start, layers.stop):
+            x = block(x, frame, one.loop)
+        return x
+
+    def lead_out(
+        self,
+        one: Pass,
+        x: Float[Tensor, "batch pos d_model"],
+        state: Float[Tensor, "batch pos d_state"] | None,
+        e: Float[Tensor, "batch pos d_model"] | None,
+    ) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"] | None]:
+        """See `Network`."""
+        if one.loop is None:
+            return self._end(x), e
+        z_h, z_l = cast(Tensor, state).chunk(2, dim=-1)
+        left = self._leave(one.stack, x, one.loop)
+        if one.stack == SLOW:
+            self._show_halting(left, one.loop)
+        return torch.cat((z_h, left) if one.stack == FAST else (left, z_l), dim=-1), e
 
     def close(
         self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
@@ -180,7 +241,9 @@ class TwoStateTransformer(Network):
 
     def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """What the unembedding reads if the model stops with these states, or with this z_H."""
-        z_h = self.read_part(state)
+        return self._end(self.read_part(state))
+
+    def _end(self, z_h: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return self.ln_final(z_h, None, self.norm_hooks["ln_final"]) if self.cfg.final_norm else z_h
 
     def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_model"]:
