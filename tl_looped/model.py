@@ -41,7 +41,15 @@ if TYPE_CHECKING:  # TransformerBridge takes two seconds to import: what needs i
 Self = TypeVar("Self", bound="LoopedModel")
 
 
-class LoopedModel(CachingHooks, GeneratesText, HasWeights):
+class _TellsTheMend(type):
+    """A class whose missing attributes are told with the call that does it here."""
+
+    def __getattr__(cls, name: str) -> Any:
+        known = [] if name.startswith("_") else dir(cls)
+        raise AttributeError(no_attribute(cls.__name__, ATTRIBUTES, name, known))
+
+
+class LoopedModel(CachingHooks, GeneratesText, HasWeights, metaclass=_TellsTheMend):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained`, `from_model`, `from_bridge` or `from_config`. It is TransformerLens's

@@ -162,8 +162,9 @@ def check_return(cfg: LoopedConfig, run: Run, return_type: ReturnType, loss_per_
     if return_type in ("loss", "both"):
         cfg.check_causal("the loss of the next token")
         if not run.reads_out:
+            what = "a state" if run.stop_at is None else "the stream there"
             raise InputError(
-                f"a run with {run.stops_by} returns what comes there, so it has no loss: leave out {run.stops_by}, or "
+                f"a run with {run.stops_by} returns {what}, so it has no loss: leave out {run.stops_by}, or "
                 f"return_type={return_type!r}."
             )
         if not bool(run.predicts.any()):

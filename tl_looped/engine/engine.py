@@ -44,6 +44,7 @@ from tl_looped.engine.runs import (
     resolve_state,
     tell_of_prefixes,
     visibility,
+    with_named_arguments,
     with_run_options,
 )
 from tl_looped.engine.schedule import PRELUDE, HookSite, LoopCount, LoopSchedule
@@ -138,6 +139,7 @@ class Engine(HookedRootModule):
         tokens = tokens.to(self.device)
         return remember_padding(tokens, real), real.to(self.device)
 
+    @with_named_arguments
     def to_tokens(
         self,
         text: Prompts,

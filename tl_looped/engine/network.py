@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -254,6 +255,12 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a map is its weight and bias, also if that is parametrised: nothing was put on it or in its place."""
     hooked = module._forward_hooks or module._forward_pre_hooks  # torch has no public way to ask
     return type(module).forward in (nn.Linear.forward, nn.Embedding.forward, CappedLinear.forward) and not hooked
+
+
+def bias_of(module: nn.Module) -> Float[Tensor, " rows"]:
+    """The bias of a projection, zeros where it has none."""
+    bias = module.bias
+    return cast(Tensor, torch.zeros_like(cast(Tensor, module.weight)[:, 0]) if bias is None else bias)
 
 
 def matrix(module: nn.Module, name: str) -> Float[Tensor, "rows columns"]:
