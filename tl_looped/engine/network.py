@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
@@ -70,6 +71,15 @@ class Frame(NamedTuple):
         visible, tokens = (None if one is None else change(one) for one in (self.visible, self.tokens))
         places = change(self.positions)
         return self._replace(positions=places, angles=full, angles_windowed=windowed, visible=visible, tokens=tokens)
+
+
+class Course(NamedTuple):
+    """What a run takes from pass to pass: tokens, frame, the state that a pass finds, what was read of them."""
+
+    tokens: Int[Tensor, "batch pos"]
+    frame: Frame
+    state: Float[Tensor, "batch pos width"] | None  # None where no pass that is left reads it
+    e: Float[Tensor, "batch pos d_model"] | None = None
 
 
 class Network(nn.Module, ABC):
@@ -144,35 +154,24 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
-    def lead_in(
-        self,
-        one: Pass,
-        tokens: Int[Tensor, "batch pos"],
-        frame: Frame,
-        state: Float[Tensor, "batch pos d_state"] | None,
-        e: Float[Tensor, "batch pos d_model"] | None,
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_state"] | None]:
-        """(what the first layer of a pass reads, the state that the pass finds)."""
+    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """e: what the loops read of the tokens."""
 
     @abstractmethod
+    def lead_in(self, one: Pass, course: Course) -> tuple[Float[Tensor, "batch pos d_model"], Course]:
+        """(what the first layer of a pass reads, the course)."""
+
+    @abstractmethod
+    def lead_out(self, one: Pass, x: Float[Tensor, "batch pos d_model"], course: Course) -> Course:
+        """With the state that a pass leaves when x comes out of its layers; of the last pass, what the head reads."""
+
     def layers_of(
         self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
     ) -> Float[Tensor, "batch pos d_model"]:
         """Some layers of a pass, from what the first of them reads."""
-
-    @abstractmethod
-    def lead_out(
-        self,
-        one: Pass,
-        x: Float[Tensor, "batch pos d_model"],
-        state: Float[Tensor, "batch pos d_state"] | None,
-        e: Float[Tensor, "batch pos d_model"] | None,
-    ) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"] | None]:
-        """(the state that a pass leaves when x comes out of its layers; of the last what the head reads, e)."""
-
-    @abstractmethod
-    def read_input(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
-        """e: what the loops read of the tokens."""
+        for block in islice(cast(nn.ModuleList, getattr(self, one.stack)), layers.start, layers.stop):
+            x = block(x, frame, one.loop)
+        return x
 
     @abstractmethod
     def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
@@ -218,21 +217,21 @@ class Network(nn.Module, ABC):
             span: from where to where it goes.
             stream: what the first layer reads; None for a run that starts at a loop's beginning.
         """
-        x, e = stream, None
-        if stream is None and span.ends.number > 0:
-            state, e = self.begin(tokens, frame, state, cast(int, span.start))
+        x, course, begins = stream, Course(tokens, frame, state), stream is None and span.ends.number > 0
+        if begins:
+            course = Course(tokens, frame, *self.begin(tokens, frame, state, cast(int, span.start)))
         elif stream is not None and self.reads(span, state is not None):
-            e = self.read_input(tokens, frame)
-        for index, one in span.touched():
-            if stream is None and index == 0 and span.ends.number > 0:
-                continue  # has begun
-            if span.has(Place(index, -1)):
-                x, state = self.lead_in(one, tokens, frame, state, e)
-            if span.layers(index):
-                x = self.layers_of(one, cast(Tensor, x), frame, span.layers(index))
-            if span.has(Place(index, one.n_layers)):
-                state, e = self.lead_out(one, cast(Tensor, x), state, e)
-        return cast(Tensor, x if span.ends.layer >= 0 else state)
+            course = course._replace(e=self.read(tokens, frame))
+        for number, one in span.touched():
+            if begins and number == 0:
+                continue
+            if span.has(Place(number, -1)):
+                x, course = self.lead_in(one, course)
+            if span.layers(number):
+                x = self.layers_of(one, cast(Tensor, x), frame, span.layers(number))
+            if span.has(Place(number, one.n_layers)):
+                course = self.lead_out(one, cast(Tensor, x), course)
+        return cast(Tensor, x if span.ends.layer >= 0 else course.state)
 
 
 class CappedLinear(nn.Linear):

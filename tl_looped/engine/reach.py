@@ -37,7 +37,7 @@ class Reach:
 
     def __contains__(self, point: SharedHookPoint) -> bool:
         if point.looped:
-            return len(self.loops_of(point)) > 0
+            return len(self.loops_of(point) if self.span.within else self.loops) > 0
         begins, found = self.span.begins, self.span.reaches(point.site)
         if point.site.stack == PRELUDE or point.name in READS_TOKENS:
             return self.reads_tokens if begins.number else found and (self.reads_tokens or begins.layer >= 0)

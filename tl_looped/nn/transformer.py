@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Condition, Frame, Network, matrix
+from tl_looped.engine.network import Condition, Course, Frame, Network, matrix
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, Pass
 from tl_looped.nn.block import Block
 from tl_looped.nn.ends import HeadTransform, head, random_weights
@@ -135,8 +135,6 @@ class LoopedTransformer(Network):
         for block in self.prelude:
             x = block(x, frame)
         return self._leave_prelude(x)
-
-    read_input = read
 
     def _embedded(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         x = self.embed(tokens)
@@ -305,42 +303,28 @@ class LoopedTransformer(Network):
             raise ValueError("unreachable: a run without a state reads the tokens")
         return (self.hooks.hook_state_init(x) if start == 0 else x), e
 
-    def lead_in(
-        self,
-        one: Pass,
-        tokens: Int[Tensor, "batch pos"],
-        frame: Frame,
-        state: Float[Tensor, "batch pos d_model"] | None,
-        e: Float[Tensor, "batch pos d_model"] | None,
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+    def lead_in(self, one: Pass, course: Course) -> tuple[Float[Tensor, "batch pos d_model"], Course]:
         """See `Network`."""
         if one.stack == PRELUDE:
-            return self._embedded(tokens, frame), state
-        before = cast(Tensor, state)
-        return self._enter_coda(before) if one.loop is None else self.enter(before, e, one.loop), state
+            return self._embedded(course.tokens, course.frame), course
+        state = cast(Tensor, course.state)
+        return (self._enter_coda(state) if one.loop is None else self.enter(state, course.e, one.loop)), course
 
     def layers_of(
         self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
     ) -> Float[Tensor, "batch pos d_model"]:
         """See `Network`."""
-        if one.loop is not None:
-            return self.run_layers(x, frame, one.loop, layers.start, layers.stop)
-        for block in islice(self.prelude if one.stack == PRELUDE else self.coda, layers.start, layers.stop):
-            x = block(x, frame)
-        return x
+        if one.loop is None:
+            return super().layers_of(one, x, frame, layers)
+        return self.run_layers(x, frame, one.loop, layers.start, layers.stop)
 
-    def lead_out(
-        self,
-        one: Pass,
-        x: Float[Tensor, "batch pos d_model"],
-        state: Float[Tensor, "batch pos d_model"] | None,
-        e: Float[Tensor, "batch pos d_model"] | None,
-    ) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"] | None]:
+    def lead_out(self, one: Pass, x: Float[Tensor, "batch pos d_model"], course: Course) -> Course:
         """See `Network`."""
         if one.stack == PRELUDE:
             e = self._leave_prelude(x)
-            return self.hooks.hook_state_init(e if state is None else state), e
-        return self._leave_coda(x) if one.loop is None else self._leave(state, x, one.loop), e
+            return course._replace(state=self.hooks.hook_state_init(e if course.state is None else course.state), e=e)
+        left = self._leave_coda(x) if one.loop is None else self._leave(course.state, x, one.loop)
+        return course._replace(state=left)
 
 
 def _absent(cfg: LoopedConfig) -> list[str]:

@@ -15,7 +15,6 @@ loops t · L to t · L + L − 1. Either stack has its own sites, of width d_mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import cast
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Frame, Network
+from tl_looped.engine.network import Course, Frame, Network
 from tl_looped.engine.schedule import FAST, SLOW, HookSite, Pass
 from tl_looped.nn.block import Block
 from tl_looped.nn.ends import head, random_weights
@@ -106,14 +105,14 @@ class TwoStateTransformer(Network):
         start: int = 0,
     ) -> tuple[Float[Tensor, "batch pos d_state"], Float[Tensor, "batch pos d_model"] | None]:
         """(the states entering loop `start`, e or None where no loop reads it), as given, or from the tokens."""
-        e = self.read(tokens) if self.needs_input(state is not None) else None
+        e = self.read(tokens, frame) if self.needs_input(state is not None) else None
         if state is None:
             read = cast(Tensor, e)
             z_h = read if self.h_init is None else self.h_init.expand_as(read)
             state = torch.cat((z_h, self.state_init.expand_as(read)), dim=-1)
         return state, e if self.cfg.reads_input_in_loops else None
 
-    def read(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens, and rows of puzzles."""
         puzzles, d_vocab = self.cfg.puzzles, self.cfg.d_vocab
         if puzzles is None:
@@ -127,10 +126,6 @@ class TwoStateTransformer(Network):
             of_puzzles = rows.gather(2, place).squeeze(2)
             x = torch.where((tokens < d_vocab)[..., None], self.embed(tokens.clamp(max=d_vocab - 1)), of_puzzles)
         return self.hooks.hook_embed(x if self.cfg.embed_scale == 1.0 else x * self.cfg.embed_scale)
-
-    def read_input(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
-        """See `Network`."""
-        return self.read(tokens)
 
     def loop(
         self,
@@ -186,48 +181,29 @@ class TwoStateTransformer(Network):
         if self.cfg.halt_gate and self.loop_hooks[SLOW].hook_halt_gate.wants(t):
             self.loop_hooks[SLOW].hook_halt_gate(self.halt_gate(z_h), t)
 
-    def lead_in(
-        self,
-        one: Pass,
-        tokens: Int[Tensor, "batch pos"],
-        frame: Frame,
-        state: Float[Tensor, "batch pos d_state"] | None,
-        e: Float[Tensor, "batch pos d_model"] | None,
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_state"] | None]:
+    def lead_in(self, one: Pass, course: Course) -> tuple[Float[Tensor, "batch pos d_model"], Course]:
         """See `Network`."""
-        z_h, z_l = cast(Tensor, state).chunk(2, dim=-1)
+        z_h, z_l = cast(Tensor, course.state).chunk(2, dim=-1)
         if one.loop is None:
-            return z_h, state
+            return z_h, course
         if one.stack == SLOW:
-            return self._enter(SLOW, z_h, z_l, one.loop), state
+            return self._enter(SLOW, z_h, z_l, one.loop), course
         if one.coordinates[1] == 0:
             z_h = self.loop_hooks[SLOW].hook_state_pre(z_h, one.coordinates[0])
         z_l = self.loop_hooks[FAST].hook_state_pre(z_l, one.loop)
-        return self._enter(FAST, z_l, z_h if e is None else z_h + e, one.loop), torch.cat((z_h, z_l), dim=-1)
+        x = self._enter(FAST, z_l, z_h if course.e is None else z_h + course.e, one.loop)
+        return x, course._replace(state=torch.cat((z_h, z_l), dim=-1))
 
-    def layers_of(
-        self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """See `Network`."""
-        for block in islice(self.L_blocks if one.stack == FAST else self.H_blocks, layers.start, layers.stop):
-            x = block(x, frame, one.loop)
-        return x
-
-    def lead_out(
-        self,
-        one: Pass,
-        x: Float[Tensor, "batch pos d_model"],
-        state: Float[Tensor, "batch pos d_state"] | None,
-        e: Float[Tensor, "batch pos d_model"] | None,
-    ) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"] | None]:
+    def lead_out(self, one: Pass, x: Float[Tensor, "batch pos d_model"], course: Course) -> Course:
         """See `Network`."""
         if one.loop is None:
-            return self._end(x), e
-        z_h, z_l = cast(Tensor, state).chunk(2, dim=-1)
+            return course._replace(state=self._end(x))
+        z_h, z_l = cast(Tensor, course.state).chunk(2, dim=-1)
         left = self._leave(one.stack, x, one.loop)
         if one.stack == SLOW:
             self._show_halting(left, one.loop)
-        return torch.cat((z_h, left) if one.stack == FAST else (left, z_l), dim=-1), e
+        both = (z_h, left) if one.stack == FAST else (left, z_l)
+        return course._replace(state=torch.cat(both, dim=-1))
 
     def close(
         self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
