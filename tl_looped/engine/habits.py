@@ -30,8 +30,6 @@ OPTIONS = {
     "num_steps": "it is called n_loops",
     "total_ut_steps": "it is called n_loops",
     "past_kv_cache": "generate keeps keys and values itself; a run reads its whole prompt",
-    "freq_penalty": "penalties are not implemented",
-    "repetition_penalty": "penalties are not implemented",
     "move_to_device": "tokens come on the model's device: leave it out",
     "truncate": "text that is too long is an error: cut it first",
     "checkpoint_index": _REVISION,

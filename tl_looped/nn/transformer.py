@@ -198,10 +198,14 @@ class LoopedTransformer(Network):
         if first_layer and not self.cfg.resumes_in_loop:
             raise ValueError(f"a {self.cfg.loop_update} update needs the state that entered the loop")
         x = self.enter(state, e, t) if first_layer == 0 else state
-        return self._leave(state, self.run_layers(x, frame, t, first_layer), t)
+        return self._leave(state, self.run_layers(x, frame, t, first_layer), frame, t)
 
     def _leave(
-        self, state: Float[Tensor, "batch pos d_model"] | None, x: Float[Tensor, "batch pos d_model"], t: int
+        self,
+        state: Float[Tensor, "batch pos d_model"] | None,
+        x: Float[Tensor, "batch pos d_model"],
+        frame: Frame,
+        t: int,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state leaving loop t, from the one that entered it (None where it is not read) and the core's x."""
         if self.cfg.loop_update != "replace":
@@ -209,8 +213,10 @@ class LoopedTransformer(Network):
         if self.cfg.norms_each_loop:
             x = self.close(x, t, self.norm_hooks["ln_loop"])
         x = self.loop_hooks.hook_state_post(x, t)
-        if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
-            self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
+        if self.cfg.exit_gate and (frame.gates is not None or self.loop_hooks.hook_exit_gate.wants(t)):
+            gate = self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
+            if frame.gates is not None:
+                frame.gates[t] = gate
         return x
 
     def run_layers(
@@ -323,7 +329,7 @@ class LoopedTransformer(Network):
         if one.stack == PRELUDE:
             e = self._leave_prelude(x)
             return course._replace(state=self.hooks.hook_state_init(e if course.state is None else course.state), e=e)
-        left = self._leave_coda(x) if one.loop is None else self._leave(course.state, x, one.loop)
+        left = self._leave_coda(x) if one.loop is None else self._leave(course.state, x, course.frame, one.loop)
         return course._replace(state=left)
 
 
