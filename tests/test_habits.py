@@ -73,7 +73,11 @@ MISTAKES: dict[str, tuple[Callable[[LoopedModel], Any], str]] = {
     "another unknown argument": (lambda m: m.run_with_cache(PROMPT, loop=[3]), "run_with_cache has no argument 'loop'"),
     "a layer to stop at": (
         lambda m: m(PROMPT, stop_at_layer=1),
-        "'stop_at_layer': stop_at_loop= returns the state",
+        r"'stop_at_layer': a layer runs in every loop, so stop_at=\(loop, layer\) returns",
+    ),
+    "a layer to start at": (
+        lambda m: m(torch.zeros(1, 23, 64), start_at_layer=1),
+        r"'start_at_layer': .* model\(stream, start_at=\(loop, layer\), tokens=prompts\) goes on from",
     ),
     "a hook's name": (
         lambda m: m.run_with_hooks(PROMPT, fwd_hooks=[("blocks.0.attn.hook_pattrn", lambda x, hook: x)]),
@@ -87,6 +91,28 @@ MISTAKES: dict[str, tuple[Callable[[LoopedModel], Any], str]] = {
     ),
     "a switch": (lambda m: m.set_use_attn_result(True), "'set_use_attn_result': attn.hook_result is there without"),
     "a slip in a name": (lambda m: m.to_token("4"), "LoopedModel has no 'to_token'. Nearest: 'to_tokens'"),
+    "a class's constructor": (
+        lambda m: LoopedModel.boot_transformers,
+        r"LoopedModel has no 'boot_transformers': LoopedModel.from_pretrained\(name\) loads",
+    ),
+    "a slip in a class": (
+        lambda m: LoopedModel.from_pretraind,
+        "LoopedModel has no 'from_pretraind'. Nearest: 'from_",
+    ),
+    "a checkpoint of training": (
+        lambda m: LoopedModel.from_pretrained("looped-hops", checkpoint_value=1000),
+        "is a revision= or a subfolder=",
+    ),
+    "text cut short": (
+        lambda m: m.to_tokens(PROMPT, truncate=False),
+        "no argument 'truncate': text that",
+    ),
+    "a point of the model": (lambda m: m.hook_embed, r"'hook_embed': model.hook_dict\[\"hook_embed\"\] is the point"),
+    "a field": (lambda m: m.cfg.attention_dir, "LoopedConfig has no 'attention_dir': cfg.causal says it"),
+    "a point of a norm": (
+        lambda m: m.blocks[0].ln1.hook_scale.add_hook(print),
+        r"a norm may serve several sites: hook one of them, model.hook_dict\[\"blocks.0.ln1.hook_scale\"\]",
+    ),
     "a token that is not there": (lambda m: m.get_token_position("z", PROMPT), "the token 'z' does not occur in"),
 }
 
@@ -139,3 +165,16 @@ def test_two_stacks_have_no_one_core() -> None:
     model = LoopedModel.from_pretrained(PARITY / "hrm-text")
     with pytest.raises(ValueError, match="no one core: its stacks of layers are model.transformer.L_blocks and "):
         model.blocks  # noqa: B018
+
+
+def test_layers_have_their_biases_and_norms_their_weights() -> None:
+    with_bias = LoopedModel.from_pretrained(PARITY / "ff-gpt2", loop_layers=(1, 3))
+    for model, layer in ((with_bias, 1), (make(n_key_value_heads=2), 0)):  # the second has none: zeros
+        attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+        for part, names in ((attn, ("b_Q", "b_K", "b_V", "b_O")), (mlp, ("b_in", "b_out"))):
+            for name in names:
+                assert torch.equal(getattr(part, name), getattr(model, name)[layer])
+    attn = with_bias.blocks[0].attn
+    assert torch.equal(attn.b_K.flatten(), attn.k.bias) and bool(attn.b_K.any())
+    assert torch.equal(with_bias.blocks[0].ln1.w, with_bias.blocks[0].ln1.weight)
+    assert not make(n_key_value_heads=2).blocks[0].attn.b_V.any()

@@ -24,7 +24,7 @@ from tl_looped.engine.runs import RunOptions
 
 PARAMETER = inspect.Parameter
 NAMES = sorted(analyses())
-OWN_TESTS = {
+OWN_TESTS = {"record", "directions", "aligned_source", "steering_sweep", "paper_claims"}  # a folder, or more prompts
     "record",
     "directions",
     "aligned_source",

@@ -166,6 +166,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
             lambda: steering_sweep(model, tokens, LOOPS, directions=found, metric=lambda x: x.mean(), progress=False),
             r"metric must return a number for each prompt, \[batch\], got \(\)",
         ),
+        (
+            lambda: steering_sweep(
+                model, model.prepare(tokens, LOOPS, stop_at=(1, 1)), directions=found, metric=lambda x: x.sum((1, 2))
+            ),
+            "a metric reads logits, and these runs stop before: leave out stop_at",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -21,13 +21,13 @@ from tl_looped.adapters.saving import save
 from tl_looped.adapters.tokenizer import load_tokenizer
 from tl_looped.engine.cache import CachingHooks, Keep, LoopedCache, run_with_cache
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.engine import ReturnType
+from tl_looped.engine.ends import PartOptions, ReturnType, with_part_options
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.habits import ATTRIBUTES, no_attribute
 from tl_looped.engine.numbers import check_device, check_dtype
 from tl_looped.engine.parts import LoopUpdate
 from tl_looped.engine.reach import NamesFilter
-from tl_looped.engine.runs import Prompts, RunOptions, resolve_loops, with_named_arguments, with_run_options
+from tl_looped.engine.runs import Prompts, RunOptions, with_named_arguments, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation import GeneratesText
 from tl_looped.nn import LoopedTransformer, NativeNetwork, build
@@ -41,7 +41,15 @@ if TYPE_CHECKING:  # TransformerBridge takes two seconds to import: what needs i
 Self = TypeVar("Self", bound="LoopedModel")
 
 
-class LoopedModel(CachingHooks, GeneratesText, HasWeights):
+class _TellsTheMend(type):
+    """A class whose missing attributes are told with the call that does it here."""
+
+    def __getattr__(cls, name: str) -> Any:
+        known = [] if name.startswith("_") else dir(cls)
+        raise AttributeError(no_attribute(cls.__name__, ATTRIBUTES, name, known))
+
+
+class LoopedModel(CachingHooks, GeneratesText, HasWeights, metaclass=_TellsTheMend):
     """A looped language model with a hook point at every activation of every loop.
 
     Make one with `from_pretrained`, `from_model`, `from_bridge` or `from_config`. It is TransformerLens's
@@ -51,7 +59,8 @@ class LoopedModel(CachingHooks, GeneratesText, HasWeights):
       or a pair: see `prepare`.
     - `initial_state`, `seed`: the state that enters the first loop, or the seed that draws it. A model that draws
       its state (Huginn) uses seed 0 unless told otherwise, so runs repeat; in `train()` mode it draws afresh.
-    - `start_at_loop`, `stop_at_loop`: run a part; negative numbers count from the end.
+    - `start_at_loop`, `stop_at_loop`, or at a layer `start_at`, `stop_at`: run a part; see `PartOptions`. Negative
+      numbers count from the end.
 
     Args:
         transformer: the native model.
@@ -275,6 +284,10 @@ class LoopedModel(CachingHooks, GeneratesText, HasWeights):
             prompts, n_loops, options: as in `forward`.
         """
         run = self.batch(prompts, n_loops, **options)
+        if run.span(self.cfg).within:
+            raise InputError(
+                "last logits are those of a run from a loop's beginning on: leave out start_at and stop_at."
+            )
         self.reach(run).check_hooks()
         frame = self.frame(run)
         out = self.transformer.finish(self.transformer(run.tokens, frame, run.state, run.start, run.stop), frame)
@@ -291,12 +304,12 @@ class LoopedModel(CachingHooks, GeneratesText, HasWeights):
         """
         from tl_looped.unrolled import UnrolledModel
 
-        total, _, _, l_cycles = resolve_loops(n_loops, None, None, self.cfg)
+        total, l_cycles = self.cfg.counts(n_loops)
         return UnrolledModel(self, total if l_cycles is None else (total, l_cycles), initial_state, seed)
 
     # Caching.
 
-    @with_run_options
+    @with_part_options
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride] - a cache with a loop axis
         self,
         input: Prompts,
@@ -310,9 +323,7 @@ class LoopedModel(CachingHooks, GeneratesText, HasWeights):
         remove_batch_dim: bool = False,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
-        start_at_loop: int | None = None,
-        stop_at_loop: int | None = None,
-        **options: Unpack[RunOptions],
+        **options: Unpack[PartOptions],
     ) -> tuple[Any, LoopedCache]:
         """Run, and keep activations of the loops asked for.
 
@@ -334,7 +345,7 @@ class LoopedModel(CachingHooks, GeneratesText, HasWeights):
         Raises:
             HookNameError: a name that the model does not have or this run does not reach; nothing was run.
         """
-        run = self.batch(input, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
+        run = self.batch(input, n_loops, **options)
         keep = Keep(names_filter, loops, pos_slice, device, incl_bwd, remove_batch_dim)
         return run_with_cache(self, run, keep, return_type, loss_per_token)
 

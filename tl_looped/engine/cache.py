@@ -17,7 +17,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.engine import Engine, ReturnType, check_return
+from tl_looped.engine.ends import ReturnType, check_return
+from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import HookNameError, InputError, nearest, resolve_index
 from tl_looped.engine.files import read_safetensors, write_whole
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
@@ -217,9 +218,8 @@ class LoopedCache(AnyResult, ActivationCache):
                 f"{', '.join(other)}: pass the model that made it."
             )
         run = {name: tensors.pop(f"run.{name}", value) for name, value in content["run"].items()}
-        made_by: Any = (
-            run | {"step_sizes": run["step_sizes"] and tuple(run["step_sizes"])} if "step_sizes" in run else run
-        )
+        steps = run.get("step_sizes")
+        made_by: Any = run | {"step_sizes": steps and tuple(steps)}
         return cls(tensors, model, Run(**made_by), content["has_batch_dim"], content["loops"])
 
     def __repr__(self) -> str:
@@ -428,7 +428,7 @@ def run_with_cache(
 ) -> tuple[Any, LoopedCache]:
     """Execute a run and keep activations; see `LoopedModel.run_with_cache`."""
     if keep.incl_bwd and (return_type != "loss" or loss_per_token or not run.reads_out):
-        raise InputError("incl_bwd runs backward from the mean loss: pass return_type='loss' and no stop_at_loop.")
+        raise InputError(f"incl_bwd runs backward from the mean loss: pass return_type='loss' and no {run.stops_by}.")
     check_return(engine.cfg, run, return_type, loss_per_token)
     if keep.remove_batch_dim and run.tokens.shape[0] != 1:
         raise InputError(f"remove_batch_dim needs a batch of one, got {run.tokens.shape[0]} prompts.")

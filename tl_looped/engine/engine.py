@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from tl_looped.engine.config import LoopedConfig
+from tl_looped.engine.ends import (
+    PartOptions,
+    ReturnType,
+    check_return,
+    check_stream,
+    resolve_ends,
+    resolve_steps,
+    resolve_stream,
+    with_part_options,
+)
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import Direction, HookDict, HookFn, HookName
 from tl_looped.engine.network import Frame, Network, matrix
@@ -29,19 +39,16 @@ from tl_looped.engine.runs import (
     check_puzzles,
     check_state,
     next_token_loss,
-    resolve_loops,
     resolve_positions,
     resolve_prefix,
     resolve_state,
-    resolve_steps,
     tell_of_prefixes,
     visibility,
+    with_named_arguments,
     with_run_options,
 )
-from tl_looped.engine.schedule import HookSite, LoopCount, LoopSchedule
+from tl_looped.engine.schedule import PRELUDE, HookSite, LoopCount, LoopSchedule
 from tl_looped.engine.tokens import Ids, PaddingSide, single_token, to_str_tokens, to_string
-
-ReturnType = Literal["logits", "loss", "both"] | None
 
 
 class _Compiled(NamedTuple):
@@ -132,6 +139,7 @@ class Engine(HookedRootModule):
         tokens = tokens.to(self.device)
         return remember_padding(tokens, real), real.to(self.device)
 
+    @with_named_arguments
     def to_tokens(
         self,
         text: Prompts,
@@ -170,16 +178,8 @@ class Engine(HookedRootModule):
 
     # Preparing a run.
 
-    @with_run_options
-    def prepare(
-        self,
-        prompts: Prompts,
-        n_loops: LoopCount | None = None,
-        *,
-        start_at_loop: int | None = None,
-        stop_at_loop: int | None = None,
-        **options: Unpack[RunOptions],
-    ) -> Runs:
+    @with_part_options
+    def prepare(self, prompts: Prompts, n_loops: LoopCount | None = None, **options: Unpack[PartOptions]) -> Runs:
         """Read and check prompts and how to run them, once; every call takes the result in place of prompts.
 
         Args:
@@ -187,24 +187,25 @@ class Engine(HookedRootModule):
                 `engine.prompts.read_rows`. Or what this call made, as it is.
             n_loops: number of loops; None for the count the model was trained with. With two stacks that loop, loops or
                 the pair (H, L): so many loops, and in each the fast stack so often.
-            start_at_loop: first loop to run; needs `initial_state`.
-            stop_at_loop: stop before this loop and return its state.
-            options: see `RunOptions`.
+            options: see `RunOptions`, and `PartOptions` for runs of a part.
 
         Raises:
             InputError: the message says what to change; nothing was run.
         """
-        given = {"n_loops": n_loops, "start_at_loop": start_at_loop, "stop_at_loop": stop_at_loop, **options}
+        given = {"n_loops": n_loops, **options}
         if isinstance(prompts, Runs):
             more = [name for name, value in given.items() if value is not None]
             if more:
                 raise InputError(f"these runs are prepared already: pass {more[0]} to model.prepare instead.")
             return prompts
-        total, start, stop, l_cycles = resolve_loops(n_loops, start_at_loop, stop_at_loop, self.cfg)
+        ends = resolve_ends(n_loops, options, self.cfg)
+        prompts, stream = resolve_stream(self.cfg, ends, prompts, options)
         state, seed, mask = (options.get(name) for name in ("initial_state", "seed", "attention_mask"))
-        step_sizes = resolve_steps(self.cfg, options.get("step_sizes"), total)
-        if start and state is None:
-            raise InputError(f"start_at_loop={start} needs initial_state: the state that a run stopped there returned.")
+        step_sizes = resolve_steps(self.cfg, options.get("step_sizes"), ends.n_loops)
+        if ends.start and state is None and stream is None:
+            raise InputError(
+                f"start_at_loop={ends.start} needs initial_state: the state that a run stopped there returned."
+            )
         if isinstance(prompts, Tensor) and prompts.ndim == 1:
             prompts = prompts[None]
         rows = read_rows(
@@ -219,34 +220,36 @@ class Engine(HookedRootModule):
         rows.check(self.cfg.n_ctx, self.cfg.d_tokens)
         check_puzzles(self.cfg, rows)
         check_state(self.cfg, rows, state, seed, self.dtype)
+        if stream is not None:
+            check_stream(stream, (len(rows), rows.longest, self.cfg.d_model), self.dtype)
         full = mask if mask is not None and mask.ndim != 2 else None
         if full is not None:
             check_full_mask(full, len(rows), rows.longest)
-        ends, places = (total, start, stop, stop_at_loop is None), options.get("position_ids")
         prefix = resolve_prefix(self.cfg, prompts, rows, options, full)
         if prefix is None and full is None and not self._told_of_prefixes:
             self._told_of_prefixes = True
             tell_of_prefixes(self.cfg)
-        return Runs(rows, *ends, state, seed, places, full, l_cycles, prefix, step_sizes)
-
-    @with_run_options
-    def batch(
-        self,
-        prompts: Prompts,
-        n_loops: LoopCount | None = None,
-        *,
-        start_at_loop: int | None = None,
-        stop_at_loop: int | None = None,
-        **options: Unpack[RunOptions],
-    ) -> Run:
-        """All prompts as one padded batch, ready for `execute`; arguments as in `prepare`."""
-        return self.batch_of(
-            self.prepare(prompts, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
+        return Runs(
+            rows,
+            initial_state=state,
+            seed=seed,
+            position_ids=options.get("position_ids"),
+            visible=full,
+            prefix=prefix,
+            step_sizes=step_sizes,
+            stream=stream,
+            **ends._asdict(),
         )
+
+    @with_part_options
+    def batch(self, prompts: Prompts, n_loops: LoopCount | None = None, **options: Unpack[PartOptions]) -> Run:
+        """All prompts as one padded batch, ready for `execute`; arguments as in `prepare`."""
+        return self.batch_of(self.prepare(prompts, n_loops, **options))
 
     def batch_of(self, runs: Runs, rows: Sequence[int] | None = None) -> Run:
         """Some of the rows (or all) as one batch. Rows that are named are of one length, and lose their padding."""
         positions, state, full, prefix = runs.position_ids, runs.initial_state, runs.visible, runs.prefix
+        stream = runs.stream
         if rows is None:
             tokens, real = runs.rows.padded()
         else:
@@ -257,6 +260,8 @@ class Engine(HookedRootModule):
                 positions = torch.stack([positions[row, at.to(positions.device)] for row, at in kept])
             if state is not None and state.ndim == 3:
                 state = torch.stack([state[row, at.to(state.device)] for row, at in kept])
+            if stream is not None:
+                stream = torch.stack([stream[row, at.to(stream.device)] for row, at in kept])
             if full is not None:
                 full = torch.stack([full[row, at.to(full.device)][:, at.to(full.device)] for row, at in kept])
             if prefix is not None:
@@ -272,14 +277,18 @@ class Engine(HookedRootModule):
                     "[batch, pos, d_model], or a longer state."
                 )
             state = state.to(self.device)[at]
-        state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
-        given = runs.initial_state is not None
+        past = runs.start_at is not None and not runs.start_at.startswith(PRELUDE)  # what a state would be drawn for
+        given, drawn = past or runs.initial_state is not None, None
+        if state is not None or not past:
+            state, drawn = resolve_state(self.cfg, at, state, runs.seed, self.dtype, self.training)
         ends = (runs.n_loops, runs.start, runs.stop, runs.reads_out)
-        return Run(tokens, mask, visible, at, *ends, state, drawn, given, runs.l_cycles, prefix, runs.step_sizes)
+        more = (runs.l_cycles, prefix, runs.step_sizes, runs.start_at, runs.stop_at)
+        stream = None if stream is None else stream.to(self.device)
+        return Run(tokens, mask, visible, at, *ends, state, drawn, given, *more, stream)
 
     # Running.
 
-    @with_run_options
+    @with_part_options
     def forward(
         self,
         input: Prompts,
@@ -287,9 +296,7 @@ class Engine(HookedRootModule):
         *,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
-        start_at_loop: int | None = None,
-        stop_at_loop: int | None = None,
-        **options: Unpack[RunOptions],
+        **options: Unpack[PartOptions],
     ) -> Any:
         """Run the model on one batch.
 
@@ -305,17 +312,16 @@ class Engine(HookedRootModule):
             n_loops: number of loops; None for the count it was trained with.
             return_type: "logits" [batch, pos, d_vocab]; "loss", the mean next-token cross entropy in nats over real
                 tokens (but those of a prefix, which their predecessors see), in float32 at least; "both" as a pair;
-                None for nothing, and no logits are formed. A run that stops early returns the state instead.
+                None for nothing, and no logits are formed. A run that stops early returns the state instead, or the
+                residual stream.
             loss_per_token: the loss at each position, [batch, pos - 1], instead of its mean.
-            start_at_loop: first loop to run; needs `initial_state`.
-            stop_at_loop: return the state that would enter this loop, before injection, [batch, pos, d_model].
-            options: see `RunOptions`.
+            options: see `RunOptions`, and `PartOptions` for runs of a part.
 
         Raises:
             InputError: the input is wrong; nothing was run.
             HookNameError: a registered hook is at a site or loop that this run does not reach; nothing was run.
         """
-        run = self.batch(input, n_loops, start_at_loop=start_at_loop, stop_at_loop=stop_at_loop, **options)
+        run = self.batch(input, n_loops, **options)
         return self.execute(run, return_type, loss_per_token)
 
     def execute(self, run: Run, return_type: ReturnType = "logits", loss_per_token: bool = False) -> Any:
@@ -325,15 +331,19 @@ class Engine(HookedRootModule):
         """
         check_return(self.cfg, run, return_type, loss_per_token)
         self.reach(run).check_hooks()
-        frame = self.frame(run)
+        frame, span = self.frame(run), run.span(self.cfg)
         forward, readout = self._network()
-        state = forward(run.tokens, frame, run.state, run.start, run.stop)
+        if span.within:
+            state = self.transformer.stretch(run.tokens, frame, run.state, span, run.stream)
+        else:
+            state = forward(run.tokens, frame, run.state, run.start, run.stop)
         if not run.reads_out:
             return state.clone()  # not the caller's own initial state, nor what a cache holds
         if return_type is None:
-            self.transformer.finish(state, frame)  # for the hooks on what comes after the loops
+            if not span.within:
+                self.transformer.finish(state, frame)  # for the hooks on what comes after the loops
             return None
-        logits = readout(state, frame)
+        logits = self.transformer.unembed(state) if span.within else readout(state, frame)
         if return_type == "logits":
             return logits
         loss = next_token_loss(logits, run, loss_per_token)
@@ -373,8 +383,8 @@ class Engine(HookedRootModule):
 
     def reach(self, run: Run) -> Reach:
         """The sites that a run calls."""
-        schedule = self.cfg.schedule(run.counts)
-        return Reach(self.hook_dict, run, schedule, self.transformer.needs_input(run.state is not None))
+        span = run.span(self.cfg)
+        return Reach(self.hook_dict, run, span, self.transformer.reads(span, run.state is not None))
 
     @with_run_options
     def readout(
@@ -479,21 +489,3 @@ class Engine(HookedRootModule):
         """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **model_kwargs)
-
-
-def check_return(cfg: LoopedConfig, run: Run, return_type: ReturnType, loss_per_token: bool) -> None:
-    """Raise for a return type that there is not, or a loss that this run can't have."""
-    if return_type not in ("logits", "loss", "both", None):
-        raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
-    if return_type in ("loss", "both"):
-        cfg.check_causal("the loss of the next token")
-        if not run.reads_out:
-            raise InputError(
-                f"a run with stop_at_loop returns a state, so it has no loss: leave out stop_at_loop, or "
-                f"return_type={return_type!r}."
-            )
-        if not bool(run.predicts.any()):
-            behind = "" if run.prefix is None else ", and a prefix that leaves one: its own tokens see each other"
-            raise InputError(f"the loss needs at least two tokens: one to read and one to predict{behind}.")
-    elif loss_per_token:
-        raise InputError(f"loss_per_token needs return_type 'loss' or 'both', got {return_type!r}.")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple, cast
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookDict
 from tl_looped.engine.kv import Keys
 from tl_looped.engine.numbers import wide
+from tl_looped.engine.schedule import Pass
+from tl_looped.engine.span import Place, Span
 
 
 class Angles(NamedTuple):
@@ -69,6 +73,15 @@ class Frame(NamedTuple):
         visible, tokens = (None if one is None else change(one) for one in (self.visible, self.tokens))
         places = change(self.positions)
         return self._replace(positions=places, angles=full, angles_windowed=windowed, visible=visible, tokens=tokens)
+
+
+class Course(NamedTuple):
+    """What a run takes from pass to pass: tokens, frame, the state that a pass finds, what was read of them."""
+
+    tokens: Int[Tensor, "batch pos"]
+    frame: Frame
+    state: Float[Tensor, "batch pos width"] | None  # None where no pass that is left reads it
+    e: Float[Tensor, "batch pos d_model"] | None = None
 
 
 class Network(nn.Module, ABC):
@@ -143,6 +156,26 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
+    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
+        """e: what the loops read of the tokens."""
+
+    @abstractmethod
+    def lead_in(self, one: Pass, course: Course) -> tuple[Float[Tensor, "batch pos d_model"], Course]:
+        """(what the first layer of a pass reads, the course)."""
+
+    @abstractmethod
+    def lead_out(self, one: Pass, x: Float[Tensor, "batch pos d_model"], course: Course) -> Course:
+        """With the state that a pass leaves when x comes out of its layers; of the last pass, what the head reads."""
+
+    def layers_of(
+        self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Some layers of a pass, from what the first of them reads."""
+        for block in islice(cast(nn.ModuleList, getattr(self, one.stack)), layers.start, layers.stop):
+            x = block(x, frame, one.loop)
+        return x
+
+    @abstractmethod
     def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state."""
 
@@ -163,6 +196,44 @@ class Network(nn.Module, ABC):
         for t in range(start, stop):
             x = self.loop(x, e, frame, t)
         return x
+
+    def reads(self, span: Span, state_given: bool) -> bool:
+        """Whether a run begins with the tokens' embedding, or makes anew what it still mixes in of them."""
+        if span.begins.layer < 0:
+            return self.needs_input(state_given) or span.ends.number == 0
+        return span.begins.number > 0 and self.cfg.reads_input_in_loops and span.enters_loop
+
+    def stretch(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        frame: Frame,
+        state: Float[Tensor, "batch pos d_state"] | None,
+        span: Span,
+        stream: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> Float[Tensor, "batch pos width"]:
+        """A run from a layer, or to a layer: the stream that enters it, else the state, or what the unembedding reads.
+
+        Args:
+            tokens, frame: of the run.
+            state: the state that it starts from, or in whose pass the layer lies that it starts at.
+            span: from where to where it goes.
+            stream: what the first layer reads; None for a run that starts at a loop's beginning.
+        """
+        x, course, begins = stream, Course(tokens, frame, state), stream is None and span.ends.number > 0
+        if begins:
+            course = Course(tokens, frame, *self.begin(tokens, frame, state, cast(int, span.start)))
+        elif stream is not None and self.reads(span, state is not None):
+            course = course._replace(e=self.read(tokens, frame))
+        for number, one in span.touched():
+            if begins and number == 0:
+                continue
+            if span.has(Place(number, -1)):
+                x, course = self.lead_in(one, course)
+            if span.layers(number):
+                x = self.layers_of(one, cast(Tensor, x), frame, span.layers(number))
+            if span.has(Place(number, one.n_layers)):
+                course = self.lead_out(one, cast(Tensor, x), course)
+        return cast(Tensor, x if span.ends.layer >= 0 else course.state)
 
 
 @contextmanager
@@ -205,6 +276,12 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a map is its weight and bias, also if that is parametrised: nothing was put on it or in its place."""
     hooked = module._forward_hooks or module._forward_pre_hooks  # torch has no public way to ask
     return type(module).forward in (nn.Linear.forward, nn.Embedding.forward, CappedLinear.forward) and not hooked
+
+
+def bias_of(module: nn.Module) -> Float[Tensor, " rows"]:
+    """The bias of a projection, zeros where it has none."""
+    bias = module.bias
+    return cast(Tensor, torch.zeros_like(cast(Tensor, module.weight)[:, 0]) if bias is None else bias)
 
 
 def matrix(module: nn.Module, name: str) -> Float[Tensor, "rows columns"]:

@@ -9,7 +9,8 @@ import torch
 from tl_looped.engine.errors import HookNameError, InputError, resolve_index
 from tl_looped.engine.hooks import HookDict, SharedHookPoint
 from tl_looped.engine.runs import Run
-from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, READS_TOKENS, HookSite, LoopSchedule
+from tl_looped.engine.schedule import DEAD_ENDS, PRELUDE, READS_TOKENS, HookSite
+from tl_looped.engine.span import Span
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Chosen = list[tuple[SharedHookPoint, frozenset[int] | None]]
@@ -23,25 +24,24 @@ class Reach:
     Args:
         hook_dict: the model's hook points.
         run: the run.
-        schedule: of its stacks.
-        reads_tokens: whether it runs the embedding and the prelude.
+        span: from where to where it goes.
+        reads_tokens: whether it runs the embedding, and the prelude as far as it goes.
     """
 
-    def __init__(self, hook_dict: HookDict, run: Run, schedule: LoopSchedule, reads_tokens: bool):
+    def __init__(self, hook_dict: HookDict, run: Run, span: Span, reads_tokens: bool):
         self.hook_dict = hook_dict
         self.run = run
-        self.schedule = schedule
+        self.span, self.schedule = span, span.schedule
         self.loops = range(run.start, run.stop)
         self.reads_tokens = reads_tokens
 
     def __contains__(self, point: SharedHookPoint) -> bool:
         if point.looped:
-            return len(self.loops) > 0
+            return len(self.loops_of(point) if self.span.within else self.loops) > 0
+        begins, found = self.span.begins, self.span.reaches(point.site)
         if point.site.stack == PRELUDE or point.name in READS_TOKENS:
-            return self.reads_tokens
-        if point.name == "hook_state_init":
-            return self.run.start == 0
-        return self.run.reads_out
+            return self.reads_tokens if begins.number else found and (self.reads_tokens or begins.layer >= 0)
+        return found
 
     def sites(self, point: SharedHookPoint) -> list[HookSite]:
         """The point's sites in this run: one for each loop, or one."""
@@ -51,9 +51,13 @@ class Reach:
 
     def loops_of(self, point: SharedHookPoint, loops: Iterable[int] | None = None) -> list[int]:
         """The loops of the point's stack that lie in some loops of the run; None for all that run."""
-        return self.schedule.loops_in(point.site.stack, self.loops if loops is None else sorted(loops))
+        found = self.schedule.loops_in(point.site.stack, self.loops if loops is None else sorted(loops))
+        return [t for t in found if self.span.reaches(point.site.at(t))] if self.span.within else found
 
     def _ran(self) -> str:
+        if self.span.within:
+            start, stop = self.run.start_at or f"loop {self.run.start}", self.run.stop_at or f"loop {self.run.stop}"
+            return f"it goes from {start} to {'the logits' if self.run.reads_out else stop}"
         return f"loops {self.loops.start} to {self.loops.stop - 1} run" if self.loops else "no loop runs"
 
     def check_hooks(self) -> None:

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 
-from tl_looped.engine.checks import check_number
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.errors import InputError, check_count, resolve_index
+from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.habits import no_argument
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.prompts import Rows
 from tl_looped.engine.schedule import LoopCount
+from tl_looped.engine.span import Parted, Span
 from tl_looped.engine.state import own_state
 from tl_looped.engine.tokens import PaddingSide
 
@@ -34,7 +34,7 @@ Prompts = Union[str, "os.PathLike[str]", Tensor, Mapping[str, Any], Iterable[Any
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Parted):
     """One run of a model: what goes in, and which loops are run.
 
     Attributes:
@@ -52,6 +52,9 @@ class Run:
         l_cycles: of two stacks that loop, how often the fast one runs in each loop; None where one does.
         prefix: tokens that see each other in both directions, [batch, pos]; None where none do.
         step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
+        start_at: the name of the stream that it starts from, at a layer; None where it starts at a loop's beginning.
+        stop_at: the name of the stream that it returns, at a layer; None where it goes on.
+        stream: what it starts from there, [batch, pos, d_model].
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -68,6 +71,14 @@ class Run:
     l_cycles: int | None = None
     prefix: Tensor | None = None
     step_sizes: tuple[float, ...] | None = None
+    start_at: str | None = None
+    stop_at: str | None = None
+    stream: Float[Tensor, "batch pos d_model"] | None = None
+
+    def span(self, cfg: LoopedConfig) -> Span:
+        """From where to where it goes."""
+        end = None if self.reads_out else self.stop_at or self.stop
+        return Span(cfg.schedule(self.counts), self.start_at or self.start, end)
 
     @property
     def counts(self) -> LoopCount:
@@ -97,6 +108,7 @@ class Run:
             "start_at_loop": self.start,
             "stop_at_loop": self.stop,
             "initial_state": source,
+            **{name: at for name, at in (("start_at", self.start_at), ("stop_at", self.stop_at)) if at is not None},
             **({} if self.step_sizes is None else {"step_sizes": list(self.step_sizes)}),
             **more,
         }
@@ -140,13 +152,18 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def with_run_options(function: Call) -> Call:
-    """Write out `**options: Unpack[RunOptions]` in a function's signature, and refuse other names in its own words.
+    """`writing_out` of `RunOptions`."""
+    return writing_out(function, RunOptions)
+
+
+def writing_out(function: Call, options: type) -> Call:
+    """Write out `**options: Unpack[...]` in a function's signature, and refuse other names in its own words.
 
     Type checkers read the names from `Unpack`; help() and notebooks read them from here.
     """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    kinds = get_type_hints(RunOptions)
+    kinds = get_type_hints(options)
     more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kinds[name])
         for name in kinds
@@ -175,7 +192,7 @@ def _refusing_others(function: Call, signature: inspect.Signature) -> Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
+class Runs(Parted):
     """Prompts and how to run them, checked: what `model.prepare` makes, and every call takes in place of prompts.
 
     Attributes:
@@ -191,6 +208,7 @@ class Runs:
         l_cycles: of two stacks that loop, how often the fast one runs in each loop; None where one does.
         prefix: tokens that see each other in both directions, [batch, pos] in the layout of the padded rows.
         step_sizes: the step size of every loop of the whole run; None for a model whose loops have no time.
+        start_at, stop_at, stream: as in `Run`, the stream in the layout of the padded rows.
     """
 
     rows: Rows
@@ -205,12 +223,16 @@ class Runs:
     l_cycles: int | None = None
     prefix: Tensor | None = None
     step_sizes: tuple[float, ...] | None = None
+    start_at: str | None = None
+    stop_at: str | None = None
+    stream: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
         loops = f"loops {self.start} to {self.stop - 1} of {self.n_loops}" if self.stop > self.start else "no loop"
+        loops += "".join(f", {word} {at}" for word, at in (("from", self.start_at), ("before", self.stop_at)) if at)
         loops += "" if self.l_cycles is None else f" with {self.l_cycles} L cycles"
         return f"Runs({len(self)} prompts, up to {self.rows.longest} tokens, {loops})"
 
@@ -222,7 +244,7 @@ class Runs:
     @property
     def whole(self) -> bool:
         """Whether they go from the first loop to the logits."""
-        return self.start == 0 and self.reads_out
+        return self.start == 0 and self.reads_out and self.start_at is None
 
     def equal_lengths(self, most: int) -> list[list[int]]:
         """The rows in batches of one length each, shortest first: batches that need no padding."""
@@ -390,38 +412,6 @@ def resolve_positions(
     return given.to(mask.device).long()
 
 
-def resolve_loops(
-    n_loops: LoopCount | None, start_at_loop: int | None, stop_at_loop: int | None, cfg: LoopedConfig
-) -> tuple[int, int, int, int | None]:
-    """(n_loops, start, stop, l_cycles) as counts from 0, or an error."""
-    total, l_cycles = cfg.counts(n_loops)
-    start = 0 if start_at_loop is None else resolve_index("start_at_loop", start_at_loop, total)
-    stop = total
-    if stop_at_loop is not None and (stop_at_loop != total or isinstance(stop_at_loop, bool)):
-        stop = resolve_index("stop_at_loop", stop_at_loop, total)
-    if stop < start:
-        raise InputError(f"stop_at_loop {stop} comes before start_at_loop {start}: no loop would run.")
-    return total, start, stop, l_cycles
-
-
-def resolve_steps(cfg: LoopedConfig, given: object, n_loops: int) -> tuple[float, ...] | None:
-    """The step size of every loop; None for a model whose loops have no time."""
-    if not cfg.loop_time:
-        if given is not None:
-            raise InputError(f"the loops of {cfg.model_name} have no time, so leave out step_sizes.")
-        return None
-    if given is None:
-        return (1 / n_loops,) * n_loops
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise InputError(f"step_sizes must be a list of step sizes, one for each loop, got {given!r}.")
-    if len(given) != n_loops:
-        raise InputError(
-            f"step_sizes has {len(given)} step sizes, but the run has {n_loops} loops: pass one for each, or "
-            f"n_loops={len(given)}."
-        )
-    return tuple(check_number("a step in step_sizes", one) for one in given)
-
-
 def check_state(
     cfg: LoopedConfig, rows: Rows, state: object, seed: object, dtype: torch.dtype, to_read: bool = False
 ) -> None:
@@ -474,8 +464,8 @@ def resolve_state(
 
 def check_whole_run(run: Run, loops: int = 2) -> None:
     """Raise unless a run goes from the first loop to the last, and has at least so many."""
-    if run.start or run.stop != run.n_loops:
-        raise InputError("all loops are looked at: leave out start_at_loop and stop_at_loop.")
+    if run.start or run.stop != run.n_loops or run.start_at is not None or run.stop_at is not None:
+        raise InputError(f"all loops are looked at: leave out {run.parted_by}.")
     if run.n_loops < loops:
         raise InputError(f"this compares loops, and the run has {run.n_loops}: pass n_loops of at least {loops}.")
 

@@ -113,6 +113,8 @@ MODEL_AXES: dict[str, tuple[str, ...]] = {
 # What a run computes of its tokens, beside the prelude's layers.
 _INPUT = ("hook_embed", "hook_pos_embed", "ln_embed", "ln_prelude")
 READS_TOKENS = frozenset(name for name in MODEL_AXES if name.startswith(_INPUT))
+# What comes before the layers of a pass; everything else that is of no layer comes behind them.
+LEAD_IN = ("hook_embed", "hook_pos_embed", "ln_embed", "hook_state_pre", "hook_injection", "hook_state_out", "ln_coda")
 # What a run computes and reads nowhere: no gradient of the output comes there.
 DEAD_ENDS = frozenset({"hook_exit_gate", "hook_halt_gate"})
 

@@ -330,7 +330,7 @@ def _prepare(model: Engine, prompts: Prompts, n_loops: LoopCount | None, options
         options = {**options, "padding_side": "left"}
     runs = model.prepare(prompts, n_loops, **options)
     if not runs.whole:
-        raise InputError("text is generated with all loops: prepare it without start_at_loop and stop_at_loop.")
+        raise InputError(f"text is generated with all loops: prepare it without {runs.parted_by}.")
     if runs.visible is not None:
         raise InputError(
             f"attention_mask must be [batch, pos] here, got shape {tuple(runs.visible.shape)}: who sees whom in full "

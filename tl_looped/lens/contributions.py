@@ -179,6 +179,8 @@ def decompose(
             "logits are no sums of what layers write: patch instead (tl_looped.patching.patch_sweep)."
         )
     runs = model.prepare(prompts, n_loops, **options)
+    if not runs.whole:
+        raise InputError(f"what is decomposed is a logit of a whole run: leave out {runs.parted_by}.")
     wanted, other = (_tokens(model, one, len(runs), name) for one, name in ((targets, "targets"), (against, "against")))
     parts: list[tuple[list[int], _Batch]] = []
     batch_size = 1 if model.cfg.learned_positions else batch_size  # rows share the vectors of positions

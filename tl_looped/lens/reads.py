@@ -78,7 +78,7 @@ def choose_reads(
     if site not in get_args(LensSite):
         raise InputError(f"site must be one of {', '.join(map(repr, get_args(LensSite)))}, got {site!r}.")
     if not runs.whole:
-        raise InputError("a lens reads whole runs: leave out start_at_loop and stop_at_loop.")
+        raise InputError(f"a lens reads whole runs: leave out {runs.parted_by}.")
     if site == "state" and layers is not None:
         raise InputError("the state leaves the whole loop, not a layer: leave out layers, or pass site='resid_post'.")
     stack = model.cfg.looping_stack(model.cfg.head_stack if stack is None else stack)

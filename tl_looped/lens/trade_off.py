@@ -218,7 +218,7 @@ def trace_exits(
     runs = model.prepare(prompts, n_loops, **options)
     if runs.n_loops < 2 or not runs.whole:
         raise InputError(
-            "exits need whole runs of at least two loops: leave out start_at_loop and stop_at_loop, and pass n_loops "
+            f"exits need whole runs of at least two loops: leave out {runs.parted_by}, and pass n_loops "
             f"of at least 2, got n_loops={runs.n_loops}."
         )
     chosen = torch.tensor(choose_positions(positions, runs.rows.longest))

@@ -9,7 +9,7 @@ from torch import Tensor, einsum, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup, settle, with_hook_points
-from tl_looped.engine.network import Frame, is_plain, matrix
+from tl_looped.engine.network import Frame, bias_of, is_plain, matrix
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.parts import RotaryStyle
 from tl_looped.engine.schedule import HookSite
@@ -81,6 +81,26 @@ class Attention(nn.Module):
     def W_O(self) -> Float[Tensor, "heads d_head d_model"]:
         """Output weights by head, a view."""
         return matrix(self.o, "attn.o").unflatten(1, (-1, self.cfg.d_head)).permute(1, 2, 0)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "heads d_head"]:
+        """Query biases by head, zeros where there are none, as are all `b_`."""
+        return bias_of(self.q).unflatten(0, (-1, self.cfg.d_head))
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_heads d_head"]:
+        """Key biases by key-value head."""
+        return bias_of(self.k).unflatten(0, (-1, self.cfg.d_head))
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_heads d_head"]:
+        """Value biases by key-value head."""
+        return bias_of(self.v).unflatten(0, (-1, self.cfg.d_head))
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Bias of what it writes."""
+        return bias_of(self.o)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame, loop: int | None

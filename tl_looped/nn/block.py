@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup, settle, with_hook_points
-from tl_looped.engine.network import Frame, matrix
+from tl_looped.engine.network import Frame, bias_of, matrix
 from tl_looped.engine.parts import ActFn
 from tl_looped.engine.schedule import HookSite
 from tl_looped.nn.attention import Attention
@@ -60,6 +60,16 @@ class MLP(nn.Module):
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights, a view."""
         return matrix(self.down, "mlp.down").T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        """Input bias, zeros where there is none, as is `b_out`."""
+        return bias_of(self.up)
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """Output bias."""
+        return bias_of(self.down)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], loop: int | None) -> Float[Tensor, "batch pos d_model"]:
         """Apply to every position."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_looped.engine.errors import InputError
 from tl_looped.engine.hooks import HookGroup, settle
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.parts import NormKind
@@ -50,6 +53,20 @@ class Norm(nn.Module):
     def gain(self) -> Float[Tensor, " d"] | None:
         """What every component is multiplied by; None where there are no weights."""
         return None
+
+    @property
+    def w(self) -> Float[Tensor, " d"] | None:
+        """TransformerLens's word for `gain`."""
+        return self.gain()
+
+    @property
+    def hook_scale(self) -> NoReturn:
+        """Refused, as is `hook_normalized`: a norm may serve several sites, each with points of its own."""
+        raise InputError(
+            'a norm may serve several sites: hook one of them, model.hook_dict["blocks.0.ln1.hook_scale"].'
+        )
+
+    hook_normalized = hook_scale
 
     def affine(self, normalized: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
         """What the weights make of the normalised vectors."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Condition, Frame, Network, matrix
-from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite
+from tl_looped.engine.network import Condition, Course, Frame, Network, matrix
+from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, Pass
 from tl_looped.nn.block import Block
 from tl_looped.nn.ends import HeadTransform, head, random_weights
 from tl_looped.nn.injection import DiagonalInjection
@@ -131,6 +131,12 @@ class LoopedTransformer(Network):
 
     def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens after the prelude."""
+        x = self._embedded(tokens, frame)
+        for block in self.prelude:
+            x = block(x, frame)
+        return self._leave_prelude(x)
+
+    def _embedded(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         x = self.embed(tokens)
         if self.cfg.embed_scale != 1.0:
             x = x * self.cfg.embed_scale
@@ -143,8 +149,9 @@ class LoopedTransformer(Network):
             x = self.ln_embed(x, None, self.norm_hooks["ln_embed"])
         if self.cfg.d_embed is not None:
             x = self.embed_map(x)
-        for block in self.prelude:
-            x = block(x, frame)
+        return x
+
+    def _leave_prelude(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return self.ln_prelude(x, None, self.norm_hooks["ln_prelude"]) if self.cfg.prelude_norm else x
 
     def enter(
@@ -191,9 +198,18 @@ class LoopedTransformer(Network):
         if first_layer and not self.cfg.resumes_in_loop:
             raise ValueError(f"a {self.cfg.loop_update} update needs the state that entered the loop")
         x = self.enter(state, e, t) if first_layer == 0 else state
-        x = self.run_layers(x, frame, t, first_layer)
+        return self._leave(state, self.run_layers(x, frame, t, first_layer), frame, t)
+
+    def _leave(
+        self,
+        state: Float[Tensor, "batch pos d_model"] | None,
+        x: Float[Tensor, "batch pos d_model"],
+        frame: Frame,
+        t: int,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The state leaving loop t, from the one that entered it (None where it is not read) and the core's x."""
         if self.cfg.loop_update != "replace":
-            x = self.update(state, x, t)
+            x = self.update(cast(Tensor, state), x, t)
         if self.cfg.norms_each_loop:
             x = self.close(x, t, self.norm_hooks["ln_loop"])
         x = self.loop_hooks.hook_state_post(x, t)
@@ -231,13 +247,17 @@ class LoopedTransformer(Network):
 
     def finish(self, state: Float[Tensor, "batch pos d_model"], frame: Frame) -> Float[Tensor, "batch pos d_read"]:
         """What the unembedding reads if the model stops with this state: after the coda and the final norm."""
-        x = state
-        if self.cfg.state_out:
-            x = self.hooks.hook_state_out(self.state_out(x))
-        if self.cfg.norms_last_loop:
-            x = self.ln_final(x, None, self.norm_hooks["ln_coda"])
+        x = self._enter_coda(state)
         for block in self.coda:
             x = block(x, frame)
+        return self._leave_coda(x)
+
+    def _enter_coda(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.cfg.state_out:
+            x = self.hooks.hook_state_out(self.state_out(x))
+        return self.ln_final(x, None, self.norm_hooks["ln_coda"]) if self.cfg.norms_last_loop else x
+
+    def _leave_coda(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_read"]:
         if self.cfg.final_norm:
             x = self.ln_final(x, None, self.norm_hooks["ln_final"])
         return self.hooks.hook_head_in(self.head_transform(x)) if self.cfg.head_transform else x
@@ -288,6 +308,29 @@ class LoopedTransformer(Network):
         if x is None:
             raise ValueError("unreachable: a run without a state reads the tokens")
         return (self.hooks.hook_state_init(x) if start == 0 else x), e
+
+    def lead_in(self, one: Pass, course: Course) -> tuple[Float[Tensor, "batch pos d_model"], Course]:
+        """See `Network`."""
+        if one.stack == PRELUDE:
+            return self._embedded(course.tokens, course.frame), course
+        state = cast(Tensor, course.state)
+        return (self._enter_coda(state) if one.loop is None else self.enter(state, course.e, one.loop)), course
+
+    def layers_of(
+        self, one: Pass, x: Float[Tensor, "batch pos d_model"], frame: Frame, layers: range
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """See `Network`."""
+        if one.loop is None:
+            return super().layers_of(one, x, frame, layers)
+        return self.run_layers(x, frame, one.loop, layers.start, layers.stop)
+
+    def lead_out(self, one: Pass, x: Float[Tensor, "batch pos d_model"], course: Course) -> Course:
+        """See `Network`."""
+        if one.stack == PRELUDE:
+            e = self._leave_prelude(x)
+            return course._replace(state=self.hooks.hook_state_init(e if course.state is None else course.state), e=e)
+        left = self._leave_coda(x) if one.loop is None else self._leave(course.state, x, course.frame, one.loop)
+        return course._replace(state=left)
 
 
 def _absent(cfg: LoopedConfig) -> list[str]:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.hooks import HookDict, HookGroup
-from tl_looped.engine.network import Frame, Network
-from tl_looped.engine.schedule import FAST, SLOW, HookSite
+from tl_looped.engine.network import Course, Frame, Network
+from tl_looped.engine.schedule import FAST, SLOW, HookSite, Pass
 from tl_looped.nn.block import Block
 from tl_looped.nn.ends import head, random_weights
 from tl_looped.nn.norm import NORMS
@@ -105,14 +105,14 @@ class TwoStateTransformer(Network):
         start: int = 0,
     ) -> tuple[Float[Tensor, "batch pos d_state"], Float[Tensor, "batch pos d_model"] | None]:
         """(the states entering loop `start`, e or None where no loop reads it), as given, or from the tokens."""
-        e = self.read(tokens) if self.needs_input(state is not None) else None
+        e = self.read(tokens, frame) if self.needs_input(state is not None) else None
         if state is None:
             read = cast(Tensor, e)
             z_h = read if self.h_init is None else self.h_init.expand_as(read)
             state = torch.cat((z_h, self.state_init.expand_as(read)), dim=-1)
         return state, e if self.cfg.reads_input_in_loops else None
 
-    def read(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    def read(self, tokens: Int[Tensor, "batch pos"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """e: the embedded tokens, and rows of puzzles."""
         puzzles, d_vocab = self.cfg.puzzles, self.cfg.d_vocab
         if puzzles is None:
@@ -148,8 +148,7 @@ class TwoStateTransformer(Network):
             z_l = self.loop_hooks[FAST].hook_state_pre(z_l, loop)
             z_l = self.step(FAST, self.L_blocks, z_l, z_h if e is None else z_h + e, frame, loop)
         z_h = self.step(SLOW, self.H_blocks, z_h, z_l, frame, t)
-        if self.cfg.halt_gate and self.loop_hooks[SLOW].hook_halt_gate.wants(t):
-            self.loop_hooks[SLOW].hook_halt_gate(self.halt_gate(z_h), t)
+        self._show_halting(z_h, t)
         return torch.cat((z_h, z_l), dim=-1)
 
     def step(
@@ -162,11 +161,49 @@ class TwoStateTransformer(Network):
         loop: int,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The state that a stack makes of its own and the other one."""
-        hooks = self.loop_hooks[stack]
-        x = hooks.hook_injection(own + hooks.hook_injection_in(other, loop), loop)
+        x = self._enter(stack, own, other, loop)
         for block in blocks:
             x = block(x, frame, loop)
-        return hooks.hook_state_post(self.close(x, loop, self.norm_hooks.get(stack)), loop)
+        return self._leave(stack, x, loop)
+
+    def _enter(
+        self, stack: str, own: Float[Tensor, "batch pos d_model"], other: Float[Tensor, "batch pos d_model"], loop: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        hooks = self.loop_hooks[stack]
+        return hooks.hook_injection(own + hooks.hook_injection_in(other, loop), loop)
+
+    def _leave(
+        self, stack: str, x: Float[Tensor, "batch pos d_model"], loop: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return self.loop_hooks[stack].hook_state_post(self.close(x, loop, self.norm_hooks.get(stack)), loop)
+
+    def _show_halting(self, z_h: Float[Tensor, "batch pos d_model"], t: int) -> None:
+        if self.cfg.halt_gate and self.loop_hooks[SLOW].hook_halt_gate.wants(t):
+            self.loop_hooks[SLOW].hook_halt_gate(self.halt_gate(z_h), t)
+
+    def lead_in(self, one: Pass, course: Course) -> tuple[Float[Tensor, "batch pos d_model"], Course]:
+        """See `Network`."""
+        z_h, z_l = cast(Tensor, course.state).chunk(2, dim=-1)
+        if one.loop is None:
+            return z_h, course
+        if one.stack == SLOW:
+            return self._enter(SLOW, z_h, z_l, one.loop), course
+        if one.coordinates[1] == 0:
+            z_h = self.loop_hooks[SLOW].hook_state_pre(z_h, one.coordinates[0])
+        z_l = self.loop_hooks[FAST].hook_state_pre(z_l, one.loop)
+        x = self._enter(FAST, z_l, z_h if course.e is None else z_h + course.e, one.loop)
+        return x, course._replace(state=torch.cat((z_h, z_l), dim=-1))
+
+    def lead_out(self, one: Pass, x: Float[Tensor, "batch pos d_model"], course: Course) -> Course:
+        """See `Network`."""
+        if one.loop is None:
+            return course._replace(state=self._end(x))
+        z_h, z_l = cast(Tensor, course.state).chunk(2, dim=-1)
+        left = self._leave(one.stack, x, one.loop)
+        if one.stack == SLOW:
+            self._show_halting(left, one.loop)
+        both = (z_h, left) if one.stack == FAST else (left, z_l)
+        return course._replace(state=torch.cat(both, dim=-1))
 
     def close(
         self, x: Float[Tensor, "*dims d_model"], t: int | None = None, hooks: HookGroup | None = None
@@ -180,7 +217,9 @@ class TwoStateTransformer(Network):
 
     def finish(self, state: Float[Tensor, "batch pos d_state"], frame: Frame) -> Float[Tensor, "batch pos d_model"]:
         """What the unembedding reads if the model stops with these states, or with this z_H."""
-        z_h = self.read_part(state)
+        return self._end(self.read_part(state))
+
+    def _end(self, z_h: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return self.ln_final(z_h, None, self.norm_hooks["ln_final"]) if self.cfg.final_norm else z_h
 
     def head_input(self, x: Float[Tensor, "*dims d_model"], closed: bool = False) -> Float[Tensor, "*dims d_model"]:

@@ -13,7 +13,7 @@ from transformer_lens.utilities.matrix import composition_scores
 
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.network import matrix
+from tl_looped.engine.network import bias_of, matrix
 from tl_looped.engine.schedule import CODA, CORE, FAST, PRELUDE, SLOW
 from tl_looped.nn.block import Block
 from tl_looped.nn.injection import DiagonalInjection
@@ -63,16 +63,6 @@ class HasWeights(Engine):
     def _stacked(self, read: Callable[[Block], Tensor]) -> Tensor:
         return torch.stack([read(block) for block in self.layer_modules()])
 
-    def _bias(self, read: Callable[[Block], nn.Linear], n_heads: int | None = None) -> Tensor:
-        """The bias of a map in every layer, zeros where it has none."""
-
-        def one(block: Block) -> Tensor:
-            linear = read(block)
-            bias = linear.bias if linear.bias is not None else torch.zeros_like(linear.weight[:, 0])
-            return bias if n_heads is None else bias.unflatten(0, (n_heads, -1))
-
-        return self._stacked(one)
-
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
         """Query weights."""
@@ -111,32 +101,32 @@ class HasWeights(Engine):
     @property
     def b_Q(self) -> Float[Tensor, "layer head d_head"]:
         """Query biases, zeros where there are none, as are all `b_`."""
-        return self._bias(lambda block: block.attn.q, self.cfg.n_heads)
+        return self._stacked(lambda block: block.attn.b_Q)
 
     @property
     def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
         """Key biases."""
-        return self._bias(lambda block: block.attn.k, self.cfg.kv_heads)
+        return self._stacked(lambda block: block.attn.b_K)
 
     @property
     def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
         """Value biases."""
-        return self._bias(lambda block: block.attn.v, self.cfg.kv_heads)
+        return self._stacked(lambda block: block.attn.b_V)
 
     @property
     def b_O(self) -> Float[Tensor, "layer d_model"]:
         """Biases of what attention writes."""
-        return self._bias(lambda block: block.attn.o)
+        return self._stacked(lambda block: block.attn.b_O)
 
     @property
     def b_in(self) -> Float[Tensor, "layer d_mlp"]:
         """Biases of what the MLP reads with."""
-        return self._bias(lambda block: block.mlp.up)
+        return self._stacked(lambda block: block.mlp.b_in)
 
     @property
     def b_out(self) -> Float[Tensor, "layer d_model"]:
         """Biases of what the MLP writes."""
-        return self._bias(lambda block: block.mlp.down)
+        return self._stacked(lambda block: block.mlp.b_out)
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_embed"]:
@@ -152,8 +142,7 @@ class HasWeights(Engine):
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The head's bias, zeros where it has none."""
-        bias = self.transformer.unembed.bias
-        return bias if bias is not None else torch.zeros_like(self.transformer.unembed.weight[:, 0])
+        return bias_of(self.transformer.unembed)
 
     @property
     def QK(self) -> FactoredMatrix:

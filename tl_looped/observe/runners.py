@@ -67,7 +67,7 @@ class LoopedRunner:
     def __init__(self, engine: Engine, runs: Runs):
         self.engine, self.runs = engine, runs
         if not runs.whole:
-            raise InputError("an observation looks at whole runs: leave out start_at_loop and stop_at_loop.")
+            raise InputError(f"an observation looks at whole runs: leave out {runs.parted_by}.")
         self.schedule = engine.cfg.schedule(runs.counts)
         self.n_loops = runs.n_loops
         self.one_loop = "this run has one: pass n_loops of at least 2"

@@ -45,7 +45,7 @@ def prepare_patch(
     given = as_source(source)
     runs = model.prepare(prompts, n_loops, **options)
     if not runs.whole:
-        raise InputError("patching runs all loops: prepare the prompts without start_at_loop and stop_at_loop.")
+        raise InputError(f"patching runs all loops: prepare the prompts without {runs.parted_by}.")
     run = model.batch_of(runs)
     check_source(given, run)
     return run, given

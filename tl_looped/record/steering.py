@@ -309,6 +309,8 @@ def steering_sweep(
     check_count("batch_size", batch_size)
     check_count("draws", draws, 0)
     runs = model.prepare(prompts, n_loops, **options)
+    if not runs.reads_out:
+        raise InputError(f"a metric reads logits, and these runs stop before: leave out {runs.stops_by}.")
     loops: list[int | None] = [None] if when == "every" else list(directions.loops)
     every = [directions, *(directions.random(seed) for seed in range(draws))]
     cells: list[Hooks] = [[]]

@@ -11,7 +11,7 @@ import torch
 from transformer_lens.config import TransformerBridgeConfig
 
 from tl_looped.engine.config import LoopedConfig
-from tl_looped.engine.runs import resolve_steps
+from tl_looped.engine.ends import resolve_steps
 from tl_looped.engine.schedule import CODA, CORE, PRELUDE, HookSite, LoopCount, LoopSchedule
 
 
