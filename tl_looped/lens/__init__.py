@@ -12,6 +12,8 @@ from tl_looped.lens.exits import KLRule as KLRule
 from tl_looped.lens.exits import LatentRule as LatentRule
 from tl_looped.lens.exits import StableTopRule as StableTopRule
 from tl_looped.lens.exits import ThresholdRule as ThresholdRule
+from tl_looped.lens.jacobian import JacobianLens as JacobianLens
+from tl_looped.lens.jacobian import jacobian_lens as jacobian_lens
 from tl_looped.lens.lens import logit_lens as logit_lens
 from tl_looped.lens.lens import view_prompt as view_prompt
 from tl_looped.lens.measures import AGREEMENT as AGREEMENT

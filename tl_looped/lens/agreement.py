@@ -20,6 +20,7 @@ from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import (
+    TRANSLATED,
     LensKind,
     Positions,
     check_kind,
@@ -85,7 +86,7 @@ def readout_agreement(
 
     Args:
         model, prompts, n_loops, loops, options: as in `logit_lens`.
-        kind: as in `logit_lens`, without "tuned".
+        kind: as in `logit_lens`, without those that need a translator.
         positions: all by default.
 
     Raises:
@@ -93,7 +94,7 @@ def readout_agreement(
     """
     check_eval(check_looped(model, several_stacks=True))
     runs = model.prepare(prompts, n_loops, **options)
-    if kind == "tuned":
+    if kind in TRANSLATED:
         raise InputError("agreement compares what the model itself says: pass kind='exact', 'direct' or 'coda'.")
     check_kind(model, kind, False)
     reads = choose_reads(model, runs, loops=loops, positions=positions)

@@ -257,7 +257,7 @@ class _Batch:
 
         held = [(lambda name: name.endswith(_HELD), hold)]
         biases = {name: one for name, one in self.model.transformer.named_parameters() if name.endswith(".bias")}
-        with _asking(self.model, biases.values()), torch.enable_grad():
+        with asking(self.model, biases.values()), torch.enable_grad():
             with self.model.hooks([*((name, cut) for name in self.sites), *held]):
                 head_in = self._head_in()
             value = self._value(head_in, wanted, other)
@@ -357,7 +357,7 @@ def _component(kind: str, site: HookSite, index: int | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _asking(model: LoopedModel, weights: Any) -> Iterator[None]:
+def asking(model: LoopedModel, weights: Any) -> Iterator[None]:
     """Gradients for these weights alone, for the length of a `with` block; none is left on them."""
     before = {weight: weight.requires_grad for weight in model.parameters()}
     try:
