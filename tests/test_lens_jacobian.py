@@ -18,23 +18,25 @@ from tl_looped.lens import JacobianLens, fit_tuned_lens, jacobian_lens, logit_le
 
 TEXTS = ["a b c a b d e", "b c a d", "a", "h g f e d c"]  # of unequal length, and one of which no position counts
 CAUSAL = sorted({path.name for path in PARITY.iterdir() if path.is_dir()} - {"albert", "hrm-act", "trm"})
+QUICK: dict[str, Any] = {"skip_first": 0, "progress": False}
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
 
 
 def carry(model: LoopedModel, prompts: Any, n_loops: Any = 3, **options: Any) -> JacobianLens:
-    return jacobian_lens(model, prompts, n_loops, **{"skip_first": 0, "progress": False, **options})
+    return jacobian_lens(model, prompts, n_loops, **{**QUICK, **options})
 
 
 def linear(matrix: Tensor | None = None, n_loops: int = 3) -> LoopedModel:
     """Layers that add nothing; with a matrix, every loop maps the state by it and adds what it makes of the input."""
     mixed = {} if matrix is None else {"injection": "concat_linear"}
     model = make(torch.float64, n_loops=n_loops, d_model=4, n_heads=1, **mixed)
+    network: Any = model.transformer
     with torch.no_grad():
-        for block in model.transformer.blocks:
+        for block in network.blocks:
             block.attn.o.weight.zero_()
             block.mlp.down.weight.zero_()
         if matrix is not None:
-            model.transformer.injection.weight[:, :4] = matrix
+            network.injection.weight[:, :4] = matrix
     return model
 
 
@@ -172,13 +174,14 @@ def test_it_reads_through_the_last_norm(family: str) -> None:
     found = logit_lens(
         model, tokens, n_loops, kind="jacobian", translator=lens, site="resid_post", positions=None, targets=3
     )
-    cfg = model.cfg
+    cfg, gain = model.cfg, model.transformer.head_gain
+    assert gain is not None
     for t in lens.loops:
         for layer in lens.layers:
             x = cache["resid_post", layer, t].double() @ lens.matrix[t, layer].double().T
             normed = x / (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
-            normed = normed * model.transformer.ln_final.gain().detach().double()
-            said = normed @ model.W_U.detach().double()
+            normed = normed * gain.double()
+            said = (normed @ model.W_U.double()).detach()
             torch.testing.assert_close(
                 found.target_probs[t, layer, ..., 0].double(), said.softmax(-1)[..., 3], rtol=1e-4, atol=1e-7
             )

@@ -1,6 +1,8 @@
 """What the model would say at every loop and layer, and when it would stop."""
 
+from tl_looped.lens.agreement import LensComparison as LensComparison
 from tl_looped.lens.agreement import ReadoutAgreement as ReadoutAgreement
+from tl_looped.lens.agreement import compare_lenses as compare_lenses
 from tl_looped.lens.agreement import readout_agreement as readout_agreement
 from tl_looped.lens.contributions import Decomposition as Decomposition
 from tl_looped.lens.contributions import decompose as decompose

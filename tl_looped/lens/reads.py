@@ -143,7 +143,7 @@ class Translator(Result):
         layers: the core layers that it knows; (0,) stands for the state.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[LensKind]
 
     site: LensSite
     n_loops: int
@@ -208,7 +208,7 @@ def converter(
 
 def read_states(
     model: LoopedModel, run: Run, reads: Reads, convert: Convert, loops: Collection[int]
-) -> tuple[dict[Place, Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_vocab"]]:
+) -> tuple[dict[Place, Float[Tensor, "*lens rows d_read"]], Float[Tensor, "rows d_vocab"]]:
     """Run once; (what `convert` makes of the states in some loops, the run's own logits at the chosen positions)."""
     kept: dict[Place, Tensor] = {}
 
