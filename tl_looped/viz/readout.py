@@ -376,7 +376,7 @@ def lens_curves(
         places: (loop, layer) of each place; a layer of None for the state.
         title: of the figure.
     """
-    panels = ("Same top token (share)", "KL(run ‖ lens), nats", "Rank of the run's top token (0 = top)")
+    panels = ("Same top token (share)", "KL(run ‖ lens), nats", "Rank of the run's top token")
     fig, x = _panels(0.08, *panels), list(range(len(places)))
     names = [f"loop {loop}" if layer is None else f"loop {loop}, layer {layer}" for loop, layer in places]
     symbols = ("circle", "diamond", "square", "cross", "x")
