@@ -37,7 +37,7 @@ def main() -> None:
         "show_progress": False,
     }
     ours = partial(jacobian_lens, model, texts, skip_first=SKIP, progress=False)
-    theirs = partial(JacobianLens.fit, view, texts, **shared)
+    theirs = partial(JacobianLens.fit, view, texts, source_layers=layers, **shared)
     same(ours().matrix.flatten(0, 1)[:-1], torch.stack([theirs().jacobians[layer] for layer in layers]))
     sides: dict[str, Side] = {"jacobian_lens": ours, "TransformerLens's on the view": theirs}
     result = race(sides, options.rounds or ROUNDS, options.device)

@@ -195,9 +195,14 @@ def test_states_that_come_after_the_last_norm_are_left_out_or_refused() -> None:
     model = tiny("ouro")
     lens = carry(model, tokens_for(model), site="state")
     assert lens.loops == (0, 1)
-    with pytest.raises(InputError, match=r"the translator has the loops \[0, 1\], not \[2\]: pass loops= of them"):
+    with pytest.raises(
+        InputError, match=r"the translator has the loops \[0, 1\], not \[2\]: read those alone, with loops="
+    ):
         logit_lens(model, tokens_for(model), 3, kind="jacobian", translator=lens)
     logit_lens(model, tokens_for(model), 3, kind="jacobian", translator=lens, loops=[0, 1])
+    second = carry(model, tokens_for(model), site="state", loops=[1])  # and none of the loop before
+    found = logit_lens(model, tokens_for(model), 3, kind="jacobian", translator=second, loops=[1])
+    assert bool(found.kl_to_previous.isnan().all()) and bool(found.kl_to_final.isfinite().all())
     message = r"'state' in loops \[2\] comes after 'blocks.1.loop.2.hook_resid_post', which it is to be carried to"
     with pytest.raises(InputError, match=message):
         carry(model, tokens_for(model), site="state", loops=[1, 2])
@@ -324,6 +329,11 @@ def test_models_that_it_is_not_for() -> None:
     prefixed, tokens = make(**TWO_STATES), tokens_for(make(**TWO_STATES))
     with pytest.raises(InputError, match="tokens that see what comes after them have no Jacobian lens"):
         carry(prefixed, tokens, prefix_length=3)
+    model = tiny("llama")
+    with pytest.raises(InputError, match="or pass an attention_mask= in which none does"):
+        carry(model, tokens, attention_mask=torch.ones(2, 5, 5, dtype=torch.long))
+    causal = carry(model, tokens, attention_mask=torch.ones(2, 5, 5, dtype=torch.long).tril())
+    torch.testing.assert_close(causal.matrix, carry(model, tokens).matrix)
 
 
 def test_a_lens_of_another_model_loop_count_or_kind() -> None:

@@ -63,7 +63,9 @@ class JacobianLens(Translator):
             )
         missing = sorted({*reads.loops} - {*self.loops})
         if missing:
-            raise InputError(f"the translator has the loops {list(self.loops)}, not {missing}: pass loops= of them.")
+            raise InputError(
+                f"the translator has the loops {list(self.loops)}, not {missing}: read those alone, with loops=."
+            )
 
     def translate(self, x: Float[Tensor, "*dims d_model"], layer: int, loop: int) -> Float[Tensor, "*dims row"]:
         """J x for a state of this layer and loop; with `directions`, their products with J x."""
@@ -156,6 +158,11 @@ def jacobian_lens(
     check_count("skip_first", skip_first, minimum=0)
     check_count("batch_size", batch_size)
     runs = model.prepare(prompts, n_loops, **options)
+    if runs.prefix is not None or (runs.visible is not None and bool(runs.visible.triu(1).any())):
+        raise InputError(
+            "tokens that see what comes after them have no Jacobian lens: leave out prefix_length= and token_type_ids=, "
+            "or pass an attention_mask= in which none does."
+        )
     reads, target = _places(model, choose_reads(model, runs, site, loops, layers, stack=stack), runs, loops, to)
     rows = _directions(model, directions)
     groups = [g for g in runs.equal_lengths(batch_size) if len(runs.rows.unpadded(g[0])) > skip_first + 1]
@@ -257,8 +264,6 @@ def _summed(
     """The Jacobians of some prompts of one length, summed over prompts; each runs in copies, one for each direction."""
     copies = min(max(1, batch_size // len(group)), len(directions))
     run = model.batch_of(runs, [row for row in group for _ in range(copies)])
-    if run.visible is not None and bool(run.visible.triu(1).any()):
-        raise InputError("tokens that see what comes after them have no Jacobian lens: leave out the prefix, or mask.")
     names = [of.at(t).name for t in reads.loops for of in reads.streams.values()]
     with asking(model, ()), torch.enable_grad():
         seen = _streams(model, run, {*names, target.name})

@@ -112,6 +112,8 @@ def logit_lens(
         )
     ids, names = resolve_targets(model, run.tokens, len(reads.positions), targets)
     read = {*reads.loops, *(t - 1 for t in reads.loops if t)}  # KL to the loop before, though it is not asked for
+    if isinstance(translator, JacobianLens):
+        read &= {*translator.loops}
     convert = converter(model, run, reads, kind, None if translator is None else translator.translate)
     states, final = read_states(model, run, reads, convert, read)
     ids = final.argmax(-1).view(*real.shape, 1) if ids is None else ids
