@@ -160,8 +160,8 @@ def jacobian_lens(
     runs = model.prepare(prompts, n_loops, **options)
     if runs.prefix is not None or (runs.visible is not None and bool(runs.visible.triu(1).any())):
         raise InputError(
-            "tokens that see what comes after them have no Jacobian lens: leave out prefix_length= and token_type_ids=, "
-            "or pass an attention_mask= in which none does."
+            "tokens that see what comes after them have no Jacobian lens: leave out prefix_length= and "
+            "token_type_ids=, or pass an attention_mask= in which none does."
         )
     reads, target = _places(model, choose_reads(model, runs, site, loops, layers, stack=stack), runs, loops, to)
     rows = _directions(model, directions)
