@@ -2,6 +2,7 @@
 
     python demos/what_the_paper_measures.py                             # the embedded models and those of demos/models
     python demos/what_the_paper_measures.py MODEL ... --figures FOLDER  # others; figures as HTML, for a browser
+    python demos/what_the_paper_measures.py --claims                    # claim by claim, beside random weights
 
 Questions of six hops for the embedded models, pieces of documentation held out from training for the text models; 128
 loops. A feedforward model (one loop) has stages only.
@@ -18,6 +19,7 @@ import torch
 
 from tl_looped import LoopedModel
 from tl_looped.attention import PATTERN_DISTANCE, attention_stability
+from tl_looped.claims import paper_claims
 from tl_looped.dynamics import (
     COSINE_TO_END,
     DISTANCE,
@@ -104,11 +106,20 @@ def stages(model: LoopedModel, prompts: list[str], figures: Path | None) -> None
             write(found.plot(measure.name, "loop" if n_loops > 1 else "depth"), figures / f"{measure.name}.html")
 
 
+def claims(name: str, model: LoopedModel, prompts: list[str]) -> None:
+    """Print the paper's claims with intervals and nulls; text models have a feedforward model beside them."""
+    control = [other for other in MODELS if name in MODELS and Path(other).name == "docs-feedforward"]
+    baseline = LoopedModel.from_pretrained(control[0], device="cpu", dtype=torch.float32) if control else None
+    table = paper_claims(model, prompts, baseline=baseline).to_dataframe()
+    print(table.drop(columns="words").to_string(index=False, float_format="%.3g"))
+
+
 def main() -> None:
     """Run all measures on every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=[*RECIPES, *MODELS], help="hub ids, folders or embedded names")
     parser.add_argument("--figures", type=Path, help="a folder for figures, one folder in it for each model")
+    parser.add_argument("--claims", action="store_true", help="the paper's claims in place of its measures")
     options = parser.parse_args()
     for name in options.models:
         model = LoopedModel.from_pretrained(name, device="cpu", dtype=torch.float32)
@@ -117,6 +128,10 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         print(f"\n{Path(name).name}: {model.schedule.describe()}")
         prompts = prompts_for(name, model)
+        if options.claims:
+            if model.cfg.n_loops > 1:
+                claims(name, model, prompts)
+            continue
         if model.cfg.n_loops > 1:
             rest(model, prompts, folder)
         stages(model, prompts, folder)

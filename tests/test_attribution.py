@@ -32,8 +32,8 @@ from torch import Tensor
 
 from tl_looped import LoopedModel
 from tl_looped.engine.errors import InputError
+from tl_looped.engine.network import frozen_weights
 from tl_looped.patching import LoopPatchingResult, attribution_sweep, fixed, mean_source, patch_sweep, zero
-from tl_looped.patching.attribution import frozen_weights
 
 LOOPS, LENGTH = 2, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

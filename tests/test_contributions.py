@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -200,6 +201,10 @@ def test_a_result_is_kept_and_shown(tmp_path: Any) -> None:
     assert torch.equal(again.contributions, found.contributions) and again.components == found.components
     figure = found.plot(most=5)
     assert len(figure.data) == 7 and figure.data[-1].y[0] == pytest.approx(float(found.target[0]), rel=1e-4)
+    heads, mlps = found.heatmap().data[0], found.heatmap("mlp").data[0]
+    cells = np.array(heads.z).reshape(found.stack().shape[1:])  # loops, layers in them, heads
+    np.testing.assert_allclose(cells, found.stack().mean(0), rtol=1e-3, atol=1e-4)
+    assert heads.customdata[5][1] == "loop 2, layer 1 head 1" and len(mlps.z) * len(mlps.z[0]) == 12
     with pytest.raises(InputError, match=r"no 'neuron' of a stack that loops is here \(none; kinds: "):
         found.stack("neuron")
 

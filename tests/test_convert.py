@@ -128,6 +128,16 @@ def test_what_runs_code_when_read_is_refused(pickled: Any, tmp_path: Path) -> No
     assert not trace.exists() and not (tmp_path / "out").exists()
 
 
+def test_modules_beside_a_checkpoint_are_not_imported(
+    pickled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, trace = pickled("parcae"), tmp_path / "was-here"
+    for name in ("torch", "json", "safetensors", "tl_looped"):
+        (source.parent / f"{name}.py").write_text(f"open({str(trace)!r}, 'w').close()")
+    monkeypatch.chdir(source.parent)
+    assert convert(source.name, tmp_path / "out").is_dir() and not trace.exists()
+
+
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -168,7 +178,7 @@ def test_which_file_and_which_config(pickled: Any, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="is no file and no folder: give a pickled checkpoint"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(LoadError, match="list.yaml holds no mapping"):
+    with pytest.raises(LoadError, match="list.yaml holds no plain YAML object"):
         convert(folder / "step_99", tmp_path / "out", tmp_path / "list.yaml")
     (tmp_path / "code.yaml").write_text("!!python/object/apply:os.getcwd []")
     with pytest.raises(LoadError, match="code.yaml is not plain YAML"):

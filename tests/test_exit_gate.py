@@ -10,6 +10,7 @@ from helpers import expected, parity, tiny, tokens_for
 from torch import Tensor
 
 from tl_looped import InputError, LoopedModel
+from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.lens import ExitTrace, GateRule, trace_exits
 from tl_looped.lens.exits import exit_distribution, threshold_exit, weighted_logits
 
@@ -130,10 +131,31 @@ def test_the_stored_weighted_exit_is_the_last_loop(family: str) -> None:
     assert float((weighted_logits(logits, exit_distribution(gate)) - stored).abs().max()) > 0.1
 
 
-def test_the_gate_rule_refuses_what_it_would_not_see() -> None:
-    model = tiny("ouro")
-    with model.hooks(fwd_hooks=[("hook_exit_gate", lambda gate, hook: gate + 50)]):
-        with pytest.raises(InputError, match="a hook is on 'hook_exit_gate', but GateRule computes the gate from"):
-            trace_exits(model, tokens_for(model))
-        with pytest.raises(InputError, match="edit 'hook_state_post' instead, or remove the hook"):
-            model.generate(tokens_for(model), 1, exit_rule=GateRule(0.5), stop_at_eos=False, verbose=False)
+def test_edits_of_the_gate_change_where_tokens_exit() -> None:
+    """Pushed at one loop of some tokens: those stop there, the others where they did, and the logits stay."""
+    model, n_loops, rule = tiny("ouro", torch.float64), 5, GateRule(0.9)
+    tokens = tokens_for(model)
+    chosen = torch.zeros(tokens.shape, dtype=torch.bool)
+    chosen[0, 1:3] = True
+    plain = trace_exits(model, tokens, n_loops, rules=[GateRule])
+    before = plain.exit_loops(rule).view(tokens.shape)
+    with model.hooks(fwd_hooks=[("loop.1.hook_exit_gate", lambda gate, hook: torch.where(chosen, 50.0, gate))]):
+        pushed = trace_exits(model, tokens, n_loops, rules=[GateRule])
+    after = pushed.exit_loops(rule).view(tokens.shape)
+    assert bool((before[chosen] > 1).all()) and bool((after[chosen] == 1).all())
+    assert torch.equal(before[~chosen], after[~chosen]) and torch.equal(plain.kl_to_final, pushed.kl_to_final)
+
+    def generated(change: float) -> tuple[list[int], int]:
+        seen = []
+
+        def push(gate: Tensor, hook: LoopHookPoint) -> Tensor:
+            seen.append(hook.loop)
+            return gate + change
+
+        options = {"exit_rule": rule, "stop_at_eos": False, "verbose": False, "return_type": "result"}
+        with model.hooks(fwd_hooks=[("hook_exit_gate", push)]):
+            found = model.generate(tokens[:1, :1], 2, n_loops, **options)
+        return found.loops[0].tolist(), len(seen)
+
+    assert generated(50.0) == ([1, 1], 2)  # each loop that ran fired once
+    assert generated(-50.0) == ([n_loops, n_loops], 2 * n_loops)

@@ -53,6 +53,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"watch": 3}, "watch must be a function of a LoopEnd and a position, got 3"),
     ({"use_past_kv_cache": False, "watch": print}, "watch needs the key-value cache"),
     ({"use_past_kv_cache": False, "exit_rule": object()}, "exit_rule needs the key-value cache"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number above 0, got 0.0.*1.0 is none"),
+    ({"freq_penalty": -1.0}, "freq_penalty must be a finite number of at least 0, got -1.0.*0.0 is none"),
+    ({"logits_processor": [3]}, "logits_processor is a list of functions of tokens and logits, .* got 3 in it"),
+    ({"stopping_criteria": 3}, "stopping_criteria is a list of functions of tokens and logits, .* got 3 in it"),
+    ({"output_logits": True, "return_type": "str"}, "logits come in a result: leave out return_type='str'"),
+    ({"names_filter": "hook_embed"}, "names_filter says what a cache keeps: pass return_cache=True"),
+    ({"device": "cpu"}, "device says what a cache keeps: pass return_cache=True"),
+    ({"return_cache": True, "kv_slots": 1}, "with kv_slots tokens see keys, .* that no run of the model has"),
+    ({"return_cache": True, "new_states": "carry"}, "with new_states='carry' tokens see keys, or start from states"),
+    ({"return_cache": True, "names_filter": "blocks.9.hook_resid_post"}, "blocks.9.hook_resid_post"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 1, 0]])}, r"rows \[0\] end in padding, and a new token must follow"),
     ({"attention_mask": torch.ones(1, 5, 5)}, r"attention_mask must be \[batch, pos\] here, got shape \(1, 5, 5\)"),
     ({"attention_mask": torch.ones(1, 4)}, r"attention_mask must have the shape of the tokens, \(1, 5\)"),
@@ -127,3 +137,24 @@ def test_an_option_that_there_is_not():
     model = tiny("ouro")
     with pytest.raises(InputError, match="generate has no argument 'num_beams'"):
         model.generate(tokens_for(model), 1, stop_at_eos=False, num_beams=2)
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"logits_processor": lambda tokens, logits: logits[0]},
+            r"gave torch.float\d+ of shape \(12,\): it must give logits",
+        ),
+        ({"logits_processor": lambda tokens, logits: None}, "gave NoneType: it must give logits of shape"),
+        (
+            {"stopping_criteria": lambda tokens, logits: 1},
+            r"gave torch.int64 of shape \(\): it must give True or False",
+        ),
+    ],
+)
+def test_what_functions_give_is_checked_as_it_comes(options: dict[str, Any], message: str):
+    model = make(tokenizer=word_tokenizer(), d_vocab=len(WORDS), **TINY["huginn"])
+    with pytest.raises(InputError, match=message):
+        model.generate("a = b ; c", verbose=False, **options)

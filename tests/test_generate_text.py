@@ -122,7 +122,8 @@ def draws(logits: torch.Tensor, n: int, **options: Any) -> torch.Tensor:
     """How often each token is drawn, as shares, [batch, d_vocab]."""
     sampling, generator = Sampling(**options), torch.Generator().manual_seed(0)
     tokens = torch.zeros(len(logits), 1, dtype=torch.long)
-    drawn = torch.stack([sampling.choose(logits, tokens, generator) for _ in range(n)])
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    drawn = torch.stack([sampling.choose(logits, tokens, real, generator) for _ in range(n)])
     return torch.stack([(drawn == token).double().mean(0) for token in range(logits.shape[1])], dim=1)
 
 

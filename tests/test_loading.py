@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -402,6 +403,7 @@ def test_a_format_that_the_cpu_is_slow_in_is_said_once(
     for name, supported in (("fp16", False), ("bf16", True)):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda supported=supported: supported)
     monkeypatch.setattr(numbers, "_ADVISED", set())
+    monkeypatch.setattr(numbers, "_X86", (platform.machine(),))
     folder = PARITY / "ouro"
     with pytest.warns(UserWarning, match=r"no arithmetic for torch.float16, .* pass dtype=torch.float32, which holds"):
         LoopedModel.from_pretrained(folder, dtype="float16", device="cpu")

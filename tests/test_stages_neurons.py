@@ -139,13 +139,55 @@ def test_neurons_made_to_predict_and_to_suppress():
     assert table.loc[1, "prediction"] == 3 / 12 and table.loc[1, "suppression"] == 1 / 12
 
 
+def test_random_neurons_are_not_beyond_random_directions_and_made_ones_are():
+    model = make(d_vocab=400, d_model=16, n_heads=4, d_head=4, d_mlp=2000)
+    with torch.no_grad():
+        W_U = model.transformer.unembed.weight  # 392 tokens much alike and 8 others: a heavy tail of every direction
+        W_U.copy_(torch.randn(W_U.shape, generator=torch.Generator().manual_seed(3)))
+        W_U[8:] = W_U[8:] / 10 + W_U[8]
+        down = model.transformer.blocks[0].mlp.down.weight
+        down.copy_(torch.randn(down.shape, generator=torch.Generator().manual_seed(4)))
+    found = neuron_shares(model, min_kurtosis=None, n_random=4000)
+    row = found.stacks.index("blocks")
+    assert float(found.beyond_random()[row]) == pytest.approx(0.01, abs=0.006)
+    both = found.prediction() + found.suppression()
+    torch.testing.assert_close(both, found.beyond_random())
+    by_the_source = neuron_shares(model)
+    assert float((by_the_source.prediction() + by_the_source.suppression())[row]) > 0.3  # and all of it is chance
+    with torch.no_grad():
+        one_each = torch.linalg.pinv(W_U[:9])[:, :8]  # a direction for each of 8 tokens that the others do not see
+        down[:, :200] = one_each.repeat(1, 25)
+    assert float(neuron_shares(model).beyond_random()[row]) > 0.03
+    assert torch.equal(neuron_shares(model).random, neuron_shares(model).random)
+    assert not torch.equal(neuron_shares(model).random, neuron_shares(model, seed=1).random)
+
+
+def test_random_directions_by_a_plain_computation():
+    model = tiny("ouro", torch.float64)
+    found, generator = neuron_shares(model, n_random=100, seed=5), torch.Generator().manual_seed(5)
+    drawn = torch.randn(100, model.cfg.d_model, generator=generator).double()
+    for row, block in enumerate(model.transformer.blocks):
+        _, W_U = folded(model, block)
+        read = drawn * block.ln2_post.weight.detach().double()
+        assert found.random[row].tolist() == pytest.approx([moments(effects(w, W_U, unit=True))[3] for w in read])
+        ordered = found.random[row].sort().values
+        assert float(ordered[98]) <= float(found.to_dataframe()["random_99"][row]) <= float(ordered[99])
+
+
+def test_none_that_qualifies_is_said():
+    found = neuron_shares(tiny("llama"), min_kurtosis=20.0)
+    assert "No neuron has a kurtosis above 20; the largest is " in repr(found)
+    assert "No neuron has a kurtosis above 20" in found.plot().layout.title.text
+
+
 def test_tables_figure_and_file(tmp_path: Path):
     model = tiny("huginn")
     result = neuron_shares(model, min_kurtosis=2.5)
     table, every = result.to_dataframe(), result.neurons()
     assert table["stack"].tolist() == ["prelude", "blocks", "blocks", "coda"] and len(every) == 4 * 12
     assert every.loc[25, "kurtosis"] == float(result.kurtosis[2, 1])
-    up, down = result.plot().data
+    up, down, beyond = result.plot().data
+    assert list(beyond.y) == pytest.approx(table["beyond_random"].tolist(), rel=1e-4)
     assert list(up.y) == pytest.approx(result.prediction().tolist(), rel=1e-4)
     assert list(down.y) == pytest.approx(result.suppression().tolist(), rel=1e-4)
     assert list(up.customdata) == ["prelude 0", "core 0", "core 1", "coda 0"]
@@ -159,6 +201,7 @@ def test_tables_figure_and_file(tmp_path: Path):
         ({"min_kurtosis": -1.0}, "min_kurtosis must be a finite number of at least 0, got -1.0"),
         ({"min_skew": float("nan")}, "min_skew must be a finite number"),
         ({"min_kurtosis": True}, "min_kurtosis must be a finite number"),
+        ({"n_random": 10}, "n_random must be at least 100, got 10"),
         ({"min_kurtosis": 40.0}, "with 24 tokens no neuron's kurtosis exceeds 22.*pass a smaller min_kurtosis"),
     ],
 )

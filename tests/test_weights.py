@@ -150,6 +150,8 @@ def test_across_loops_by_products_written_out(mode: Any) -> None:
     assert float(within[i, 1, j, 0]) == pytest.approx(wanted, rel=1e-4)
     assert float(within[layers.index(("blocks", 1)), :, layers.index(("blocks", 0))].abs().max()) == 0
     assert float(across[layers.index(("prelude", 0))].abs().max()) == 0
+    assert bool(within[layers.index(("prelude", 0)), :, layers.index(("coda", 0))].isnan().all())  # no one map
+    assert float(within[layers.index(("coda", 0)), :, layers.index(("prelude", 0))].abs().max()) == 0
 
 
 NO_MAP = ("hrm-act", "hrm-text", "loopformer", "loopus-qwen3", "trm")

@@ -14,7 +14,7 @@ import yaml
 
 from tl_looped.adapters.loading import Changes, Plan
 from tl_looped.adapters.saving import whole_folder
-from tl_looped.adapters.weights import PICKLED, FolderWeights, read_json, some
+from tl_looped.adapters.weights import PICKLED, FolderWeights, read_json, read_object, some
 from tl_looped.engine.errors import LoadError
 
 _STEP = re.compile(r"(?:model_|step_)(\d+)")  # nanochat's model_000650.pt, and HRM's step_1234
@@ -110,20 +110,13 @@ def _config_beside(file: Path) -> dict[str, Any]:
 def _config_of(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path)
-    if not path.is_file():
-        raise LoadError(f"{path.parent} has no {path.name}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LoadError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise LoadError(f"{path} holds no mapping.")
-    return values
+    return read_object(path, yaml.safe_load, yaml.YAMLError, "plain YAML")
 
 
 def _unpickle(file: Path, target: Path) -> None:
     command = [sys.executable, "-m", "tl_looped.adapters.unpickle", str(file.resolve()), str(target.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # In a folder of ours: `-m` looks for modules where it runs, and beside a checkpoint there may be any.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=target.parent)
     try:
         said = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -190,12 +190,17 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         LoadError: no such file, or another content.
     """
+    return read_object(path, json.loads, json.JSONDecodeError, "JSON")
+
+
+def read_object(path: Path, parse: Callable[[str], Any], broken: type[Exception], what: str) -> dict[str, Any]:
+    """The names and values that a file holds; see `read_json`."""
     if not path.exists():
         raise LoadError(f"{path.parent} has no {path.name}.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LoadError(f"{path} is not JSON: {error}") from error
+        content = parse(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, broken) as error:
+        raise LoadError(f"{path} is not {what}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise LoadError(f"{path} holds no JSON object.")
+        raise LoadError(f"{path} holds no {what} object.")
     return content

@@ -223,8 +223,7 @@ class LoopedCache(AnyResult, ActivationCache):
         return cls(tensors, model, Run(**made_by), content["has_batch_dim"], content["loops"])
 
     def __repr__(self) -> str:
-        made = ", ".join(f"{key}={value}" for key, value in self.run.describe().items())
-        return f"LoopedCache({len(self)} activations, {made})"
+        return f"LoopedCache({len(self)} activations, {', '.join(f'{k}={v}' for k, v in self.run.describe().items())})"
 
     def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
         """Read one activation; see the class for the forms of `key`.

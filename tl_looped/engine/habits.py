@@ -28,8 +28,6 @@ OPTIONS = {
     "num_steps": "it is called n_loops",
     "total_ut_steps": "it is called n_loops",
     "past_kv_cache": "generate keeps keys and values itself; a run reads its whole prompt",
-    "freq_penalty": "penalties are not implemented",
-    "repetition_penalty": "penalties are not implemented",
 }
 _SUM = "model.unrolled(n_loops) has it, where the sum over layers holds"
 ATTRIBUTES = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 from jaxtyping import Bool, Float, Int
@@ -47,6 +48,7 @@ class Frame(NamedTuple):
     tokens: Int[Tensor, "batch pos"] | None = None  # where layers read them
     clock: Float[Tensor, "loop 2"] | None = None  # where layers know it: at which time each loop begins, and its step
     condition: Condition | None = None  # what the loop that is running makes of that
+    gates: dict[int, Tensor] | None = None  # by loop, what exit rules read of the exit gate: filled while it runs
 
     def repeat(self, times: int) -> Frame:
         """The frame of a batch that holds every row so many times; what is the same for all rows stays one row."""
@@ -161,6 +163,26 @@ class Network(nn.Module, ABC):
         for t in range(start, stop):
             x = self.loop(x, e, frame, t)
         return x
+
+
+@contextmanager
+def frozen_weights(module: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Weights without gradients for the length of a `with` block, so that a backward leaves none on them.
+
+    Args:
+        module: whose weights.
+        but: those that are asked for gradients meanwhile.
+    """
+    before = {weight: weight.requires_grad for weight in module.parameters()}
+    try:
+        for weight in before:
+            weight.requires_grad_(False)
+        for weight in but:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, asked in before.items():
+            weight.requires_grad_(asked)
 
 
 class CappedLinear(nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from tl_looped.engine.errors import InputError, nearest
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _ADVISED: set[torch.dtype] = set()
+_X86 = ("x86_64", "AMD64")  # of other processors torch does not say what they have
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -27,7 +29,7 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def advise(device: torch.device, dtype: torch.dtype) -> None:
     """Say, once for a format, that a model will be slow in it on this CPU, which has no arithmetic for it."""
     kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if device.type != "cpu" or dtype not in kinds or dtype in _ADVISED:
+    if device.type != "cpu" or dtype not in kinds or dtype in _ADVISED or platform.machine() not in _X86:
         return
     _ADVISED.add(dtype)
     if not (

@@ -22,7 +22,7 @@ StatePolicy = Literal["fresh", "zeros", "carry"]
 Watch = Callable[[LoopEnd, int], object]
 Logits = Float[Tensor, "batch d_vocab"]
 State = Float[Tensor, "batch pos d_state"]
-NewState = Float[Tensor, "batch 1 d_state"]
+NewState = Float[Tensor, "batch new d_state"]
 
 
 class NewStates:
@@ -64,8 +64,8 @@ class NewStates:
                 f"give [pos, d_model] for {n_positions} positions, or pass new_states='zeros' or 'carry'."
             )
 
-    def of(self, position_ids: Int[Tensor, "batch 1"], carried: NewState) -> NewState:
-        """The states of one new position, whose predecessor ended with `carried`."""
+    def of(self, position_ids: Int[Tensor, "batch new"], carried: NewState) -> NewState:
+        """The states of new positions, mostly of one, whose predecessors ended with `carried`."""
         if self.policy == "carry":
             return carried
         return torch.zeros_like(carried) if self.policy == "zeros" or self.table is None else self.table[position_ids]
@@ -208,7 +208,7 @@ class CachedDecoder(Decoder):
     def _newest_by_loop(self, ended: Bool[Tensor, " batch"]) -> tuple[Logits, Int[Tensor, " batch"]]:
         """Run the newest position, and after every loop ask the rule and the watcher."""
         start = self.kv.length
-        frame = self._frame(start, start + 1)
+        frame = self._frame(start, start + 1)._replace(gates={})
         judge = None if self.exit_rule is None else self.exit_rule.begin(self.model, self.n_loops)
         going_on, last_loop, some_left = ~ended, torch.where(ended, 0, self.n_loops - 1), False
         with self.progress.at(start):
@@ -250,7 +250,8 @@ class CachedDecoder(Decoder):
                 return transformer.readout(after, frame)[:, -1]
 
         said, said_before = transformer.read_part(after[:, -1]), transformer.read_part(before[:, -1])
-        return LoopEnd(t, said, said_before, read, transformer.exit_logit)
+        gate = (frame.gates or {}).get(t)
+        return LoopEnd(t, said, said_before, read, None if gate is None else lambda: gate[:, -1])
 
 
 def _checked(exits: object, ended: Bool[Tensor, " batch"], rule: object) -> Bool[Tensor, " batch"]:

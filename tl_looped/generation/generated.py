@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import pandas as pd
@@ -16,13 +17,15 @@ from typing_extensions import Unpack
 
 from tl_looped.engine.engine import Engine
 from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.reach import NamesFilter
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import DEFAULT_SEED, Prompts, Run, RunOptions, Runs, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.generation.decoding import CachedDecoder, Decoder, NewStates, StatePolicy, Watch
+from tl_looped.generation.kept import GeneratedCache, Kept
 from tl_looped.generation.loop_end import ExitRule
-from tl_looped.generation.sampling import Sampling
-from tl_looped.generation.stopping import Stopping
+from tl_looped.generation.sampling import Processor, Sampling, as_tuple
+from tl_looped.generation.stopping import Criterion, Stopping
 from tl_looped.generation.stream import GenerationStep, TokenStream, check_hooks
 from tl_looped.viz.figure import Figure
 from tl_looped.viz.style import base_layout, heading, plotly_text
@@ -42,6 +45,7 @@ class Generated(Result):
         log_probs: log probability of each new token under the model itself, before temperature, top_k and top_p, in
             nats; NaN in filler.
         loops: how many loops the position ran whose logits gave each new token; 0 in filler.
+        logits: those that each new token was drawn from, as the model gave them; None unless asked for.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -50,6 +54,7 @@ class Generated(Result):
     pieces: tuple[tuple[str, ...], ...] | None
     log_probs: Float[Tensor, "batch new"]
     loops: Int[Tensor, "batch new"]
+    logits: Float[Tensor, "batch new d_vocab"] | None = None
 
     @property
     def new_tokens(self) -> Int[Tensor, "batch new"]:
@@ -103,9 +108,13 @@ class GeneratesText(Engine):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        freq_penalty: float = 0.0,
+        logits_processor: Processor | Sequence[Processor] | None = None,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Criterion | Sequence[Criterion] | None = None,
         new_states: StatePolicy = "fresh",
         exit_rule: ExitRule | None = None,
         watch: Watch | None = None,
@@ -128,11 +137,18 @@ class GeneratesText(Engine):
             temperature: logits are divided by it.
             top_k: draw from the k most probable tokens.
             top_p: draw from the fewest most probable tokens whose probabilities reach this sum; after `top_k`.
+            repetition_penalty: of tokens that the row has, positive logits are divided by it, negative multiplied.
+            freq_penalty: is subtracted from a token's logit as often as the row has the token. Both count prompt and
+                new tokens, no padding, and act where the most probable token is taken too.
+            logits_processor: transformers' LogitsProcessor, or functions of tokens [batch, pos] and logits, after the
+                penalties and before the temperature. Padding is among the tokens.
             stop_at_eos: a row ends with `eos_token_id`.
             eos_token_id: the token, or tokens, that end a row; None: the checkpoint's own (`cfg.eos_token_ids`) and
                 the tokenizer's end-of-text token, if they have any.
             stop_strings: texts that end a row: with the token that completes one in the row's generated text. Special
                 tokens count as they are written.
+            stopping_criteria: transformers' StoppingCriteria, or functions of tokens [batch, pos] and the newest logits
+                that say for all rows, or for each, whether they end.
             new_states: the initial states of new tokens. "fresh": as in any run; where it is drawn, each position has
                 its own draw, the same with and without a cache. "zeros". "carry": the final state of the token before
                 (in the row); the warm start of the nanochat forks.
@@ -165,7 +181,8 @@ class GeneratesText(Engine):
             arXiv 2502.05171: exits per token, keys and values of the latest loop, states carried over.
         """
         check_count("max_new_tokens", max_new_tokens)
-        sampling = Sampling(do_sample, temperature, top_k, top_p)
+        processors, criteria = as_tuple(logits_processor), as_tuple(stopping_criteria)
+        sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, freq_penalty, processors)
         if not use_past_kv_cache and (exit_rule is not None or watch is not None):
             name = "watch" if exit_rule is None else "exit_rule"
             raise InputError(f"{name} needs the key-value cache: leave out use_past_kv_cache=False, or {name}.")
@@ -176,7 +193,7 @@ class GeneratesText(Engine):
         prompt = self.batch_of(runs)
         n_positions = _check_prompt(self, prompt, max_new_tokens, use_past_kv_cache)
         batch = len(prompt.tokens)
-        stopping = Stopping.checked(self.tokenizer, self.cfg, batch, stop_at_eos, eos_token_id, stop_strings)
+        stopping = Stopping.checked(self.tokenizer, self.cfg, batch, stop_at_eos, eos_token_id, stop_strings, criteria)
         states = NewStates(self, runs, prompt, n_positions, new_states)
         if exit_rule is not None:
             _check_rule(self, exit_rule, prompt.n_loops)
@@ -188,10 +205,11 @@ class GeneratesText(Engine):
             decoder = Decoder(self, prompt, states)
         seed = cast(int, runs.seed)
         made_by = {"model": self.cfg.model_name, **prompt.describe(), "seed": seed, "new_states": new_states}
-        made_by |= {"max_new_tokens": max_new_tokens, **asdict(sampling), "use_past_kv_cache": use_past_kv_cache}
+        made_by |= {"max_new_tokens": max_new_tokens, **sampling.describe(), "use_past_kv_cache": use_past_kv_cache}
         made_by |= {"kv_slots": kv_slots}
         made_by |= {"exit_rule": None if exit_rule is None else repr(exit_rule)}
         made_by |= {"eos": list(stopping.eos), "stop_strings": list(stopping.strings)}
+        made_by |= {"stopping_criteria": [repr(one) for one in criteria]}
         return TokenStream(self, prompt, decoder, sampling, stopping, max_new_tokens, seed, made_by)
 
     @with_run_options
@@ -207,16 +225,24 @@ class GeneratesText(Engine):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        freq_penalty: float = 0.0,
+        logits_processor: Processor | Sequence[Processor] | None = None,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Criterion | Sequence[Criterion] | None = None,
         new_states: StatePolicy = "fresh",
         exit_rule: ExitRule | None = None,
         watch: Watch | None = None,
         use_past_kv_cache: bool = True,
         kv_slots: int | None = None,
+        output_logits: bool = False,
+        return_cache: bool = False,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
         **options: Unpack[RunOptions],
-    ) -> str | list[str] | Tensor | Generated:
+    ) -> str | list[str] | Tensor | Generated | tuple[str | list[str] | Tensor | Generated, GeneratedCache]:
         """Generate text. The same seed gives the same text.
 
         Args:
@@ -226,6 +252,12 @@ class GeneratesText(Engine):
                 "tokens", both as ids [batch, pos]; "input", whichever the input was; "result", a `Generated` with
                 everything.
             verbose: show a progress bar.
+            output_logits: keep the logits of every new token, in a `Generated` (return_type="input" or "result").
+            return_cache: give the activations as well that this very generation computes, of prompt and new tokens
+                (the last of which runs too): (text, cache). Where nothing exits they are those of a run on the finished
+                text. With an exit rule, tokens attend to keys of others' exits, so they are not; loops that a token did
+                not run are NaN, and `cache.loops_run` says how many it did.
+            names_filter, device: which, and where to keep them, as in `run_with_cache`.
             max_new_tokens, n_loops, options: these and the others as in `generate_stream`.
 
         Returns:
@@ -241,8 +273,11 @@ class GeneratesText(Engine):
             raise InputError(
                 "return_type='str', but this model has no tokenizer: pass return_type='tokens', or set model.tokenizer."
             )
+        if output_logits and return_type not in ("input", "result"):
+            raise InputError(f"logits come in a result: leave out return_type={return_type!r}, or pass 'result'.")
         if return_type == "input":
-            return_type = "tokens" if isinstance(input, (Tensor, Runs)) else "str"
+            return_type = "result" if output_logits else "tokens" if isinstance(input, (Tensor, Runs)) else "str"
+        _check_kept(return_cache, names_filter, device, kv_slots, new_states)
         stream = self.generate_stream(
             input,
             max_new_tokens,
@@ -251,9 +286,13 @@ class GeneratesText(Engine):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            freq_penalty=freq_penalty,
+            logits_processor=logits_processor,
             stop_at_eos=stop_at_eos,
             eos_token_id=eos_token_id,
             stop_strings=stop_strings,
+            stopping_criteria=stopping_criteria,
             new_states=new_states,
             exit_rule=exit_rule,
             watch=watch,
@@ -261,14 +300,17 @@ class GeneratesText(Engine):
             kv_slots=kv_slots,
             **options,
         )
-        steps = list(tqdm(stream, desc="Generating", total=max_new_tokens, unit="token", disable=not verbose))
-        result = _collect(self, stream, steps)
-        if return_type == "result":
-            return result
-        if return_type == "tokens":
-            return result.tokens
-        texts = list(cast("tuple[str, ...]", result.text))
-        return texts[0] if _is_one(input) and len(texts) == 1 else texts
+        kept = Kept(self, stream.prompt, names_filter, device) if return_cache else None
+        with nullcontext() if kept is None else kept.keeping():
+            steps = list(tqdm(stream, desc="Generating", total=max_new_tokens, unit="token", disable=not verbose))
+            newest, run = (None, None) if kept is None else stream.run_newest()
+        result = _collect(self, stream, steps, output_logits)
+        texts = list(result.text or ())
+        text = texts[0] if _is_one(input) and len(texts) == 1 else texts
+        output = {"result": result, "tokens": result.tokens, "str": text}[return_type]
+        if kept is None or newest is None or run is None:
+            return output
+        return output, kept.cache(run, [*(step.loops for step in steps), newest], stream.made_by)
 
 
 def _is_one(prompts: Prompts) -> bool:
@@ -343,6 +385,24 @@ def _check_slots(
             raise InputError(f"kv_slots={slots} does not go with {what}: leave one of them out.")
 
 
+def _check_kept(
+    return_cache: bool,
+    names_filter: NamesFilter,
+    device: torch.device | str | None,
+    kv_slots: int | None,
+    new_states: StatePolicy,
+) -> None:
+    if not return_cache and (names_filter is not None or device is not None):
+        name = "device" if names_filter is None else "names_filter"
+        raise InputError(f"{name} says what a cache keeps: pass return_cache=True, or leave {name} out.")
+    other = "kv_slots" if kv_slots is not None else "new_states='carry'" if new_states == "carry" else None
+    if return_cache and other is not None:
+        raise InputError(
+            f"with {other} tokens see keys, or start from states, that no run of the model has, and a cache could not "
+            "say so: take activations with watch= or model.hooks, or leave it out."
+        )
+
+
 def _check_rule(model: Engine, rule: object, n_loops: int) -> None:
     begin = None if isinstance(rule, type) else getattr(rule, "begin", None)
     judge = begin(model, n_loops) if callable(begin) else None
@@ -353,7 +413,7 @@ def _check_rule(model: Engine, rule: object, n_loops: int) -> None:
         )
 
 
-def _collect(model: Engine, stream: TokenStream, steps: list[GenerationStep]) -> Generated:
+def _collect(model: Engine, stream: TokenStream, steps: list[GenerationStep], with_logits: bool) -> Generated:
     """The steps as one result."""
     loops = torch.stack([step.loops for step in steps], dim=1)
     tokens = torch.cat((stream.prompt.tokens, torch.stack([step.tokens for step in steps], dim=1)), dim=1)
@@ -366,4 +426,5 @@ def _collect(model: Engine, stream: TokenStream, steps: list[GenerationStep]) ->
         )
         pieces = tuple(zip(*[step.text or () for step in steps], strict=True))
     log_probs = torch.stack([step.log_probs for step in steps], dim=1)
-    return Generated(stream.made_by, tokens, real, text, pieces, log_probs, loops)
+    logits = torch.stack([step.logits for step in steps], dim=1) if with_logits else None
+    return Generated(stream.made_by, tokens, real, text, pieces, log_probs, loops, logits)

@@ -24,14 +24,14 @@ class LoopEnd:
         state: the state that left it.
         state_before: the state that entered it.
         read: gives the logits if the model stopped here.
-        gate: from states to logits of the exit gate; None for a model without one.
+        gate: gives the logits of the exit gate, as its hooks leave them; None for a model without one.
     """
 
     loop: int
     state: Float[Tensor, "rows d_model"]
     state_before: Float[Tensor, "rows d_model"]
     read: Callable[[], Float[Tensor, "rows d_vocab"]]
-    gate: Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, " rows"]] | None = None
+    gate: Callable[[], Float[Tensor, " rows"]] | None = None
 
     @cached_property
     def log_probs(self) -> Float[Tensor, "rows d_vocab"]:
@@ -47,7 +47,7 @@ class LoopEnd:
         """
         if self.gate is None:
             raise InputError("this model has no exit gate: use a rule on read-outs or states.")
-        return self.gate(self.state)
+        return self.gate()
 
 
 @runtime_checkable

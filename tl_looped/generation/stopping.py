@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_looped.engine.config import LoopedConfig
 from tl_looped.engine.errors import InputError, check_count
+
+Criterion = Callable[[Tensor, Tensor], Any]
+"""Of transformers' form: (tokens [batch, pos], the newest logits [batch, d_vocab]) to whether each row ends."""
 
 _INCOMPLETE = "\ufffd"  # what decoders write for the first bytes of a character
 
@@ -22,11 +28,13 @@ class Stopping:
         eos: tokens that end it.
         strings: texts that end it.
         filler: the token that ended rows go on with while others have not ended.
+        criteria: functions that end rows.
     """
 
     eos: tuple[int, ...]
     strings: tuple[str, ...]
     filler: int
+    criteria: tuple[Criterion, ...] = ()
 
     @classmethod
     def checked(
@@ -37,6 +45,7 @@ class Stopping:
         stop_at_eos: bool,
         eos_token_id: int | Sequence[int] | None,
         stop_strings: str | Sequence[str] | None,
+        criteria: tuple[Criterion, ...] = (),
     ) -> Stopping:
         """From the caller's options; `generate_stream` says what each is.
 
@@ -47,12 +56,34 @@ class Stopping:
         strings = _stop_strings(tokenizer, stop_strings)
         padding = None if tokenizer is None else tokenizer.pad_token_id
         filler = cast("int | None", padding) if padding is not None else next(iter(eos), None)
-        if filler is None and batch > 1 and strings:
+        for criterion in criteria:
+            if not callable(criterion):
+                raise InputError(
+                    "stopping_criteria is a list of functions of tokens and logits, as transformers' StoppingCriteria, "
+                    f"got {criterion!r} in it."
+                )
+        if filler is None and batch > 1 and (strings or criteria):
+            what = "a stop string" if strings else "a stopping criterion"
             raise InputError(
-                "a row that a stop string ends is filled up while the others go on, but the tokenizer has neither a "
+                f"a row that {what} ends is filled up while the others go on, but the tokenizer has neither a "
                 "padding nor an end-of-text token: set tokenizer.pad_token, or generate the rows one at a time."
             )
-        return cls(eos, strings, 0 if filler is None else filler)
+        return cls(eos, strings, 0 if filler is None else filler, criteria)
+
+    def by_criteria(
+        self, tokens: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]
+    ) -> Bool[Tensor, " batch"]:
+        """The rows that a criterion ends, the newest token included."""
+        ends = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+        for criterion in self.criteria:
+            said = torch.as_tensor(criterion(tokens, logits), device=ends.device)
+            if said.dtype != torch.bool or said.shape not in ((), ends.shape):
+                raise InputError(
+                    f"stopping_criteria: {criterion!r} gave {said.dtype} of shape {tuple(said.shape)}: it must give "
+                    f"True or False, for all rows or as [{len(ends)}]."
+                )
+            ends = ends | said
+        return ends
 
 
 def _eos_tokens(

@@ -34,6 +34,7 @@ class GenerationStep:
             rows that had ended.
         loops: how many loops the position ran whose logits gave it; 0 in rows that had ended.
         ended: the rows that end with this token or had ended before.
+        logits: those that the token was drawn from, as the model gave them; float32 at least.
     """
 
     position: int
@@ -42,6 +43,7 @@ class GenerationStep:
     log_probs: Float[Tensor, " batch"]
     loops: Int[Tensor, " batch"]
     ended: Bool[Tensor, " batch"]
+    logits: Float[Tensor, "batch d_vocab"]
 
 
 class TokenStream(Iterator[GenerationStep]):
@@ -91,7 +93,7 @@ class TokenStream(Iterator[GenerationStep]):
         logits, loops = decoder.next_logits(ended)
         logits = wide(logits)
         log_probs = log_probs_of(logits)
-        tokens = self._sampling.choose(logits, decoder.tokens, self._generator)
+        tokens = self._sampling.choose(logits, decoder.tokens, decoder.real, self._generator)
         tokens = tokens.masked_fill(ended, self._stopping.filler)
         finite, *told = torch.cat((logits.isfinite().all()[None], tokens)).tolist()
         if not finite:
@@ -105,11 +107,19 @@ class TokenStream(Iterator[GenerationStep]):
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0].masked_fill(ended, float("nan"))
         position = decoder.n_positions
         decoder.append(tokens)
-        pieces = self._end_rows(tokens, told)
+        pieces = self._end_rows(tokens, told, logits)
         self._n_steps += 1
-        return GenerationStep(position, tokens, pieces, chosen, loops.masked_fill(ended, 0), self._ended)
+        return GenerationStep(position, tokens, pieces, chosen, loops.masked_fill(ended, 0), self._ended, logits)
 
-    def _end_rows(self, tokens: Int[Tensor, " batch"], told: list[int]) -> tuple[str, ...] | None:
+    @torch.no_grad()
+    def run_newest(self) -> tuple[Int[Tensor, " batch"], Run | None]:
+        """Run the newest tokens too, whose logits no step needed: (the loops that they ran, the rows as a run)."""
+        _, loops = self._decoder.next_logits(self._ended)
+        return loops.masked_fill(self._ended, 0), self._decoder.whole_run()
+
+    def _end_rows(
+        self, tokens: Int[Tensor, " batch"], told: list[int], logits: Float[Tensor, "batch d_vocab"]
+    ) -> tuple[str, ...] | None:
         """Note which rows end with these tokens, here and on the device; the tokens' texts."""
         pieces = None
         ends, over = torch.isin(tokens, self._eos), [token in self._stopping.eos for token in told]
@@ -120,6 +130,10 @@ class TokenStream(Iterator[GenerationStep]):
                 stopped = [any(string in text.text for string in self._stopping.strings) for text in self._texts]
                 over = [one or other for one, other in zip(over, stopped, strict=True)]
                 ends = ends | torch.tensor(stopped).to(ends.device)
+        if self._stopping.criteria:
+            by_criteria = self._stopping.by_criteria(self._decoder.tokens, logits)
+            ends = ends | by_criteria
+            over = [one or other for one, other in zip(over, by_criteria.tolist(), strict=True)]
         self._ended = self._ended | ends
         self._over = [one or other for one, other in zip(self._over, over, strict=True)]
         return pieces

@@ -8,8 +8,7 @@ are cut, as they are writes of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -25,7 +24,7 @@ from typing_extensions import Unpack
 from tl_looped.engine.checks import check_eval, check_finite
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import LoopHookPoint
-from tl_looped.engine.network import matrix
+from tl_looped.engine.network import frozen_weights, matrix
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
@@ -33,6 +32,7 @@ from tl_looped.engine.schedule import FAST, SLOW, HookSite, LoopCount
 from tl_looped.lens.reads import resolve_target
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.contributions import contribution_bars
+from tl_looped.viz.patching import patching_heatmap
 
 By = Literal["component", "head", "neuron", "loop"]
 Token = str | int
@@ -109,6 +109,13 @@ class Decomposition(Result):
         names = [str(component["name"]) for component in self.components]
         title = f"What makes the logit: {self.made_by.get('model', '')}"
         return contribution_bars(names, self.contributions, self.target, most, title)
+
+    def heatmap(self, kind: str = "head", stack: str | None = None) -> go.Figure:
+        """Contributions of one kind by loop, layer and head (or neuron), means over prompts; see `stack`."""
+        values = self.stack(kind, stack).mean(0)
+        axes = ("loop", "layer", kind)[: values.ndim]
+        title = f"What each {kind} adds to the logit: {self.made_by.get('model', '')}"
+        return patching_heatmap(values, axes, title, "logits")
 
 
 @torch.inference_mode(mode=False)  # it needs gradients, whatever the caller's mode
@@ -257,7 +264,7 @@ class _Batch:
 
         held = [(lambda name: name.endswith(_HELD), hold)]
         biases = {name: one for name, one in self.model.transformer.named_parameters() if name.endswith(".bias")}
-        with asking(self.model, biases.values()), torch.enable_grad():
+        with frozen_weights(self.model, biases.values()), torch.enable_grad():
             with self.model.hooks([*((name, cut) for name in self.sites), *held]):
                 head_in = self._head_in()
             value = self._value(head_in, wanted, other)
@@ -310,13 +317,18 @@ class _Batch:
 
     def _add_biases(self, biases: dict[str, nn.Parameter], grads: Sequence[Tensor | None], value: Tensor) -> None:
         """Biases on the stream's way: of norms, of the head, and of what heads or neurons write with."""
-        for (name, bias), grad in zip(biases.items(), grads, strict=True):
-            if grad is None or not bool(bias.any()):
-                continue
-            # A gradient is a sum over prompts: of several, each has its own.
-            several = len(self.rows) > 1
-            each = [torch.autograd.grad(one, bias, retain_graph=True)[0] for one in value] if several else [grad]
-            self.found.append(torch.stack([(bias.detach().double() * one.double()).sum() for one in each])[:, None])
+        found = zip(biases.items(), grads, strict=True)
+        there = {name: (bias, grad) for (name, bias), grad in found if grad is not None and bool(bias.any())}
+        if not there:
+            return
+        asked = [bias for bias, _ in there.values()]
+        # A gradient is a sum over prompts: of several, each has its own.
+        each = [[grad for _, grad in there.values()]]
+        if len(self.rows) > 1:
+            each = [torch.autograd.grad(one, asked, retain_graph=True) for one in value]
+        for i, (name, bias) in enumerate(zip(there, asked, strict=True)):
+            parts = [(bias.detach().double() * of_prompt[i].double()).sum() for of_prompt in each]
+            self.found.append(torch.stack(parts)[:, None])
             self.components.append({**_EMPTY, "name": name, "kind": "bias"})
 
     @torch.no_grad()
@@ -354,21 +366,6 @@ _EMPTY: dict[str, Any] = {"name": "", "kind": "", "stack": None, "layer": None, 
 def _component(kind: str, site: HookSite, index: int | None) -> dict[str, Any]:
     name = site.name if index is None else f"{site.name}.{index}"
     return {"name": name, "kind": kind, "stack": site.stack, "layer": site.layer, "loop": site.loop, "index": index}
-
-
-@contextmanager
-def asking(model: LoopedModel, weights: Any) -> Iterator[None]:
-    """Gradients for these weights alone, for the length of a `with` block; none is left on them."""
-    before = {weight: weight.requires_grad for weight in model.parameters()}
-    try:
-        for weight in before:
-            weight.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight, asked in before.items():
-            weight.requires_grad_(asked)
 
 
 def _by_loop(found: Decomposition) -> Decomposition:

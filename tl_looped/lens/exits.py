@@ -138,16 +138,11 @@ class GateRule(ThresholdRule):
 
     @classmethod
     def check(cls, model: LoopedModel) -> None:
-        """Raise InputError if the model has no gate, or a hook is on it."""
+        """Raise InputError if the model has no gate."""
         if model.transformer.exit_logit is None:
             raise InputError(
                 f"{model.cfg.model_name} has no exit gate, so {cls.__name__} can't judge it: use KLRule, LatentRule, "
                 "StableTopRule, EntropyRule or AccelerationRule."
-            )
-        if model.hook_dict.shared("hook_exit_gate").fwd_hooks:
-            raise InputError(
-                f"a hook is on 'hook_exit_gate', but {cls.__name__} computes the gate from the state, so an edit there "
-                "would be ignored: edit 'hook_state_post' instead, or remove the hook."
             )
 
     @classmethod

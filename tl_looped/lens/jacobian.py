@@ -17,10 +17,10 @@ from tl_looped.engine.checks import check_eval, check_finite, check_floats
 from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.hooks import LoopHookPoint
 from tl_looped.engine.identity import fingerprint
+from tl_looped.engine.network import frozen_weights
 from tl_looped.engine.numbers import cosine, wide, wide_dtype
 from tl_looped.engine.runs import Prompts, Run, RunOptions, Runs, with_run_options
 from tl_looped.engine.schedule import CORE, HookSite, LoopCount, LoopSchedule
-from tl_looped.lens.contributions import asking
 from tl_looped.lens.reads import LensSite, Reads, Translator, choose_reads, table_of
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.loops import Series, loop_series
@@ -265,7 +265,7 @@ def _summed(
     copies = min(max(1, batch_size // len(group)), len(directions))
     run = model.batch_of(runs, [row for row in group for _ in range(copies)])
     names = [of.at(t).name for t in reads.loops for of in reads.streams.values()]
-    with asking(model, ()), torch.enable_grad():
+    with frozen_weights(model), torch.enable_grad():
         seen = _streams(model, run, {*names, target.name})
     sources, out = [seen[name] for name in names], seen[target.name]
     counted = slice(skip_first, run.tokens.shape[1] - 1)

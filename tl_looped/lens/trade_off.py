@@ -30,6 +30,7 @@ from tl_looped.observe.watching import watch
 from tl_looped.viz.readout import exit_curves
 
 _STATES = ("hook_state_pre", "hook_state_post")
+_GATE = "hook_exit_gate"
 _THRESHOLDS = 24  # how many a curve has
 _LEAST = 1e-30  # as a threshold: one is above 0, a statistic may be 0
 
@@ -273,6 +274,8 @@ def _trace(
     """What the rules' meters say of the tokens judged, [rule, loop, rows], and what stopping would cost."""
     transformer = model.transformer
     judged = judged[0].to(model.device), judged[1].to(model.device)
+    gated = transformer.exit_logit is not None
+    names = [*(HookSite(name, model.cfg.head_stack).name for name in _STATES), READOUT, *([_GATE] if gated else [])]
     final = cast(Tensor, model.execute(run))[judged]
     pieces = [(piece, log_probs_of(final[piece]), [rule.meter() for rule in rules]) for piece in chunks(*final.shape)]
     latest: dict[str, Tensor] = {}
@@ -280,7 +283,7 @@ def _trace(
 
     def see(site: HookSite, x: Tensor) -> None:
         latest[site.component] = x[judged]
-        if site.component == READOUT:
+        if site.component == names[-1]:
             ends = [judge(site.loop or 0, *piece) for piece in pieces]
             for name, values in found.items():
                 values.append(torch.cat([end[name] for end in ends], dim=-1).cpu())
@@ -292,7 +295,7 @@ def _trace(
             state=state,
             state_before=before,
             read=lambda: transformer.unembed(out),
-            gate=transformer.exit_logit,
+            gate=(lambda: latest[_GATE][piece]) if gated else None,
         )
         return {
             "statistics": torch.stack([meter(end).to(last.dtype) for meter in meters]),
@@ -300,6 +303,5 @@ def _trace(
             "same_top": end.log_probs.argmax(-1) == last.argmax(-1),
         }
 
-    names = [HookSite(name, model.cfg.head_stack).name for name in _STATES]
-    watch(model, run, [*names, READOUT], see, only_loops=True)
+    watch(model, run, names, see, only_loops=True)
     return {name: torch.stack(values, dim=-2) for name, values in found.items()}

@@ -197,8 +197,10 @@ class LoopedTransformer(Network):
         if self.cfg.norms_each_loop:
             x = self.close(x, t, self.norm_hooks["ln_loop"])
         x = self.loop_hooks.hook_state_post(x, t)
-        if self.cfg.exit_gate and self.loop_hooks.hook_exit_gate.wants(t):
-            self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
+        if self.cfg.exit_gate and (frame.gates is not None or self.loop_hooks.hook_exit_gate.wants(t)):
+            gate = self.loop_hooks.hook_exit_gate(self._exit_logit(x), t)
+            if frame.gates is not None:
+                frame.gates[t] = gate
         return x
 
     def run_layers(

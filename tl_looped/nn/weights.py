@@ -28,8 +28,9 @@ class HasWeights(Engine):
     """An engine whose weights have TransformerLens's names and shapes.
 
     A layer counts once, however often it runs: `cfg.layers()` lists them, prelude, core, coda, and so does the first
-    axis of every stack of weights. They are copies with gradients: what is written into `model.W_Q` changes nothing,
-    what is written into `model.blocks[0].attn.W_Q` (a view) changes the model. Norms are not folded in.
+    axis of every stack of weights. (A layer that is another's again, as in MobileLLM and TRM, has a place too.) They
+    are copies with gradients: what is written into `model.W_Q` changes nothing, what is written into
+    `model.blocks[0].attn.W_Q` (a view) changes the model. Norms are not folded in.
     """
 
     @property
@@ -207,13 +208,14 @@ class HasWeights(Engine):
 
         Args:
             mode: what is read.
-            loops_apart: 0: reader and writer in the same loop (from prelude to core: by the injection, where there is
-                one; from core to coda: of the last loop). From 1 on: the writer's loop is so many before the reader's;
-                both in the core.
+            loops_apart: 0: reader and writer in the same loop (from prelude to core: by the injection, or without one
+                into loop 0; from core to coda: of the last loop). From 1 on: the writer's loop is so many before the
+                reader's; both in the core.
 
         Returns:
             Of writer (layer, head) and reader (layer, head), layers as in `cfg.layers()`, heads as in
-            `all_head_labels`; 0 where the writer does not come before the reader.
+            `all_head_labels`; 0 where the writer does not come before the reader, and NaN from prelude to coda, as
+            those paths go through every loop and no one map is theirs.
 
         Raises:
             InputError: another mode, or a model in which what lies between is no linear map (two stacks, gated
@@ -224,7 +226,7 @@ class HasWeights(Engine):
 
         Example:
             scores = model.all_composition_scores("K", loops_apart=1)
-            writer, reader = divmod(int(scores.argmax()), scores[0, 0].numel())
+            writer, reader = divmod(int(scores.nan_to_num().argmax()), scores[0, 0].numel())
         """
         if mode not in ("Q", "K", "V"):
             raise InputError(f"mode must be 'Q', 'K' or 'V', got {mode!r}.")
@@ -236,6 +238,9 @@ class HasWeights(Engine):
         for i, writer in enumerate(blocks):
             left = FactoredMatrix(W_V[i], writer.attn.W_O @ _after(writer))
             for j, reader in enumerate(blocks):
+                if loops_apart == 0 and (layers[i][0], layers[j][0]) == (PRELUDE, CODA):
+                    scores[i, :, j] = torch.nan
+                    continue
                 between = stream.between(layers[i], layers[j], loops_apart)
                 if between is None:
                     continue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -15,6 +14,7 @@ from typing_extensions import Unpack
 
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.hooks import HookFn, HookName, LoopHookPoint
+from tl_looped.engine.network import frozen_weights
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
 from tl_looped.engine.schedule import HookSite, LoopCount
@@ -141,19 +141,6 @@ def _gradients(
     if zero:
         raise InputError(f"no gradient reached {min(zero)!r}: nothing that the metric reads depends on it.")
     return grads
-
-
-@contextmanager
-def frozen_weights(model: LoopedModel) -> Iterator[None]:
-    """Weights without gradients for the length of a `with` block, so that a backward leaves none on them."""
-    changed = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in changed:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in changed:
-            weight.requires_grad_(True)
 
 
 def _collect(

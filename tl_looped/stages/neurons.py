@@ -3,7 +3,8 @@
 A neuron writes a fixed direction w into the residual stream. Its effect on the logits, were nothing to come after it,
 is w · W_U, one number for each token. Where that has a heavy tail, the neuron moves a few tokens and leaves the others:
 up, where the tail is on the right (prediction), down, where it is on the left (suppression). The input does not enter,
-nor does the loop: a looped layer has the same neurons in every loop.
+nor does the loop: a looped layer has the same neurons in every loop. The vocabulary's columns alone make tails, so
+random directions are read through them too: what neurons have beyond those is theirs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_looped.engine.checks import check_number
-from tl_looped.engine.errors import InputError
-from tl_looped.engine.numbers import wide
+from tl_looped.engine.errors import InputError, check_count
+from tl_looped.engine.numbers import quantile, wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import CORE
 from tl_looped.model import LoopedModel, check_looped
@@ -32,6 +33,9 @@ from tl_looped.viz.curves import layer_shares
 
 KURTOSIS = 10.0
 """From which kurtosis on (3 is a normal distribution's) a neuron counts, unless the caller says otherwise."""
+
+RANDOM_SHARE = 0.01
+"""The share of random directions above the kurtosis that neurons are held against."""
 
 _CHUNK = 2**24  # logit effects held at once: 64 MiB in float32
 
@@ -116,7 +120,8 @@ class NeuronShares(Result):
         stacks, layers: which layer each row is.
         kurtosis, skew: of each neuron's effect on the logits, see `logit_effects`; NaN for a neuron that moves all
             tokens alike, which is then neither.
-        min_kurtosis: above it a neuron counts.
+        random: kurtosis of random directions, read as the layer's neurons are.
+        min_kurtosis: above it a neuron counts; None: above 99 % of the layer's random directions.
         min_skew: a prediction neuron's skew is above it, a suppression neuron's below its negative.
     """
 
@@ -124,8 +129,12 @@ class NeuronShares(Result):
     layers: tuple[int, ...]
     kurtosis: Float[Tensor, "row neuron"]
     skew: Float[Tensor, "row neuron"]
-    min_kurtosis: float
+    random: Float[Tensor, "row random"]
+    min_kurtosis: float | None
     min_skew: float
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n    {self._in_words()}"
 
     def prediction(self) -> Float[Tensor, " row"]:
         """Share of each layer's neurons that raise a small set of tokens."""
@@ -136,10 +145,35 @@ class NeuronShares(Result):
         return self._share(self.skew < -self.min_skew)
 
     def _share(self, side: Tensor) -> Float[Tensor, " row"]:
-        return ((self.kurtosis > self.min_kurtosis) & side).double().mean(1)
+        return ((self.kurtosis > self.thresholds()[:, None]) & side).double().mean(1)
+
+    def thresholds(self) -> Float[Tensor, " row"]:
+        """The kurtosis above which a layer's neurons count."""
+        same = torch.full_like(self.kurtosis[:, 0], self.min_kurtosis or 0)
+        return self._of_random() if self.min_kurtosis is None else same
+
+    def beyond_random(self) -> Float[Tensor, " row"]:
+        """Share of each layer's neurons above 99 % of its random directions: 0.01 if they were random too."""
+        return (self.kurtosis > self._of_random()[:, None]).double().mean(1)
+
+    def _of_random(self) -> Float[Tensor, " row"]:
+        return quantile(self.random, 1 - RANDOM_SHARE)
+
+    def _in_words(self) -> str:
+        """What counts, or that nothing does."""
+        bar = "99 % of random directions" if self.min_kurtosis is None else f"{self.min_kurtosis:g}"
+        n, most = int((self.kurtosis > self.thresholds()[:, None]).sum()), float(self.kurtosis.nan_to_num(0).max())
+        found = f"{n} of {self.kurtosis.numel()} neurons have" if n else "No neuron has"
+        low, high = self._of_random().aminmax()
+        beyond = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+        return f"{found} a kurtosis above {bar}; the largest is {most:.3g}, that of random directions {beyond} (99 %)."
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each layer: stack, layer, prediction, suppression (shares), n_neurons."""
+        """One row for each layer: stack, layer, prediction, suppression (shares), n_neurons, and kurtosis.
+
+        That is: the neurons' median and largest, random_99 (99 % of random directions are below it), and beyond_random,
+        the share of neurons above that.
+        """
         return pd.DataFrame(
             {
                 "stack": self.stacks,
@@ -147,6 +181,10 @@ class NeuronShares(Result):
                 "prediction": self.prediction().numpy(),
                 "suppression": self.suppression().numpy(),
                 "n_neurons": self.kurtosis.shape[1],
+                "median": self.kurtosis.nanmedian(1).values.numpy(),
+                "largest": self.kurtosis.nan_to_num(-math.inf).amax(1).numpy(),
+                "random_99": self._of_random().numpy(),
+                "beyond_random": self.beyond_random().numpy(),
             }
         )
 
@@ -159,13 +197,14 @@ class NeuronShares(Result):
         )
 
     def plot(self) -> go.Figure:
-        """Both shares over the layers."""
+        """The shares over the layers, and how many neurons are beyond random directions."""
         names = [
             f"{'core' if stack == CORE else stack} {layer}"
             for stack, layer in zip(self.stacks, self.layers, strict=True)
         ]
         shares = {"prediction neurons": self.prediction(), "suppression neurons": self.suppression()}
-        title = f"Neurons with kurtosis above {self.min_kurtosis:g}: {self.made_by.get('model', '')}"
+        shares |= {"beyond 99 % of random directions": self.beyond_random()}
+        title = f"{self.made_by.get('model', '')}: {self._in_words()}"
         return layer_shares(shares, names, "share of the layer's neurons", title)
 
 
@@ -173,10 +212,12 @@ class NeuronShares(Result):
 def neuron_shares(
     model: LoopedModel,
     *,
-    min_kurtosis: float = KURTOSIS,
+    min_kurtosis: float | None = KURTOSIS,
     min_skew: float = 0.0,
     unit: bool = True,
     fold: bool = True,
+    n_random: int = 1000,
+    seed: int = 0,
     progress: bool = False,
 ) -> NeuronShares:
     """The share of prediction and of suppression neurons in every MLP layer.
@@ -189,10 +230,13 @@ def neuron_shares(
 
     Args:
         model: the model. Nothing is run.
-        min_kurtosis: a neuron counts above it; 3 is a normal distribution's.
+        min_kurtosis: a neuron counts above it; 3 is a normal distribution's. None: above 99 % of the layer's random
+            directions. (A small model's neurons may all be below the source's 10: the result says so.)
         min_skew: of at least 0; see `NeuronShares`.
         unit: cosines instead of logits, see `logit_effects`.
         fold: whether the norms' weights count.
+        n_random: random directions (normal draws), of which a layer's neurons are told apart; 100 at least.
+        seed: of these.
         progress: show a bar over layers.
 
     Raises:
@@ -202,10 +246,11 @@ def neuron_shares(
     Source:
         Gurnee et al. 2024, arXiv 2401.12181 (kurtosis above 10, by the sign of the skew); arXiv 2604.11791.
     """
-    for name, value in (("min_kurtosis", min_kurtosis), ("min_skew", min_skew)):
+    for name, value in (("min_kurtosis", 0.0 if min_kurtosis is None else min_kurtosis), ("min_skew", min_skew)):
         check_number(name, value, low_too=True)
+    check_count("n_random", n_random, minimum=round(1 / RANDOM_SHARE))
     most = largest_kurtosis(check_looped(model, several_stacks=True).cfg.d_vocab)
-    if min_kurtosis >= most:
+    if min_kurtosis is not None and min_kurtosis >= most:
         raise InputError(
             f"with {model.cfg.d_vocab} tokens no neuron's kurtosis exceeds {most:.3g}, so none could be above "
             f"{min_kurtosis:g}: pass a smaller min_kurtosis."
@@ -224,28 +269,33 @@ def neuron_shares(
     then = transformer.after_loops if isinstance(transformer, LoopedTransformer) else None
     if fold and transformer.head_gain is not None:
         W_U = _scaled(W_U, transformer.head_gain[:, None])
-    found = [
-        logit_effects(_directions(block, fold, then if stack == CORE else None), W_U, unit)
-        for (stack, _), block in tqdm(
-            zip(layers, model.layer_modules(), strict=True), "Neurons", len(layers), disable=not progress
-        )
-    ]
-    options = {"unit": unit, "fold": fold}
+    generator, d_mlp = torch.Generator().manual_seed(seed), model.cfg.d_mlp
+    drawn = torch.randn(n_random, model.cfg.d_model, generator=generator).to(wide(W_U))
+    found = []
+    for (stack, _), block in tqdm(
+        zip(layers, model.layer_modules(), strict=True), "Neurons", len(layers), disable=not progress
+    ):
+        written = torch.cat((wide(block.mlp.W_out), drawn))
+        found.append(logit_effects(_as_read(written, block, fold, then if stack == CORE else None), W_U, unit))
+    kurtosis = torch.stack([one.kurtosis for one in found]).cpu()
     return NeuronShares(
-        made_by={"model": model.cfg.model_name, **options},
+        made_by={"model": model.cfg.model_name, "unit": unit, "fold": fold, "seed": seed},
         stacks=tuple(stack for stack, _ in layers),
         layers=tuple(layer for _, layer in layers),
-        kurtosis=torch.stack([one.kurtosis for one in found]).cpu(),
-        skew=torch.stack([one.skew for one in found]).cpu(),
-        min_kurtosis=float(min_kurtosis),
+        kurtosis=kurtosis[:, :d_mlp],
+        skew=torch.stack([one.skew for one in found]).cpu()[:, :d_mlp],
+        random=kurtosis[:, d_mlp:],
+        min_kurtosis=None if min_kurtosis is None else float(min_kurtosis),
         min_skew=float(min_skew),
     )
 
 
-def _directions(block: Block, fold: bool, then: Tensor | None) -> Float[Tensor, "d_mlp d_model"]:
-    w = block.mlp.W_out
+def _as_read(
+    w: Float[Tensor, "write d_model"], block: Block, fold: bool, then: Tensor | None
+) -> Float[Tensor, "write d_model"]:
+    """Directions that a layer's MLP writes, as the head reads them."""
     w = _scaled(w, block.neuron_gain) if fold and block.neuron_gain is not None else w
-    return w if then is None else wide(w) @ wide(then).T
+    return w if then is None else w @ wide(then).T
 
 
 def _scaled(weight: Tensor, by: Tensor) -> Tensor:
