@@ -19,7 +19,8 @@ from tl_looped.engine.numbers import interval, log_probs_of
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, with_run_options
 from tl_looped.engine.schedule import CORE, LoopCount
-from tl_looped.lens.measures import kl_divergence, token_rank
+from tl_looped.lens.lens import measure_states
+from tl_looped.lens.measures import kl_divergence
 from tl_looped.lens.reads import (
     TRANSLATED,
     Convert,
@@ -250,9 +251,12 @@ def compare_lenses(
             return torch.stack([reader(x, place) for reader in readers])
 
         states, final = read_states(model, run, at, read, reads.loops)
-        ordered = torch.stack([states[t, layer] for t in reads.loops for layer in reads.streams], dim=1)
-        values = _against(model, ordered, final).unflatten(-1, (len(rows), -1)).mean(-1)
-        found[..., rows] = values.unflatten(2, shape[2:])
+        top = final.argmax(-1, keepdim=True)
+        for which in range(len(lenses)):
+            said = measure_states(model, at, {place: x[which] for place, x in states.items()}, final, top, 1)
+            same, rank = said["top_ids"][..., 0] == top[:, 0], said["target_ranks"][..., 0]
+            values = torch.stack([same.double(), said["kl_to_final"].double(), rank.double()]).cpu()
+            found[:, which, ..., rows] = values.unflatten(1, shape[2:]).unflatten(-1, (len(rows), -1)).mean(-1)
     low, high = interval(found, resamples, bootstrap_seed)
     return LensComparison(
         made_by={
@@ -277,8 +281,7 @@ def _lenses(
     model: LoopedModel, kinds: Sequence[LensKind] | None, translators: Sequence[Translator], stack: str
 ) -> dict[LensKind, Translator | None]:
     """Every lens by its kind, with its translator."""
-    others = [one for one in translators if not isinstance(one, Translator)]
-    if isinstance(translators, Translator) or others:
+    if not isinstance(translators, Sequence) or not all(isinstance(one, Translator) for one in translators):
         raise InputError(f"translators must be a list of TunedLens and JacobianLens, got {translators!r}.")
     if kinds is None:
         kinds = ("exact", "direct") if stack in (CORE, model.cfg.head_stack) else ("direct",)
@@ -290,23 +293,3 @@ def _lenses(
             raise InputError(f"kind {kind!r} is that of a translator: pass translators=[{TRANSLATED[kind]}(...)].")
         check_kind(model, kind, False, stack)
     return dict(zip(given, [*(None for _ in kinds), *translators], strict=True))
-
-
-@torch.no_grad()
-def _against(
-    model: LoopedModel, states: Float[Tensor, "lens place rows d_read"], final: Float[Tensor, "rows d_vocab"]
-) -> Float[Tensor, "measure lens place rows"]:
-    """Each measure of each read-out, on the CPU; log probabilities of a piece of the rows exist at a time."""
-    pieces = []
-    for piece in chunks(*final.shape):
-        last, top = log_probs_of(final[piece]), final[piece].argmax(-1, keepdim=True)
-        found = []
-        for vectors in states[:, :, piece].flatten(0, 1):
-            logits = model.transformer.unembed(vectors)
-            log_probs = log_probs_of(logits)
-            if bool(log_probs.isnan().any()):
-                raise InputError("a read-out is not a number (NaN): logit_lens on these prompts names the place.")
-            same, rank = logits.argmax(-1) == top[:, 0], token_rank(logits, top)[:, 0]
-            found.append(torch.stack([same.double(), kl_divergence(last, log_probs).double(), rank.double()]))
-        pieces.append(torch.stack(found, dim=1).cpu())
-    return torch.cat(pieces, dim=-1).unflatten(1, states.shape[:2])

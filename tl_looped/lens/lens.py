@@ -118,7 +118,7 @@ def logit_lens(
     states, final = read_states(model, run, reads, convert, read)
     ids = final.argmax(-1).view(*real.shape, 1) if ids is None else ids
     values = {}
-    for name, value in _measure(model, reads, states, final, ids.flatten(0, 1), top_k).items():
+    for name, value in measure_states(model, reads, states, final, ids.flatten(0, 1), top_k).items():
         value = value.unflatten(0, reads.shape).unflatten(len(reads.shape), real.shape)
         padding = (~real).view(*real.shape, *(1,) * (value.ndim - len(reads.shape) - 2))
         values[name] = value.masked_fill(padding, float("nan") if value.is_floating_point() else -1).cpu()
@@ -148,7 +148,7 @@ def check_translator(translator: object, kind: str) -> None:
 
 
 @torch.no_grad()
-def _measure(
+def measure_states(
     model: LoopedModel,
     reads: Reads,
     states: dict[Place, Float[Tensor, "rows d_model"]],
