@@ -31,6 +31,8 @@ def total(logits: Tensor) -> Tensor:
 NEEDS: dict[str, dict[str, Any]] = {
     "observe": {"measures": [STEP], "progress": False},
     "fit_tuned_lens": {"steps": 1},
+    "compare_lenses": {"resamples": 100, "progress": False},
+    "jacobian_lens": {"skip_first": 0, "progress": False},
     "path_independence": {"noise": 0.5},
     "patch_sweep": {"source": zero(), "metric": total, "axes": ("loop",), "progress": False},
     "attribution_sweep": {"source": zero(), "metric": total},

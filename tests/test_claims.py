@@ -24,10 +24,10 @@ from tl_looped.claims.evidence import (
     _repeats,
     _resampled,
     _settles,
-    interval,
     verdict,
 )
 from tl_looped.dynamics import STEP, convergence
+from tl_looped.engine.numbers import interval
 from tl_looped.observe import observe
 from tl_looped.stages import STAGE_MEASURES
 

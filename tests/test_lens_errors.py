@@ -79,7 +79,7 @@ def test_a_text_as_target_needs_a_tokenizer() -> None:
         ({"loops": []}, "loops is empty"),
         ({"loops": [0, 0, -1]}, r"loops names one twice: \[0, 0, 1\]"),
         ({"loops": -1}, r"loops must be indices, such as \[0, -1\], got -1"),
-        ({"kind": "logit"}, "kind must be one of 'exact', 'direct', 'coda', 'tuned', got 'logit'"),
+        ({"kind": "logit"}, "kind must be one of 'exact', 'direct', 'coda', 'tuned', 'jacobian', got 'logit'"),
         ({"kind": "coda"}, "custom has no coda: pass kind='exact' or kind='direct'"),
         ({"n_loops": 0}, "n_loops must be at least 1, got 0"),
         ({"stop_at_loop": 1}, "has no argument 'stop_at_loop'"),
@@ -109,7 +109,7 @@ def test_sites_layers_and_tops(options: dict[str, Any], message: str) -> None:
 
 def test_a_translator_for_another_kind_of_lens() -> None:
     """It is named before anything is asked of it."""
-    message = "a translator belongs to kind='tuned', got kind='exact'"
+    message = "a translator belongs to kind='tuned' or kind='jacobian', got kind='exact'"
     refused(logit_lens, reader(), message, translator=object())
 
 

@@ -24,7 +24,15 @@ from tl_looped.dynamics import (
     state_motion,
     trajectory,
 )
-from tl_looped.lens import fit_tuned_lens, logit_lens, readout_agreement, trace_exits, view_prompt
+from tl_looped.lens import (
+    compare_lenses,
+    fit_tuned_lens,
+    jacobian_lens,
+    logit_lens,
+    readout_agreement,
+    trace_exits,
+    view_prompt,
+)
 from tl_looped.observe import observe
 from tl_looped.patching import Receiver, Sender, attribution_sweep, mean_source, patch_sweep, path_patch, zero
 from tl_looped.report.data import collect as read_prompts
@@ -59,6 +67,8 @@ ANALYSES: list[Call] = [
     trajectory,
     lambda model, tokens: fit_tuned_lens(model, tokens.expand(5, -1), steps=1),
     readout_agreement,
+    compare_lenses,
+    jacobian_lens,
     logit_lens,
     trace_exits,
     view_prompt,

@@ -370,6 +370,10 @@ REFUSES: dict[str, Callable[[LoopedModel, Tensor], Any]] = {
 }
 
 
+# These take the stack that the head reads, where none is named.
+_OF_THE_HEAD = ("logit_lens", "fit_tuned_lens", "jacobian_lens", "compare_lenses", "long_run")
+
+
 @pytest.mark.parametrize("name", sorted(set(analyses()) - {"record", "directions", "steering_sweep"}))
 def test_every_call_takes_two_stacks_or_refuses(name: str):
     """With the stack where it has one; and where it has and is not told, it says which there are."""
@@ -382,9 +386,7 @@ def test_every_call_takes_two_stacks_or_refuses(name: str):
     except InputError as error:
         said = str(error)
     assert not said or "two stacks loop in it" in said
-    if (
-        takes and not said and name != "ablation_effect" and name not in ("logit_lens", "fit_tuned_lens", "long_run")
-    ):  # which default to what the head reads
+    if takes and not said and name not in ("ablation_effect", *_OF_THE_HEAD):
         with pytest.raises(InputError, match="what loops in custom is L_blocks and H_blocks: pass stack="):
             call(name, model, prompts, 16)
 

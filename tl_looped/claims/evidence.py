@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -21,7 +21,7 @@ from tl_looped.dynamics import DISTANCE, STEP, Convergence, convergence_of
 from tl_looped.dynamics.tokens import prepare_long
 from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
-from tl_looped.engine.numbers import wide_dtype
+from tl_looped.engine.numbers import interval, wide_dtype
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, Runs, with_run_options
 from tl_looped.lens import LOSS
@@ -303,7 +303,7 @@ def _row(
     reason = _why_not(model, claim, len(values))
     if len(values) >= FEWEST_PROMPTS:
         row["value"] = float(values.mean())
-        row["low"], row["high"] = interval(values, resamples, seed)
+        row["low"], row["high"] = map(float, interval(values, resamples, seed))
     return {**row, "verdict": f"can't tell: {reason}" if reason else verdict(model, claim, row, found)}
 
 
@@ -325,16 +325,6 @@ def _is_of_the_paper(model: LoopedModel) -> bool:
     cfg = model.cfg
     closes = cfg.loop_norm == "each" if cfg.norm_placement == "output_sandwich" else not cfg.norms_each_loop
     return closes and (cfg.reads_input_in_loops, cfg.norm_placement) in REPORTED
-
-
-def interval(values: PerPrompt, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling prompts; percentiles."""
-    if bool((values == values[0]).all()):
-        return float(values[0]), float(values[0])
-    found = bootstrap(
-        (values.numpy(),), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def verdict(model: LoopedModel, claim: _Claim, row: dict[str, Any], found: dict[str, PerPrompt]) -> str:

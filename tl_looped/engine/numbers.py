@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import warnings
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -110,6 +111,16 @@ def quantile(x: Float[Tensor, "*dims"], q: float, dim: int = -1) -> Float[Tensor
     ordered = x.sort(-1).values  # NaN last
     lower, upper = (ordered.gather(-1, end.long()) for end in (place.floor(), place.ceil()))
     return torch.where(lower == upper, lower, lower.lerp(upper, place.frac().to(x.dtype)))[..., 0]
+
+
+def interval(values: Float[Tensor, "*dims prompt"], resamples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """95 % interval of the mean over prompts, by resampling these, the same for all else: percentiles, [*dims]."""
+    n, values = values.shape[-1], values.double().cpu()
+    drawn = torch.from_numpy(np.random.default_rng(seed).integers(0, n, (resamples, n)))
+    counts = values.new_zeros(resamples, n).scatter_add(1, drawn, values.new_ones(resamples, n))
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)  # which rounding must not leave
+    means = (values @ counts.T / n).clamp(low, high)
+    return quantile(means, 0.025), quantile(means, 0.975)
 
 
 # From which loop on: of a condition in every loop.

@@ -1,6 +1,8 @@
 """What the model would say at every loop and layer, and when it would stop."""
 
+from tl_looped.lens.agreement import LensComparison as LensComparison
 from tl_looped.lens.agreement import ReadoutAgreement as ReadoutAgreement
+from tl_looped.lens.agreement import compare_lenses as compare_lenses
 from tl_looped.lens.agreement import readout_agreement as readout_agreement
 from tl_looped.lens.contributions import Decomposition as Decomposition
 from tl_looped.lens.contributions import decompose as decompose
@@ -12,6 +14,8 @@ from tl_looped.lens.exits import KLRule as KLRule
 from tl_looped.lens.exits import LatentRule as LatentRule
 from tl_looped.lens.exits import StableTopRule as StableTopRule
 from tl_looped.lens.exits import ThresholdRule as ThresholdRule
+from tl_looped.lens.jacobian import JacobianLens as JacobianLens
+from tl_looped.lens.jacobian import jacobian_lens as jacobian_lens
 from tl_looped.lens.lens import logit_lens as logit_lens
 from tl_looped.lens.lens import view_prompt as view_prompt
 from tl_looped.lens.measures import AGREEMENT as AGREEMENT

@@ -15,14 +15,17 @@ from tl_looped.engine.errors import InputError, check_count, resolve_index
 from tl_looped.engine.numbers import log_probs_of
 from tl_looped.engine.runs import Prompts, RunOptions, check_one_prompt, with_run_options
 from tl_looped.engine.schedule import LoopCount
+from tl_looped.lens.jacobian import JacobianLens
 from tl_looped.lens.measures import entropy, kl_divergence, token_rank, top_ids
 from tl_looped.lens.reads import (
+    TRANSLATED,
     LensKind,
     LensSite,
     Place,
     Positions,
     Reads,
     Targets,
+    Translator,
     check_kind,
     choose_reads,
     converter,
@@ -49,7 +52,7 @@ def logit_lens(
     positions: Positions = -1,
     targets: Targets = None,
     top_k: int = 5,
-    translator: TunedLens | None = None,
+    translator: Translator | None = None,
     stack: str | None = None,
     **options: Unpack[RunOptions],
 ) -> LogitLens:
@@ -64,6 +67,7 @@ def logit_lens(
     - "direct": final norm and head, on any residual stream; the coda is not run. On Ouro's state no second norm.
     - "coda": "exact", for models that have a coda; the others refuse. The name that the literature uses.
     - "tuned": "direct", on the state translated by `translator`.
+    - "jacobian": final norm and head, on the state carried to what that norm reads by `translator`, a `JacobianLens`.
 
     The run is made once. Logits of one place are formed for a piece of the positions at a time and never kept.
 
@@ -78,7 +82,7 @@ def logit_lens(
         targets: tokens to follow: a text that is one token, an id, or several of them, everywhere; a tensor of ids
             [batch] or [batch, pos] (of the positions read), one for each row; None: what the run itself says at last.
         top_k: how many of the most probable tokens to keep.
-        translator: for kind "tuned".
+        translator: for the kinds "tuned" and "jacobian".
         stack: which of two stacks that loop to read, and whose loops and layers count; None for the one whose state the
             head reads, or the only core.
         options: see `RunOptions`.
@@ -95,8 +99,7 @@ def logit_lens(
     reads = choose_reads(model, runs, site, loops, layers, positions, stack)
     check_kind(model, kind, translator is not None, reads.stack)
     if translator is not None:
-        if not isinstance(translator, TunedLens):
-            raise InputError(f"translator must be a TunedLens, as fit_tuned_lens gives it, got {translator!r}.")
+        check_translator(translator, kind)
         translator.check(model, runs.counts, reads)
     check_count("top_k", top_k)
     run = model.batch_of(runs)
@@ -109,11 +112,13 @@ def logit_lens(
         )
     ids, names = resolve_targets(model, run.tokens, len(reads.positions), targets)
     read = {*reads.loops, *(t - 1 for t in reads.loops if t)}  # KL to the loop before, though it is not asked for
+    if isinstance(translator, JacobianLens):
+        read &= {*translator.loops}
     convert = converter(model, run, reads, kind, None if translator is None else translator.translate)
     states, final = read_states(model, run, reads, convert, read)
     ids = final.argmax(-1).view(*real.shape, 1) if ids is None else ids
     values = {}
-    for name, value in _measure(model, reads, states, final, ids.flatten(0, 1), top_k).items():
+    for name, value in measure_states(model, reads, states, final, ids.flatten(0, 1), top_k).items():
         value = value.unflatten(0, reads.shape).unflatten(len(reads.shape), real.shape)
         padding = (~real).view(*real.shape, *(1,) * (value.ndim - len(reads.shape) - 2))
         values[name] = value.masked_fill(padding, float("nan") if value.is_floating_point() else -1).cpu()
@@ -132,8 +137,18 @@ def logit_lens(
     )
 
 
+def check_translator(translator: object, kind: str) -> None:
+    """An error for a translator that is not of this kind of lens."""
+    wanted = TunedLens if kind == "tuned" else JacobianLens
+    if not isinstance(translator, wanted):
+        raise InputError(
+            f"translator must be a {wanted.__name__}, as {TRANSLATED[kind]} gives it, for kind={kind!r}, "
+            f"got {translator!r}."
+        )
+
+
 @torch.no_grad()
-def _measure(
+def measure_states(
     model: LoopedModel,
     reads: Reads,
     states: dict[Place, Float[Tensor, "rows d_model"]],
@@ -203,7 +218,7 @@ def view_prompt(
     loop: int = -1,
     kind: LensKind = "exact",
     top_k: int = 10,
-    translator: TunedLens | None = None,
+    translator: Translator | None = None,
     **options: Unpack[RunOptions],
 ) -> LoopTokens:
     """How probable each token of a prompt is after every loop, given what comes before it; the reader picks the loop.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import pandas as pd
 import torch
@@ -12,12 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError, resolve_index
+from tl_looped.engine.identity import fingerprint
+from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Run, Runs
-from tl_looped.engine.schedule import CORE, HookSite
+from tl_looped.engine.schedule import CORE, HookSite, LoopCount
 from tl_looped.model import LoopedModel
 from tl_looped.observe.watching import watch
 
-LensKind = Literal["exact", "direct", "coda", "tuned"]
+LensKind = Literal["exact", "direct", "coda", "tuned", "jacobian"]
 LensSite = Literal["state", "resid_pre", "resid_mid", "resid_post"]
 Positions = int | slice | Sequence[int] | None
 Place = tuple[int, int | None]  # (loop, core layer; None for the state)
@@ -25,6 +27,9 @@ Convert = Callable[[Tensor, Place], Tensor]
 Translate = Callable[[Tensor, int, int], Tensor]  # (vectors, layer, loop) -> vectors
 
 Targets = str | int | Sequence[str | int] | Tensor | None
+
+TRANSLATED = {"tuned": "fit_tuned_lens", "jacobian": "jacobian_lens"}
+"""Kinds that need a translator, and what makes it."""
 
 FINAL = "final top token"
 PER_ROW = "target"
@@ -120,12 +125,57 @@ def check_kind(model: LoopedModel, kind: LensKind, translated: bool, stack: str 
             f"the head of {model.cfg.model_name} reads the state of {model.cfg.head_stack}, so that of {stack} has no "
             "exact read-out: pass kind='direct', which reads it as if it were that."
         )
-    if (kind == "tuned") != translated:
+    if (kind in TRANSLATED) != translated:
         raise InputError(
-            "kind='tuned' needs translator=: fit one with tl_looped.lens.fit_tuned_lens."
-            if kind == "tuned"
-            else f"a translator belongs to kind='tuned', got kind={kind!r}."
+            f"kind={kind!r} needs translator=: fit one with tl_looped.lens.{TRANSLATED[kind]}."
+            if kind in TRANSLATED
+            else f"a translator belongs to {' or '.join(f'kind={one!r}' for one in TRANSLATED)}, got kind={kind!r}."
         )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Translator(Result):
+    """What maps states before they are read out, for one model, loop count and site.
+
+    Attributes:
+        site: the residual stream it reads, or "state".
+        n_loops: of the runs it was made from; of two stacks that loop, those of the one it reads.
+        layers: the core layers that it knows; (0,) stands for the state.
+    """
+
+    kind: ClassVar[LensKind]
+
+    site: LensSite
+    n_loops: int
+    layers: tuple[int, ...]
+
+    def check(self, model: LoopedModel, n_loops: LoopCount, reads: Reads) -> None:
+        """An error unless it was made for this model, loop count and site, and for these layers."""
+        call = TRANSLATED[self.kind]
+        if self.made_by["fingerprint"] != fingerprint(model):
+            raise InputError(
+                f"the translator was fitted on {self.made_by['model']} with other weights than this "
+                f"{model.cfg.model_name}: fit one with {call}(model, prompts)."
+            )
+        inner = self.made_by.get("l_cycles")
+        fitted = self.n_loops if inner is None else (self.made_by["n_loops"], inner)
+        if fitted != n_loops:
+            raise InputError(
+                f"the translator was fitted on runs of {fitted} loops, this one has {n_loops}: pass "
+                f"n_loops={fitted}, or fit one with {call}(model, prompts, n_loops={n_loops})."
+            )
+        stack = self.made_by.get("stack", reads.stack)
+        if stack != reads.stack:
+            raise InputError(f"the translator reads {stack}, not {reads.stack}: pass stack={stack!r}.")
+        if self.site != reads.site:
+            raise InputError(f"the translator reads {self.site!r}, not {reads.site!r}: pass site={self.site!r}.")
+        missing = sorted({*(reads.layers or ())} - set(self.layers))
+        if missing:
+            raise InputError(f"the translator has the layers {list(self.layers)}, not {missing}.")
+
+    def translate(self, x: Float[Tensor, "*dims d_model"], layer: int, loop: int) -> Float[Tensor, "*dims d_model"]:
+        """A state of this layer and loop, mapped."""
+        raise NotImplementedError
 
 
 def direct_input(
@@ -149,12 +199,16 @@ def converter(
         vectors, (loop, layer) = x[:, positions].flatten(0, 1), place
         return direct_input(model, site, vectors if translate is None else translate(vectors, layer or 0, loop))
 
-    return whole if kind in ("exact", "coda") else direct
+    def carried(x: Tensor, place: Place) -> Tensor:
+        vectors, (loop, layer) = x[:, positions].flatten(0, 1), place
+        return model.transformer.last_norm(vectors if translate is None else translate(vectors, layer or 0, loop))
+
+    return whole if kind in ("exact", "coda") else carried if kind == "jacobian" else direct
 
 
 def read_states(
     model: LoopedModel, run: Run, reads: Reads, convert: Convert, loops: Collection[int]
-) -> tuple[dict[Place, Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_vocab"]]:
+) -> tuple[dict[Place, Float[Tensor, "*lens rows d_read"]], Float[Tensor, "rows d_vocab"]]:
     """Run once; (what `convert` makes of the states in some loops, the run's own logits at the chosen positions)."""
     kept: dict[Place, Tensor] = {}
 

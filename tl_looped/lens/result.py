@@ -36,7 +36,8 @@ class LogitLens(Result):
         top_probs, top_ids: the most probable tokens, the first the highest.
         entropy: of each read-out, in nats.
         kl_to_final: KL(what the whole run says ‖ read-out), in nats.
-        kl_to_previous: KL(read-out one loop earlier ‖ read-out) at the same layer, in nats; NaN at loop 0.
+        kl_to_previous: KL(read-out one loop earlier ‖ read-out) at the same layer, in nats; NaN at loop 0, and
+            where a lens can't read the one before.
         target_probs: probability of each target.
         target_ranks: its rank: 0 is the top token, as in TransformerLens; −1 at padding.
     """

@@ -21,24 +21,29 @@ from tl_looped.engine.checks import check_eval, check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.identity import fingerprint
 from tl_looped.engine.numbers import log_probs_of, wide_dtype
-from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, RunOptions, Runs, with_run_options
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.lens.measures import kl_divergence
-from tl_looped.lens.reads import LensSite, Reads, choose_reads, direct_input, read_states, table_of
+from tl_looped.lens.reads import (
+    LensSite,
+    Reads,
+    Translator,
+    choose_reads,
+    direct_input,
+    read_states,
+    table_of,
+)
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.observe.batch import chunks
 from tl_looped.viz.readout import lens_losses
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TunedLens(Result):
+class TunedLens(Translator):
     """Translators x → x + x W + b, read out by the direct lens. Made by `fit_tuned_lens`.
 
     Attributes:
-        site: the residual stream it reads.
-        n_loops: of the runs it was fitted on; of two stacks that loop, those of the one it reads.
-        layers: the core layers it has translators for; (0,) stands for the state.
+        site, n_loops, layers: see `Translator`.
         per_loop: whether each loop has its own translators.
         weight, bias: W and b of each; the loop axis has length one where all loops share them.
         kept: whether a translator was kept; one that was worse than the direct lens on its training prompts is zero.
@@ -46,9 +51,8 @@ class TunedLens(Result):
         held_out_direct_loss, held_out_tuned_loss: the same on the held-out prompts.
     """
 
-    site: LensSite
-    n_loops: int
-    layers: tuple[int, ...]
+    kind = "tuned"
+
     per_loop: bool
     weight: Float[Tensor, "translator_loop layer d_model d_model"]
     bias: Float[Tensor, "translator_loop layer d_model"]
@@ -57,29 +61,6 @@ class TunedLens(Result):
     tuned_loss: Float[Tensor, "loop layer"]
     held_out_direct_loss: Float[Tensor, "loop layer"]
     held_out_tuned_loss: Float[Tensor, "loop layer"]
-
-    def check(self, model: LoopedModel, n_loops: LoopCount, reads: Reads) -> None:
-        """An error unless the translators were fitted for this model, loop count and site, and on these layers."""
-        if self.made_by["fingerprint"] != fingerprint(model):
-            raise InputError(
-                f"the translator was fitted on {self.made_by['model']} with other weights than this "
-                f"{model.cfg.model_name}: fit one with fit_tuned_lens(model, prompts)."
-            )
-        inner = self.made_by.get("l_cycles")
-        fitted = self.n_loops if inner is None else (self.made_by["n_loops"], inner)
-        if fitted != n_loops:
-            raise InputError(
-                f"the translator was fitted on runs of {fitted} loops, this one has {n_loops}: pass "
-                f"n_loops={fitted}, or fit one with fit_tuned_lens(model, prompts, n_loops={n_loops})."
-            )
-        stack = self.made_by.get("stack", reads.stack)
-        if stack != reads.stack:
-            raise InputError(f"the translator reads {stack}, not {reads.stack}: pass stack={stack!r}.")
-        if self.site != reads.site:
-            raise InputError(f"the translator reads {self.site!r}, not {reads.site!r}: pass site={self.site!r}.")
-        missing = sorted({*(reads.layers or ())} - set(self.layers))
-        if missing:
-            raise InputError(f"the translator has the layers {list(self.layers)}, not {missing}.")
 
     def translate(self, x: Float[Tensor, "*dims d_model"], layer: int, loop: int) -> Float[Tensor, "*dims d_model"]:
         """A state as the translator of this layer and loop sees it."""

@@ -272,8 +272,12 @@ class LoopedTransformer(Network):
         if self.cfg.state_out:
             x = self.state_out(x)
         if self.cfg.final_norm or self.cfg.norms_last_loop or (self.cfg.norms_each_loop and not closed):
-            x = self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
+            x = self.last_norm(x)
         return self.head_transform(x) if self.cfg.head_transform else x
+
+    def last_norm(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
+        """The norm through which the head reads, where one does; no hook sees it."""
+        return self.ln_final(x) if self.cfg.has_final_weights else self.ln_loop(x)
 
     @property
     def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:

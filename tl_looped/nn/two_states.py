@@ -229,7 +229,11 @@ class TwoStateTransformer(Network):
             x: vectors of the residual stream.
             closed: whether x is a state, which the norm that closes loops has been applied to.
         """
-        return self.ln_final(x) if self.cfg.final_norm or (self.cfg.norms_each_loop and not closed) else x
+        return self.last_norm(x) if self.cfg.final_norm or (self.cfg.norms_each_loop and not closed) else x
+
+    def last_norm(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
+        """The norm through which the head reads, where one does; no hook sees it."""
+        return self.ln_final(x)
 
     @property
     def exit_logit(self) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows"]] | None:

@@ -358,3 +358,44 @@ def lens_losses(
     fig.update_xaxes(**loop_axis(n_loops))
     fig.update_yaxes(title={"text": "KL(run ‖ lens) on held-out prompts, nats"}, rangemode="tozero")
     return base_layout(fig, height=400)
+
+
+def lens_curves(
+    means: Float[Tensor, "measure lens place"],
+    low: Float[Tensor, "measure lens place"],
+    high: Float[Tensor, "measure lens place"],
+    kinds: Sequence[str],
+    places: Sequence[tuple[int, int | None]],
+    title: str,
+) -> go.Figure:
+    """Three panels over places in the order of the run, a line with intervals for each lens.
+
+    Args:
+        means, low, high: of the share of equal top tokens, the KL in nats, and the rank of the run's top token.
+        kinds: the lenses.
+        places: (loop, layer) of each place; a layer of None for the state.
+        title: of the figure.
+    """
+    panels = ("Same top token (share)", "KL(run ‖ lens), nats", "Rank of the run's top token")
+    fig, x = _panels(0.08, *panels), list(range(len(places)))
+    names = [f"loop {loop}" if layer is None else f"loop {loop}, layer {layer}" for loop, layer in places]
+    symbols = ("circle", "diamond", "square", "cross", "x")
+    for which, (kind, color) in enumerate(zip(kinds, (INK, BLUE, ORANGE, GREEN, PINK), strict=False)):
+        for panel in range(3):
+            of, below, above = (values[panel, which] for values in (means, low, high))
+            line = _line(x, numbers(of), kind, "%{customdata}: %{y:.4g}", color, "solid", symbols[which])
+            ends = {"array": numbers(above - of), "arrayminus": numbers(of - below), "symmetric": False}
+            line.update(customdata=names, legendgroup=kind, showlegend=panel == 0, error_y={**ends, "thickness": 1})
+            fig.add_trace(line, row=1, col=panel + 1)
+    curve_axes(fig)
+    first = {loop: i for i, (loop, _) in reversed(list(enumerate(places)))}
+    shown = dict(sorted(first.items())[:: max(1, len(first) // 8)])
+    fig.update_xaxes(
+        title={"text": "loop"}, tickmode="array", tickvals=list(shown.values()), ticktext=[str(t) for t in shown]
+    )
+    fig.update_yaxes(range=[-0.04, 1.04], tickformat=".0%", row=1, col=1)
+    fig.update_yaxes(rangemode="tozero", row=1, col=2)
+    fig.update_yaxes(rangemode="tozero", row=1, col=3)
+    legend = {"orientation": "h", "x": 1, "y": -0.22, "xanchor": "right", "yanchor": "top"}
+    base_layout(fig, height=380, legend=legend, margin={"l": 70, "r": 20, "t": 70, "b": 80})
+    return fig.update_layout(title={"text": plotly_text(title), "font": {"size": 14}})
