@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, TINY, hook_count, make, parity
+from helpers import PARITY, TINY, TWO_STATES, hook_count, make, parity, tokens_for
 from patching_helpers import direction, everywhere, prompts, run_clean
 from torch import Tensor
 
-from tl_looped import LoopedModel
-from tl_looped.circuits import EdgeScores, edge_attribution, patch_edges
+from tl_looped import InputError, LoopedModel
+from tl_looped.circuits import Circuit, EdgeScores, Faithfulness, edge_attribution, faithfulness, patch_edges
 from tl_looped.circuits import attribution as attribution_of_edges
 from tl_looped.circuits.attribution import prepare_edges
+from tl_looped.circuits.graph import Graph
+from tl_looped.circuits.patching import _random
 from tl_looped.circuits.running import run_edges
-from tl_looped.patching import Source, attribution_sweep
+from tl_looped.patching import Source, attribution_sweep, fixed, mean_source, zero
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with a prefix")
 LENGTH = 4
-TIGHT = {"rtol": 1e-8, "atol": 1e-10}
+TIGHT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"n_prelude": 1, "n_coda": 1, "n_key_value_heads": 2},
     "plain, learned positions": {"norm": "layer", "learned_positions": True, "rotary": None, "gated_mlp": False},
@@ -29,15 +33,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "residual update": {"loop_update": "residual", "injection": "add"},
     **TINY,
 }
+TWO_STACKS = {
+    "two stacks": TWO_STATES,
+    "two stacks, post": {**TWO_STATES, "norm_placement": "post", "attn_gate": False},
+}
 PARITIES = sorted(
     path.name
     for path in PARITY.iterdir()
-    if path.is_dir() and path.name not in ("hrm-text", "hrm-act", "trm", "parcae", "nanochat")
+    if path.is_dir() and path.name not in ("hrm-act", "trm", "parcae", "nanochat")
 )
 
 
 def kind(name: str) -> LoopedModel:
-    return make(torch.float64, **KINDS[name])
+    return make(torch.float64, **{**KINDS, **TWO_STACKS}[name])
 
 
 def pair(model: LoopedModel, n_loops: int | None = 2) -> tuple[Tensor, Any]:
@@ -60,7 +68,7 @@ def names(rows: tuple[dict[str, Any], ...]) -> list[str]:
 # Scores.
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *TWO_STACKS])
 def test_a_score_is_the_slope_of_a_real_patch(as_a_user: None, name: str) -> None:
     """Every reader in turn: the slope when its writes move a little towards the other run's, one edge at a time."""
     model = kind(name)
@@ -69,7 +77,7 @@ def test_a_score_is_the_slope_of_a_real_patch(as_a_user: None, name: str) -> Non
     run, given, graph = prepare_edges(model, clean, 2, other, {})
     metric, step = everywhere(model), 1e-4
     edges = graph.possible.nonzero()
-    chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(0))[:60]]
+    chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(0))[:30]]
     for w, r in chosen.tolist():
         kept = torch.ones_like(graph.possible)
         kept[w, r] = False
@@ -198,25 +206,19 @@ def test_an_edge_into_logits_is_exact_where_these_are_linear() -> None:
 
 def test_prompts_add_up_and_padding_changes_nothing() -> None:
     model = kind("huginn")
-    clean, other = pair(model)
-    both = scores_of(model, reduce="scalar", metric=lambda logits: everywhere(model)(logits).sum())
-    parts = []
-    for row in range(2):
-        _, corrupted = prompts(model, pos=LENGTH)
-        source = run_clean(model, corrupted[row : row + 1], 2)
-        parts.append(scores_of(model, source=source, prompts=clean[row : row + 1]).scores)
-    torch.testing.assert_close(both.scores, parts[0] + parts[1], equal_nan=True, **TIGHT)
-    torch.testing.assert_close(scores_of(model).scores * 2, both.scores, equal_nan=True, **TIGHT)
-    mask = torch.tensor([[0, 1, 1, 1, 1]])
-    tokens, _ = prompts(model, batch=1, pos=LENGTH)
-    padded = [
-        torch.cat([torch.zeros(1, 1, dtype=torch.long), one], 1) for one in (tokens, prompts(model, 1, LENGTH)[1])
-    ]
-    _, source = model.run_with_cache(padded[1], 2, attention_mask=mask)
-    _, bare = model.run_with_cache(prompts(model, 1, LENGTH)[1], 2)
+    clean, corrupted = prompts(model, pos=LENGTH)
+    both = scores_of(model, reduce="scalar", metric=lambda logits: everywhere(model)(logits).sum()).scores
+    one, two = (
+        scores_of(model, source=run_clean(model, corrupted[i : i + 1], 2), prompts=clean[i : i + 1]) for i in (0, 1)
+    )
+    torch.testing.assert_close(both, one.scores + two.scores, equal_nan=True, **TIGHT)
+    torch.testing.assert_close(both, scores_of(model).scores * 2, equal_nan=True, **TIGHT)
+    mask = torch.tensor([[0, *[1] * LENGTH]])
+    padded, theirs = (torch.cat([torch.zeros(1, 1, dtype=torch.long), one[:1]], 1) for one in (clean, corrupted))
     options: dict[str, Any] = {"metric": direction(model), "reduce": "mean", "progress": False}
-    wide = edge_attribution(model, padded[0], 2, source=source, attention_mask=mask, **options)
-    short = edge_attribution(model, tokens, 2, source=bare, **options)
+    short = edge_attribution(model, clean[:1], 2, source=run_clean(model, corrupted[:1], 2), **options)
+    source = run_clean(model, theirs, 2, attention_mask=mask)
+    wide = edge_attribution(model, padded, 2, source=source, attention_mask=mask, **options)
     torch.testing.assert_close(wide.scores, short.scores, equal_nan=True, **TIGHT)
 
 
@@ -233,3 +235,202 @@ def test_all_edges_are_this_run_and_none_the_other(family: str) -> None:
         for mask, tokens in ((graph.possible, clean), (torch.zeros_like(graph.possible), corrupted)):
             torch.testing.assert_close(run_edges(model, run, given, graph, mask), model(tokens), rtol=1e-9, atol=1e-9)
     assert hook_count(model) == 0
+
+
+def test_a_path_is_what_a_reader_makes_of_it_and_no_more() -> None:
+    """A circuit of one path: the input to a head to the logits. Its values are those of runs frozen by hand."""
+    model = make(torch.float64, n_prelude=1, injection="concat_linear", loop_norm="each")
+    clean, other = pair(model)
+    edges = [("hook_embed", "blocks.1.loop.0.attn.hook_v.2"), ("blocks.1.loop.0.attn.hook_z.2", "logits")]
+    run, given, graph = prepare_edges(model, clean, 2, other, {})
+    with torch.no_grad():
+        ours = run_edges(model, run, given, graph, graph.mask(edges))
+    held = [node.site.name for node in graph.writers]
+
+    def put(values: dict[str, Tensor], *but: str) -> list[Any]:
+        names = set(held) - set(but)
+        return [(name, lambda x, hook: values[hook.name]) for name in names]
+
+    theirs, kept = other.cache_dict, {}
+    here = "blocks.1.loop.0.attn.hook_"
+    keep = (f"{here}v", lambda x, hook: kept.update(v=x))
+    model.run_with_hooks(clean, 2, fwd_hooks=[*put(theirs, "hook_embed"), keep])  # the input's own way to v
+
+    def one_head(x: Tensor, hook: Any) -> Tensor:
+        mixed = theirs[hook.name].clone()
+        mixed[:, :, 2] = kept["v"][:, :, 2]
+        return mixed
+
+    keep = (f"{here}z", lambda x, hook: kept.update(z=x))
+    model.run_with_hooks(clean, 2, fwd_hooks=[*put(theirs, f"{here}z"), (f"{here}v", one_head), keep])
+    z = theirs[f"{here}z"].clone()
+    z[:, :, 2] = kept["z"][:, :, 2]
+    wanted = model.run_with_hooks(clean, 2, fwd_hooks=put({**theirs, f"{here}z": z}))
+    torch.testing.assert_close(ours, wanted, **TIGHT)
+    assert not torch.allclose(wanted, model(prompts(model, pos=LENGTH)[1], 2))
+
+
+def test_writes_may_be_replaced_by_zeros_or_means() -> None:
+    model = kind("plain")
+    clean, _ = pair(model)
+    run, given, graph = prepare_edges(model, clean, 2, zero(), {})
+    with torch.no_grad():
+        none = run_edges(model, run, given, graph, torch.zeros_like(graph.possible))
+    assert float(none.abs().max()) == 0  # no bias in this model
+    mean = mean_source(model, tokens_for(model, batch=6, pos=LENGTH), 2)
+    found = scores_of(model, source=mean)
+    assert found.made_by["source"] == "mean" and float(found.scores.nan_to_num().abs().max()) > 0
+
+
+# Circuits.
+
+
+def by_paths(circuit: Circuit) -> set[tuple[str, str]]:
+    """The edges on paths from an input to the logits, one path after the other."""
+    edges, found = circuit.names(), set()
+
+    def group(reader: str) -> list[str]:
+        """What writes with what was read."""
+        if reader.endswith("mlp.hook_pre"):
+            return [reader.replace("mlp.hook_pre", "hook_mlp_out")]
+        block, head = reader.rpartition(".attn.")[0], int(reader.rpartition(".")[2])
+        heads = [head] if "hook_q" in reader else [2 * head, 2 * head + 1]
+        return [f"{block}.attn.hook_z.{one}" for one in heads]
+
+    def walk(writer: str, path: list[tuple[str, str]]) -> None:
+        for edge in edges:
+            if edge[0] == writer and edge[1] == "logits":
+                found.update([*path, edge])
+            elif edge[0] == writer:
+                for one in group(edge[1]):
+                    walk(one, [*path, edge])
+
+    walk("hook_embed", [])
+    return found
+
+
+@pytest.mark.parametrize("n", [4, 12, 25, 40])
+def test_what_lies_on_no_path_is_pruned(n: int) -> None:
+    model = kind("plain")  # two query heads share a key head
+    graph = Graph.of(model, 2, has_state=False)
+    draw = torch.rand(graph.possible.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    draw[0, -1] += 1  # the one path that is there for sure
+    scores = EdgeScores({}, **graph.rows(), scores=draw.masked_fill(~graph.possible, torch.nan), metric=0.0)
+    pruned = scores.top(n)
+    largest = scores.scores.nan_to_num(-1).flatten().topk(n).values[-1]
+    everything = Circuit({}, **graph.rows(), edges=scores.scores >= largest, scores=scores.scores)
+    assert everything.n_edges == n and set(pruned.names()) == by_paths(everything)
+    assert scores.threshold(float(largest)).names() == pruned.names()
+
+
+def test_random_circuits_are_as_large_and_all_on_paths() -> None:
+    graph = Graph.of(kind("plain"), 2, has_state=False)
+    for n in (1, 10, 60, int(graph.possible.sum())):
+        drawn = [_random(graph, n, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+        assert torch.equal(drawn[0], drawn[1]) and int(drawn[0].sum()) >= n
+        assert torch.equal(graph.prune(drawn[2]), drawn[2]) and not bool((drawn[2] & ~graph.possible).any())
+    assert int(drawn[0].sum()) == n and int(_random(graph, 10, torch.Generator()).sum()) < 40
+
+
+def test_a_physical_edge_is_told_with_its_loops() -> None:
+    model = make(n_loops=4)
+    z, q = "blocks.1.loop.{}.attn.hook_z.0", "blocks.0.loop.{}.attn.hook_q.3"
+    edges = [(z.format(t), q.format(t + 1)) for t in (0, 2)]
+    edges += [(z.format(0), q.format(2)), ("hook_embed", q.format(1)), ("hook_embed", q.format(3))]
+    edges += [("blocks.1.loop.3.hook_mlp_out", "logits")]
+    table = Circuit.of(model, edges).tied().astype(object)
+    found = {(row.writer, row.reader, row.loops_apart): (row.n, row.loops) for row in table.itertuples()}
+    plain = ("blocks.1.attn.hook_z.0", "blocks.0.attn.hook_q.3")
+    assert found[(*plain, 1)] == (2, [1, 3]) and found[(*plain, 2)] == (1, [2])
+    rest = {key[0]: value for key, value in found.items() if key[:2] != plain}
+    assert rest == {"hook_embed": (2, [1, 3]), "blocks.1.hook_mlp_out": (1, [3])}
+
+
+def test_faithfulness_is_the_share_of_the_effect_and_comes_with_a_null(tmp_path: Path) -> None:
+    model = make(torch.float64, final_norm=False, n_loops=2)
+    clean, other = pair(model)
+    found = scores_of(model, metric=direction(model))
+    options: dict[str, Any] = {"source": other, "metric": direction(model), "reduce": "mean", "progress": False}
+    circuits = [found.top(40), Circuit.of(model, [("hook_embed", "logits")]), found.top(found.n_edges)]
+    curve = faithfulness(model, clean, circuits=circuits, draws=3, draw_seed=5, **options)
+    assert curve.n_edges.tolist() == [circuits[0].n_edges, 1, found.n_edges] and curve.random.shape == (3, 3)
+    torch.testing.assert_close(curve.faithfulness[2], torch.ones(()).double(), **TIGHT)
+    torch.testing.assert_close(curve.completeness[2], torch.zeros(()).double(), **TIGHT)
+    whole, none = curve.metric
+    assert whole == pytest.approx(found.metric) and none != pytest.approx(whole)
+    direct = patch_edges(model, clean, edges=[("hook_embed", "logits")], **options).effect()[0]
+    torch.testing.assert_close(curve.faithfulness[1] * (whole - none), -direct, **TIGHT)  # linear: what it adds
+    assert bool((curve.random_edges >= curve.n_edges[:, None]).all())
+    again = faithfulness(model, clean, circuits=circuits[0], draws=3, draw_seed=5, **options)
+    assert torch.equal(again.random[0], curve.random[0]) and again.made_by["draw_seed"] == 5
+    assert list(curve.to_dataframe()) == ["n_edges", "faithfulness", "completeness", "random_mean", "random_largest"]
+    for one in (curve, found, circuits[0]):
+        loaded: Any = type(one).load(one.save(tmp_path / "one"))
+        assert loaded.to_dataframe().equals(one.to_dataframe()) and loaded.made_by == one.made_by
+        assert "svg" in loaded.plot().still_svg()
+    assert isinstance(curve, Faithfulness)
+
+
+# What is refused.
+
+
+def test_wrong_input_is_told_before_any_run(as_a_user: None) -> None:
+    model = make()
+    clean, other = pair(model)
+    options: dict[str, Any] = {"source": other, "metric": direction(model), "reduce": "mean", "progress": False}
+    back = ("blocks.1.loop.1.attn.hook_z.0", "blocks.1.loop.0.attn.hook_q.0")
+    with pytest.raises(InputError, match=r"hook_z.0' is written after .*hook_q.0' has read: an edge runs forward"):
+        patch_edges(model, clean, edges=[back], **options)
+    same = ("blocks.1.loop.0.attn.hook_z.0", "blocks.1.loop.0.attn.hook_v.0")
+    with pytest.raises(InputError, match="an edge runs forward in time"):
+        Circuit.of(model, [same], 2)
+    with pytest.raises(InputError, match=r"nothing called 'blocks.0.loop.0.attn.hook_z.9' writes.*Nearest"):
+        Circuit.of(model, [("blocks.0.loop.0.attn.hook_z.9", "logits")])
+    with pytest.raises(InputError, match=r"nothing called 'hook_embed' reads"):
+        Circuit.of(model, [("hook_embed", "hook_embed")])
+    for wrong in (("hook_embed", "logits"), [[("hook_embed", "logits", "logits")]]):
+        with pytest.raises(InputError, match="an edge is a pair of names"):
+            patch_edges(model, clean, edges=wrong, **options)  # pyright: ignore[reportArgumentType]
+    for empty in ([], [[]]):
+        with pytest.raises(InputError, match="name at least one, as"):
+            patch_edges(model, clean, edges=empty, **options)
+    with pytest.raises(InputError, match="no edges are given"):
+        Circuit.of(model, [])
+    graph = Graph.of(model, 2, has_state=False)
+    bare = Circuit({}, **graph.rows(), edges=torch.zeros_like(graph.possible), scores=torch.zeros(graph.possible.shape))
+    with pytest.raises(InputError, match="the circuit has no edges"):
+        faithfulness(model, clean, circuits=bare, **options)
+    with pytest.raises(InputError, match="circuits is empty"):
+        faithfulness(model, clean, circuits=[], **options)
+    with pytest.raises(InputError, match=r"pass the n_loops, initial_state and model that it comes from"):
+        faithfulness(model, clean, circuits=Circuit.of(model, [("hook_embed", "logits")], 3), **options)
+    with pytest.raises(InputError, match=r"no path from an input to the logits is among the 1 edges of top\(1\)"):
+        scores_of(model).top(1)
+    assert hook_count(model) == 0
+
+
+def test_a_run_that_can_not_be_scored_is_refused() -> None:
+    model = make()
+    clean, other = pair(model)
+    longer = run_clean(model, tokens_for(model, batch=2, pos=LENGTH + 1), 2)
+    with pytest.raises(InputError, match="source and patched prompts differ"):
+        scores_of(model, source=longer)
+    with pytest.raises(InputError, match=r"the source ran 3 loops, this call 2"):
+        scores_of(model, source=run_clean(model, clean, 3))
+    with pytest.raises(InputError, match="the source's cache has no"):
+        scores_of(model, source=model.run_with_cache(clean, 2, names_filter="hook_embed")[1])
+    with torch.inference_mode(), pytest.raises(InputError, match=r"call it outside torch.inference_mode"):
+        scores_of(model, source=other)
+    for flat in (lambda logits: logits.argmax(-1).float().sum(-1), lambda logits: logits.detach().sum((1, 2))):
+        with pytest.raises(InputError, match="the metric does not depend on the logits in a way"):
+            scores_of(model, metric=flat)
+    with pytest.raises(InputError, match=r"gives one number for all prompts: pass reduce='mean'"):
+        scores_of(model, reduce="none")
+    with pytest.raises(InputError, match="n_steps integrates from the corrupted prompt"):
+        scores_of(model, source=fixed(torch.zeros(())), n_steps=2)
+    with pytest.raises(InputError, match="the metric is 0 with all edges and with none"):
+        options: dict[str, Any] = {"source": other, "reduce": "mean", "progress": False}
+        circuit = Circuit.of(model, [("hook_embed", "logits")])
+        faithfulness(model, clean, circuits=circuit, metric=lambda logits: logits.sum((1, 2)) * 0, **options)
+    with pytest.raises(InputError, match=r"by value embeddings, which are no edge: patch nodes instead"):
+        scores_of(parity("parcae"), n_loops=None, source=zero())

@@ -112,7 +112,7 @@ def prepare_edges(
     Raises:
         InputError: as `prepare_patch`; a source without all writes; layers that read tokens beside the stream.
     """
-    run, given = prepare_patch(model, prompts, n_loops, source, options)
+    run, given = prepare_patch(model, prompts, n_loops, source, options, several_stacks=True)
     if model.cfg.reads_tokens_in_layers:
         raise InputError(
             f"layers of {model.cfg.model_name} read tokens beside the stream, by value embeddings, which are no edge: "

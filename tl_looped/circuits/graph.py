@@ -152,9 +152,7 @@ class Graph:
                     raise InputError(f"nothing called {name!r} {does} in this run.{nearest(name, known)}")
             writer, reader = (known[name] for name, known in zip(edge, places, strict=True))
             if not bool(self.possible[writer, reader]):
-                raise InputError(
-                    f"{edge[0]!r} is written after {edge[1]!r} has read, so there is no edge between them."
-                )
+                raise InputError(f"{edge[0]!r} is written after {edge[1]!r} has read: an edge runs forward in time.")
             found[writer, reader] = True
         return found
 
@@ -186,7 +184,9 @@ class Graph:
         found: dict[tuple[Any, ...], list[tuple[int | None, float]]] = {}
         for w, r in edges.nonzero().tolist():
             writer, reader = self.writers[w], self.readers[r]
-            apart = None if None in (writer.loop, reader.loop) else (reader.loop or 0) - (writer.loop or 0)
+            apart = None
+            if writer.loop is not None and reader.loop is not None and writer.stack == reader.stack:
+                apart = reader.loop - writer.loop
             names = (_physical(writer), _physical(reader), apart)
             loop = writer.loop if reader.loop is None else reader.loop
             found.setdefault(names, []).append((loop, float(scores[w, r])))

@@ -16,6 +16,7 @@ from tl_looped.circuits.graph import Edge, Graph
 from tl_looped.engine.checks import check_number
 from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.results import Result
+from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.circuits import circuit_figure, faithfulness_figure
 
@@ -37,7 +38,7 @@ class Circuit(Result):
 
     @classmethod
     def of(
-        cls, model: LoopedModel, edges: Sequence[Edge], n_loops: int | None = None, *, state_given: bool = False
+        cls, model: LoopedModel, edges: Sequence[Edge], n_loops: LoopCount | None = None, *, state_given: bool = False
     ) -> Circuit:
         """The circuit of named edges, as they are.
 
@@ -50,11 +51,11 @@ class Circuit(Result):
         Raises:
             InputError: no edges, names that such a run does not have, an edge that runs backward in time.
         """
-        check_looped(model)
-        loops = model.cfg.n_loops if n_loops is None else check_count("n_loops", n_loops)
-        graph = Graph.of(model, loops, state_given or not model.cfg.starts_from_prelude)
+        check_looped(model, several_stacks=True)
+        graph = Graph.of(model, n_loops, state_given or not model.cfg.starts_from_prelude)
         mask = graph.mask(edges)
-        made_by = {"model": model.cfg.model_name, "n_loops": loops, "chosen_by": "name"}
+        n = model.cfg.schedule(n_loops).n_loops(None)
+        made_by = {"model": model.cfg.model_name, "n_loops": n, "chosen_by": "name"}
         return cls(made_by, **graph.rows(), edges=mask, scores=torch.full(mask.shape, torch.nan, dtype=torch.float64))
 
     @property
@@ -78,8 +79,8 @@ class Circuit(Result):
     def tied(self) -> pd.DataFrame:
         """One row for each physical edge: in which loops (of the reader, else of the writer) it is in the circuit.
 
-        Writers and readers are named without a loop, with how many loops lie between them; `n` counts the edges of
-        this run that the physical edge stands for, `score` is their sum.
+        Writers and readers are named without a loop, with how many loops lie between them (where both are of one stack
+        that loops); `n` counts the edges of this run that the physical edge stands for, `score` is their sum.
         """
         return self.graph.tied(self.edges, self.scores)
 
@@ -134,7 +135,7 @@ class EdgeScores(Result):
         check_number("least", least, low_too=True)
         return self._circuit(self.scores.abs() >= least, "threshold", least)
 
-    def _circuit(self, mask: Bool[Tensor, "writer reader"], by: str, value: float) -> Circuit:
+    def _circuit(self, mask: Bool[Tensor, "writer reader"], by: str, value: float | int) -> Circuit:
         edges = Graph.from_rows(self.writers, self.readers).prune(mask)
         if not bool(edges.any()):
             raise InputError(
