@@ -199,9 +199,18 @@ def test_an_edge_into_logits_is_exact_where_these_are_linear() -> None:
     real = patch_edges(model, clean, 2, edges=edges, **options)
     assert len(edges) == 21 and real.axis_names == ["edge"] and real.index_df["edge"][0] == "hook_embed -> logits"
     torch.testing.assert_close(torch.tensor(chosen["score"].tolist(), dtype=torch.float64), real.effect(), **TIGHT)
+    measured = scores_of(model, metric=direction(model)).measured(real)
+    assert measured.n_edges == 21 and measured.made_by["method"] == "edge patching"
+    last = measured.scores[measured.scores.isfinite()]
+    torch.testing.assert_close(last, real.effect(), **TIGHT)
     together = patch_edges(model, clean, 2, edges=[edges], **options)
     torch.testing.assert_close(together.effect()[0], real.effect().sum(), **TIGHT)
     assert float(real.effect().abs().max()) > 0.01
+    with pytest.raises(InputError, match=r"nothing called .* reads in this run"):
+        measured.measured(together)
+    each: dict[str, Any] = {**options, "reduce": "none"}
+    with pytest.raises(InputError, match=r"one number for an edge: pass reduce='mean'"):
+        measured.measured(patch_edges(model, clean, 2, edges=edges[:2], **each))
 
 
 def test_prompts_add_up_and_padding_changes_nothing() -> None:

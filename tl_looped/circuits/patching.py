@@ -140,9 +140,7 @@ def faithfulness(
     generator = torch.Generator().manual_seed(draw_seed)
     random = [[_random(graph, one.n_edges, generator) for _ in range(draws)] for one in several]
     masks = [mask for one, drawn in zip(several, random, strict=True) for mask in (one.edges, ~one.edges, *drawn)]
-    found = torch.tensor(
-        [value(mask) for mask in tqdm(masks, desc="Circuits", disable=not progress)], dtype=torch.float64
-    )
+    found = [value(mask) for mask in tqdm(masks, desc="Circuits", disable=not progress)]
     shares = ((torch.tensor(found, dtype=torch.float64) - none) / (whole - none)).view(len(several), draws + 2)
     sizes = torch.tensor([[int(mask.sum()) for mask in drawn] for drawn in random], dtype=torch.long)
     made_by = {"model": model.cfg.model_name, **run.describe(), "source": given.name}

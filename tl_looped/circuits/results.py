@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -18,6 +18,7 @@ from tl_looped.engine.errors import InputError, check_count
 from tl_looped.engine.results import Result
 from tl_looped.engine.schedule import LoopCount
 from tl_looped.model import LoopedModel, check_looped
+from tl_looped.patching.results import LoopPatchingResult
 from tl_looped.viz.circuits import circuit_figure, faithfulness_figure
 
 
@@ -134,6 +135,25 @@ class EdgeScores(Result):
         """
         check_number("least", least, low_too=True)
         return self._circuit(self.scores.abs() >= least, "threshold", least)
+
+    def measured(self, result: LoopPatchingResult) -> EdgeScores:
+        """The same edges, with what `patch_edges` measured of each alone in place of the estimate.
+
+        Args:
+            result: of single edges of this run; one that was not measured counts as none.
+
+        Raises:
+            InputError: it has prompts of their own, edges that were patched together, or ones that are not here.
+        """
+        effect, table = result.effect(), result.index_df
+        names = list(map(str, table["edge"])) if "edge" in table else []
+        if effect.ndim != 1 or len(names) != len(effect):
+            raise InputError("measured needs a result of patch_edges with one number for an edge: pass reduce='mean'.")
+        graph = Graph.from_rows(self.writers, self.readers)
+        scores = torch.full_like(self.scores, torch.nan)
+        for name, value in zip(names, effect.tolist(), strict=True):
+            scores[graph.mask([(name.partition(" -> ")[0], name.partition(" -> ")[2])])] = value
+        return replace(self, scores=scores, made_by={**self.made_by, "method": "edge patching"})
 
     def _circuit(self, mask: Bool[Tensor, "writer reader"], by: str, value: float | int) -> Circuit:
         edges = Graph.from_rows(self.writers, self.readers).prune(mask)

@@ -31,7 +31,9 @@ def run_edges(
         graph: of the run.
         kept: the edges.
     """
-    streams, stream_of = (kept & graph.possible).T.unique(dim=0, return_inverse=True)  # [stream, writer], [reader]
+    # What is written after a reader has read may be as it likes there: as it makes fewer streams.
+    choices = [(mask.T.unique(dim=0, return_inverse=True)) for mask in (kept & graph.possible, kept | ~graph.possible)]
+    streams, stream_of = min(choices, key=lambda choice: len(choice[0]))  # [stream, writer], [reader]
     streams, n, batch = streams.to(model.device), len(streams), len(run.tokens)
     written: dict[str, list[int]] = {}  # who writes at a site
     read: dict[str, list[int]] = {}  # the stream that each reads at a site
