@@ -24,7 +24,7 @@ def circuit_figure(
     title: str = "",
     most: int = 200,
 ) -> go.Figure:
-    """Edges as lines from what writes to what reads, as thick as their score is large, coloured by what reads.
+    """Edges as lines from what writes to what reads, thicker where their score is larger, coloured by what reads.
 
     Args:
         writers, readers: name, kind, layer, loop, head and time of each.
@@ -40,9 +40,9 @@ def circuit_figure(
     fig, labelled, ends = Figure(), set(), {}
     for at in reversed(shown):
         writer, reader = writers[at // len(readers)], readers[at % len(readers)]
-        ends[_place(writer, n_heads)], ends[_place(reader, n_heads)] = writer["name"], _called(reader)
         (x0, y0), (x1, y1) = _place(writer, n_heads), _place(reader, n_heads)
-        share = float(sizes[at]) / largest if largest > 0 else 0.3
+        ends |= {(x1, y1): reader["name"], (x0, y0): writer["name"]}
+        share = (float(sizes[at]) / largest) ** 0.5 if largest > 0 else 0.3
         fig.add_trace(
             go.Scatter(
                 x=[x0, x1],
@@ -70,25 +70,14 @@ def circuit_figure(
     )
     columns = _columns([*writers, *readers])
     fig.update_xaxes(tickmode="array", tickvals=list(columns), ticktext=list(columns.values()), showgrid=False)
-    rows = ["input", *(f"head {head}" for head in range(n_heads)), "MLP", "logits"]
-    heights = [_middle(n_heads), *range(n_heads), n_heads, _middle(n_heads)]
-    named = dict(zip(heights[1:-1], rows[1:-1], strict=True))
-    fig.update_yaxes(tickmode="array", tickvals=list(named), ticktext=list(named.values()), showgrid=False)
-    return base_layout(fig, height=220 + 60 * n_heads, title=heading(title), margin={"l": 70, "t": 60})
-
-
-def _middle(n_heads: int) -> float:
-    return n_heads / 2
-
-
-def _called(reader: Mapping[str, Any]) -> str:
-    """What the place of a reader is called: the input of a head or an MLP."""
-    return str(reader["name"])
+    rows = ["input, logits", *(f"head {head}" for head in range(n_heads)), "MLP"]
+    fig.update_yaxes(tickmode="array", tickvals=list(range(-1, n_heads + 1)), ticktext=rows, showgrid=False)
+    return base_layout(fig, height=220 + 60 * n_heads, title=heading(title), margin={"l": 100, "t": 60})
 
 
 def _place(node: Mapping[str, Any], n_heads: int) -> tuple[float, float]:
-    """Time to the right; heads upward, the MLP above them."""
-    across = n_heads if node["kind"] == "mlp" else _middle(n_heads) if node["head"] is None else node["head"]
+    """Time to the right; inputs and logits below the heads, the MLP above them."""
+    across = n_heads if node["kind"] == "mlp" else -1 if node["head"] is None else node["head"]
     return node["time"] / 3, float(across)
 
 
