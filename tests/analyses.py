@@ -12,12 +12,14 @@ from torch import Tensor
 
 import tl_looped
 from tl_looped import LoopedModel
+from tl_looped.circuits import Circuit
 from tl_looped.dynamics import STEP
+from tl_looped.engine.runs import Runs
 from tl_looped.patching import Receiver, Sender, zero
 
 ROOMS = [
-    "observe", "generation", "lens", "dynamics", "attention", "stages", "patching", "record", "claims", "training",
-    "viz", "report", "adapters",
+    "observe", "generation", "lens", "dynamics", "attention", "stages", "patching", "circuits", "record", "claims",
+    "training", "viz", "report", "adapters",
 ]  # fmt: skip
 ONE_PROMPT = {"path_independence", "trajectory", "jacobian_spectrum", "massive_activations", "view_prompt"}
 ONE_PROMPT |= {"state_motion", "attention_bound", "attention_stability", "lyapunov_exponents"}
@@ -37,6 +39,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "patch_sweep": {"source": zero(), "metric": total, "axes": ("loop",), "progress": False},
     "attribution_sweep": {"source": zero(), "metric": total},
     "path_patch": {"metric": total, "sender": Sender(0, 0, "mlp"), "receivers": [Receiver("readout")]},
+    "edge_attribution": {"source": zero(), "metric": total, "progress": False},
+    "patch_edges": {"source": zero(), "metric": total, "edges": [("hook_embed", "logits")], "progress": False},
+    "faithfulness": {"source": zero(), "metric": total, "draws": 0, "progress": False},
     "ablation_effect": {"layer": 0, "progress": False},
     "paper_claims": {"null_seeds": 1, "resamples": 100, "progress": False},
 }
@@ -72,6 +77,9 @@ def call(name: str, model: LoopedModel, prompts: Any, n_loops: int | None = None
     needs = dict(NEEDS.get(name, {}))
     if name == "path_patch":
         _, needs["source"] = model.run_with_cache(prompts, n_loops)
+    if name == "faithfulness":
+        loops = prompts.n_loops if isinstance(prompts, Runs) else n_loops
+        needs["circuits"] = Circuit.of(model, [("hook_embed", "logits")], loops)
     return analyses()[name](model, prompts, n_loops, **needs, **options)
 
 

@@ -56,7 +56,7 @@ def test_the_walk_finds_what_there_is() -> None:
 def test_imports_go_one_way() -> None:
     """A room imports from itself and from those before it."""
     order = ["engine", "viz", "nn", "adapters", "observe", "generation", "unrolled", "model", "lens", "dynamics"]
-    order += ["attention", "patching", "stages", "record", "claims", "training", "report"]
+    order += ["attention", "patching", "circuits", "stages", "record", "claims", "training", "report"]
     package = Path(tl_looped.__file__).parent
     wrong = []
     for path in package.rglob("*.py"):
@@ -111,10 +111,10 @@ def test_no_function_has_the_name_of_a_module(name: str) -> None:
 
 def test_public_names_are_few() -> None:
     names = {(module, name) for module in ROOMS for name in public(room(module))} | {("", name) for name in TOP}
-    assert len(names) <= 170
+    assert len(names) <= 180
     package = Path(tl_looped.__file__).parent
     rooms = [path for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
-    assert len(rooms) <= 16
+    assert len(rooms) <= 17
 
 
 # What comes back.

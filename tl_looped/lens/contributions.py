@@ -28,8 +28,9 @@ from tl_looped.engine.network import frozen_weights, matrix
 from tl_looped.engine.numbers import wide
 from tl_looped.engine.results import Result
 from tl_looped.engine.runs import Prompts, Run, RunOptions, with_run_options
-from tl_looped.engine.schedule import FAST, SLOW, HookSite, LoopCount
+from tl_looped.engine.schedule import HookSite, LoopCount
 from tl_looped.lens.reads import resolve_target
+from tl_looped.lens.writes import KINDS, cut_writes, write_sites
 from tl_looped.model import LoopedModel, check_looped
 from tl_looped.viz.contributions import contribution_bars
 from tl_looped.viz.patching import patching_heatmap
@@ -44,7 +45,6 @@ _WRITES: dict[str, tuple[str, str]] = {  # by -> what is a write of attention, a
     "head": ("attn.hook_z", "hook_mlp_out"),
     "neuron": ("hook_attn_out", "mlp.hook_post"),
 }
-_KINDS = {"hook_attn_out": "attn", "attn.hook_z": "head", "hook_mlp_out": "mlp", "mlp.hook_post": "neuron"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -230,36 +230,13 @@ class _Batch:
 
     def __init__(self, model: LoopedModel, run: Run, by: str):
         self.model, self.run, self.by = model, run, by
-        self.sites = self._sites()
+        self.sites = write_sites(model, run.counts, run.state is not None, *_WRITES[by])
         self.components: list[dict[str, Any]] = []
         self.found: list[Tensor] = []  # what each adds, [batch, part]
         self.rows = torch.arange(len(run.tokens), device=run.tokens.device)
 
-    def _sites(self) -> dict[str, tuple[str, HookSite]]:
-        """Name of a hook point -> (kind, site): all that is written to the stream."""
-        cfg, found = self.model.cfg, [("embed", HookSite("hook_embed"))]
-        if cfg.learned_positions:
-            found.append(("pos_embed", HookSite("hook_pos_embed")))
-        given = self.run.state is not None
-        if cfg.two_states is not None:
-            found.append(("state", HookSite("hook_state_pre", FAST, loop=0)))
-            if given or cfg.two_states.h_start == "vector":
-                found.append(("state", HookSite("hook_state_pre", SLOW, loop=0)))
-        elif given or not cfg.starts_from_prelude:
-            found.append(("state", HookSite("hook_state_init")))
-        if given and not self.model.transformer.needs_input(state_given=True):
-            found = [one for one in found if one[0] == "state"]  # nothing reads the tokens
-        for stack, layer, loop in cfg.schedule(self.run.counts).layer_calls():
-            found += [(_KINDS[name], HookSite(name, stack, layer, loop)) for name in _WRITES[self.by]]
-        return {site.name: (kind, site) for kind, site in found}
-
     def decompose(self, wanted: Tensor | None, other: Tensor | None) -> None:
         """Fill in the numbers."""
-        writes: dict[str, Tensor] = {}
-
-        def cut(x: Tensor, hook: LoopHookPoint) -> Tensor:
-            writes[hook.name] = x.detach().requires_grad_(True)
-            return writes[hook.name]
 
         def hold(x: Tensor, hook: LoopHookPoint) -> Tensor:
             return x.detach()
@@ -267,7 +244,7 @@ class _Batch:
         held = [(lambda name: name.endswith(_HELD), hold)]
         biases = {name: one for name, one in self.model.transformer.named_parameters() if name.endswith(".bias")}
         with frozen_weights(self.model, biases.values()), torch.enable_grad():
-            with self.model.hooks([*((name, cut) for name in self.sites), *held]):
+            with cut_writes(self.model, self.sites, held) as writes:
                 head_in = self._head_in()
             value = self._value(head_in, wanted, other)
             asked = [*writes.values(), *biases.values()]
@@ -356,7 +333,7 @@ def _compare(batches: Sequence[_Batch], most: int) -> None:
     """Measure the components that are largest over all prompts, whatever batches these are in."""
     sizes = torch.cat([batch.contributions for batch in batches]).abs().mean(0)
     order = sizes.argsort(descending=True, stable=True).tolist()
-    chosen = [at for at in order if batches[0].components[at]["kind"] in _KINDS.values()]
+    chosen = [at for at in order if batches[0].components[at]["kind"] in KINDS.values()]
     for at in chosen[:most]:
         for batch in batches:
             batch.measure(at)

@@ -73,22 +73,12 @@ def attribution_sweep(
         Attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348); along the input: EAP-IG (Hanna et al.
         2024, arXiv 2403.17806).
     """
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "attribution needs gradients: call it outside torch.inference_mode(); torch.no_grad() is fine."
-        )
+    check_gradients()
     metrics = Metrics(metric, reduce, only_one="attribution_sweep")
     run, given = prepare_patch(model, prompts, n_loops, source, options, several_stacks=True)
     if "source_loop" in axes:
         raise InputError("attribution pairs each loop with itself: leave 'source_loop' out, or use patch_sweep.")
-    if n_steps is not None and given.cache is None:
-        raise InputError("n_steps integrates from the corrupted prompt to another: pass that prompt's cache.")
-    if n_steps is not None and model.cfg.reads_tokens_in_layers:
-        raise InputError(
-            f"n_steps moves the embeddings to those of the other prompt, but layers of {model.cfg.model_name} read "
-            "tokens themselves, by value embeddings: leave out n_steps."
-        )
-    steps = 1 if n_steps is None else check_count("n_steps", n_steps)
+    fractions = steps_of(model, given, n_steps)
     when: When = "at" if "loop" in axes else "every"
     plan = Plan(model.cfg, run.counts, run.tokens.shape[1], site, axes, when, None, stack)
     groups = plan.groups()
@@ -96,20 +86,42 @@ def attribution_sweep(
     names = [one.name for one in sites] + (["hook_embed"] if n_steps is not None else [])
     check_sites(model, run, names)
     given.require(names, run)
-    fractions = [0.0] if n_steps is None else [(i + 0.5) / steps for i in range(steps)]
     acts: dict[str, Tensor] = {}
     logits = watch(model, run, [one.name for one in sites], lambda at, x: acts.update({at.name: x}), read_out=True)
     baseline = metrics(cast(Tensor, logits))
     grads: dict[str, Tensor] = {}
     for fraction in tqdm(fractions, desc="Attribution", disable=not progress or len(fractions) == 1):
-        for name, grad in _gradients(model, run, sites, metrics, given, fraction).items():
+        for name, grad in site_gradients(model, run, sites, metrics, given, fraction).items():
             grads[name] = grads.get(name, 0) + wide(grad) / len(fractions)  # a sum of many steps
     products = {one.name: _product(given.values(one, acts[one.name]), acts[one.name], grads[one.name]) for one in sites}
     effects = _collect(plan, groups, products, per_prompt=reduce != "scalar")
-    method = "attribution" if n_steps is None else f"integrated gradients, {steps} steps"
+    method = "attribution" if n_steps is None else f"integrated gradients, {n_steps} steps"
     how, ran = {"method": method, **model.cfg.made_of(plan.stack)}, (model, run, given)
     values = given.blank((effects + baseline[0])[None], plan.axes)
     return LoopPatchingResult.of(metrics, values, baseline, plan.index(), site, ran, **how)
+
+
+def check_gradients() -> None:
+    """Raise where no gradient can be had."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "attribution needs gradients: call it outside torch.inference_mode(); torch.no_grad() is fine."
+        )
+
+
+def steps_of(model: LoopedModel, given: Source, n_steps: int | None) -> list[float]:
+    """How far the embeddings of each run have moved to the source's; one run that has not, without steps."""
+    if n_steps is not None and given.cache is None:
+        raise InputError("n_steps integrates from the corrupted prompt to another: pass that prompt's cache.")
+    if n_steps is not None and model.cfg.reads_tokens_in_layers:
+        raise InputError(
+            f"n_steps moves the embeddings to those of the other prompt, but layers of {model.cfg.model_name} read "
+            "tokens themselves, by value embeddings: leave out n_steps."
+        )
+    if n_steps is None:
+        return [0.0]
+    steps = check_count("n_steps", n_steps)
+    return [(i + 0.5) / steps for i in range(steps)]
 
 
 def _product(clean: Tensor, corrupted: Tensor, grad: Tensor) -> Tensor:
@@ -117,7 +129,7 @@ def _product(clean: Tensor, corrupted: Tensor, grad: Tensor) -> Tensor:
     return torch.where(grad == 0, 0, (clean - corrupted) * grad)
 
 
-def _gradients(
+def site_gradients(
     model: LoopedModel, run: Run, sites: Sequence[HookSite], metrics: Metrics, source: Source, fraction: float
 ) -> dict[str, Tensor]:
     """The metric's gradient at every site, each from its own loop; prompts do not mix, so one backward serves all."""
@@ -126,13 +138,7 @@ def _gradients(
     def keep(grad: Tensor, hook: LoopHookPoint) -> None:
         grads[hook.name] = grad
 
-    def move(x: Tensor, hook: LoopHookPoint) -> Tensor:
-        return x + fraction * (source.values(hook.site, x) - x)
-
-    reads_tokens = model.transformer.needs_input(run.state is not None)
-    if run.state is not None:
-        run = replace(run, state=run.state.detach())  # the caller's own may ask for gradients
-    moves: list[tuple[HookName, HookFn]] = [("hook_embed", move)] if fraction and reads_tokens else []
+    run, moves = moved(model, run, source, fraction)
     with frozen_weights(model), torch.enable_grad(), model.hooks(moves, [(site.name, keep) for site in sites]):
         value = metrics(model.execute(run)).sum()
     if not value.requires_grad:
@@ -142,6 +148,18 @@ def _gradients(
     if zero:
         raise InputError(f"no gradient reached {min(zero)!r}: nothing that the metric reads depends on it.")
     return grads
+
+
+def moved(model: LoopedModel, run: Run, source: Source, fraction: float) -> tuple[Run, list[tuple[HookName, HookFn]]]:
+    """A run with gradients of its own, and the hooks that move its embeddings so far to the source's."""
+
+    def move(x: Tensor, hook: LoopHookPoint) -> Tensor:
+        return x + fraction * (source.values(hook.site, x) - x)
+
+    reads_tokens = model.transformer.needs_input(run.state is not None)
+    if run.state is not None:
+        run = replace(run, state=run.state.detach())  # the caller's own may ask for gradients
+    return run, [("hook_embed", move)] if fraction and reads_tokens else []
 
 
 def _collect(
