@@ -19,7 +19,8 @@ from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.viz.browser import notebook_html, packed
-from tl_looped.viz.figure import Figure, still_svg
+from tl_looped.viz.figure import Figure
+from tl_looped.viz.still import still_svg
 from tl_looped.viz.style import (
     DARK_BLUE,
     PROBABILITY_SCALE,

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.viz.browser import notebook_html
-from tl_looped.viz.figure import Figure, still_svg
+from tl_looped.viz.figure import Figure
 from tl_looped.viz.readout import readout_heatmap
+from tl_looped.viz.still import still_svg
 from tl_looped.viz.style import (
     PROBABILITY_SCALE,
     base_layout,
