@@ -17,8 +17,9 @@ from PIL import Image
 from plotly.subplots import make_subplots
 
 from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import explain_colors
 from tl_looped.viz.still import still_svg
-from tl_looped.viz.style import base_layout, curve_axes
+from tl_looped.viz.style import LOOP_SCALE, base_layout, curve_axes
 
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 
@@ -108,6 +109,37 @@ def test_panels_bars_and_packed_numbers() -> None:
     assert {"left", "right", "a", "b"} <= set(words(picture))
 
 
+def test_error_bars_end_where_their_numbers_say() -> None:
+    errors = {"array": [1.0, 2.0], "arrayminus": [0.0, 2.0], "symmetric": False}
+    for mark in (
+        go.Scatter(y=[5.0, 5.0], mode="markers", error_y=errors),
+        go.Bar(x=["a", "b"], y=[5, 5], error_y=errors),
+    ):
+        picture = drawn(Figure(mark))
+        lines = [corners(node.attrib["d"]) for node in picture.iter(f"{SVG}path") if "clip-path" in node.attrib]
+        upright = [np.ptp(line, 0)[1] for line in lines if np.ptp(line, 0)[0] == 0 and len(line) == 2]
+        assert upright[-1] == pytest.approx(4 * upright[-2], rel=1e-4)
+
+
+def test_a_trace_without_points_brings_its_colour_bar() -> None:
+    fig = Figure(go.Scatter(y=[1, 2]))
+    explain_colors(fig, LOOP_SCALE, 8, "loop of the model")
+    assert len(images(drawn(fig))) == 1
+    assert {"loop of the model", "0", "8"} <= set(words(drawn(fig)))
+
+
+def test_notes_and_lines_stand_at_their_number_of_a_logarithmic_axis() -> None:
+    fig = Figure(go.Scatter(x=[0, 1], y=[1.0, 1000.0], line={"color": "red"}))
+    fig.add_hline(y=100, line={"color": "green"})
+    fig.add_annotation(text="hundred", x=0, y=2, yanchor="bottom", showarrow=False)  # plotly takes the logarithm here
+    picture = drawn(fig.update_yaxes(type="log"))
+    low, high = corners(styled(picture, "path", "stroke: #ff0000")[0]["d"])[:, 1]
+    at = corners(styled(picture, "path", "stroke: #008000")[0]["d"])[0, 1]
+    assert (at - low) / (high - low) == pytest.approx(2 / 3, abs=1e-4)
+    (note,) = [node.attrib for node in picture.iter(f"{SVG}text") if "".join(node.itertext()) == "hundred"]
+    assert 0 < at - float(note["y"]) < 8
+
+
 def test_hostile_words_stay_words() -> None:
     fig = Figure(go.Scatter(y=[1, 2], name="&lt;/svg&gt;&lt;script&gt;x&lt;/script&gt;", showlegend=True))
     assert list(drawn(fig).iter(f"{SVG}script")) == []
@@ -118,6 +150,14 @@ def test_the_same_figure_is_the_same_picture_which_says_what_it_is() -> None:
     assert picture == still_svg(line())
     assert {"role": "img", "aria-label": "a <title>"}.items() <= drawn(line()).attrib.items()
     assert "<metadata" not in picture  # with the date
+
+
+def test_a_picture_says_nothing_twice() -> None:
+    fig = Figure(go.Heatmap(z=[[i / 100 for i in range(40)]] * 6, text=[["0.123456"] * 40] * 6, texttemplate="%{text}"))
+    picture = still_svg(base_layout(fig, height=300))
+    assert len(picture) < 40_000  # notebooks hold many
+    assert picture.count("font-family") == 1
+    assert words(ElementTree.fromstring(picture)).count("0.123456") == 240  # a number in words keeps its digits
 
 
 def test_what_is_set_for_other_pictures_does_not_reach_ours() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import get_colorscale
 
 from tl_looped.viz.style import INK
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Number = int | float
 _WIDTH = 720  # pixels of all plots together; what stands around them is put around it
+_FONTS = ["DejaVu Sans", "Verdana", "sans-serif"]
 _LOOK = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#8A94A0",
@@ -32,7 +34,7 @@ _LOOK = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.dpi": 72,  # a point is a pixel
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],
+    "font.sans-serif": _FONTS[:-1],
     "font.size": 12,
     "grid.color": "#E6E9ED",
     "legend.frameon": False,
@@ -45,6 +47,11 @@ _LOOK = {
 }
 _DASHES = {"dash": (0, (7, 4)), "dot": (0, (2, 3)), "dashdot": (0, (7, 3, 2, 3))}  # pixels
 _MARKERS = {"diamond": "D", "square": "s", "x": "x", "cross": "+", "triangle-up": "^"}
+_TAG = re.compile(r"<[^>]*>")
+# In a tag: digits after the third, units (a point is a pixel), turns by nothing, the font that all words have.
+_NEEDLESS = re.compile(
+    r"""(\.\d{3})\d+|(?<=\d)pt(?=")| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans', 'Verdana', sans-serif; """
+)
 _MOST_GRID = 64  # rows or columns of a heatmap with lines between them
 
 
@@ -60,14 +67,14 @@ def still_svg(figure: go.Figure) -> str:
         _Still(figure).canvas.savefig(file, format="svg", bbox_inches="tight", metadata=unsaid)
         drawn = file.getvalue()
     label = html.escape(_words(figure.layout.title.text).replace("\n", " ") or "figure", quote=True)
-    drawn = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', drawn[drawn.index("<svg ") :], count=2)
-    return drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    drawn = re.sub(r">\s+<", "><", _TAG.sub(lambda tag: _NEEDLESS.sub(r"\1", tag[0]), drawn[drawn.index("<svg ") :]))
+    return drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" font-family="{", ".join(_FONTS)}" ', 1)
 
 
 def _words(text: object) -> str:
     """Text of a figure without plotly's tags, but with its line breaks."""
     lines = re.sub(r"<br ?/?>", "\n", str(text or ""))
-    return html.unescape(re.sub(r"<[^>]*>", "", lines))
+    return html.unescape(_TAG.sub("", lines))
 
 
 def _shown(text: object) -> str:
@@ -86,7 +93,8 @@ class _Still:
     def __init__(self, figure: Any):  # plotly's types do not say what is in one
         from matplotlib.figure import Figure
 
-        self.layout, self.traces = figure.layout, figure.data
+        self.layout = figure.layout
+        self.traces = [trace for trace in figure.data if trace.type in ("bar", "heatmap", "histogram", "scatter")]
         margin = self.layout.margin
         self.height = (self.layout.height or 450) - (margin.t or 60) - (margin.b or 60)
         self.canvas: Figure = Figure((_WIDTH / 72, self.height / 72))
@@ -283,7 +291,7 @@ def _colors(given: Any, low: Number | None, high: Number | None) -> ScalarMappab
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    stops = [(at, _color(shade)) for at, shade in given.colorscale]
+    stops = [(at, _color(shade)) for at, shade in given.colorscale or get_colorscale("Viridis")]
     return ScalarMappable(Normalize(low, high), LinearSegmentedColormap.from_list("", stops))
 
 
