@@ -48,9 +48,10 @@ _LOOK = {
 _DASHES = {"dash": (0, (7, 4)), "dot": (0, (2, 3)), "dashdot": (0, (7, 3, 2, 3))}  # pixels
 _MARKERS = {"diamond": "D", "square": "s", "x": "x", "cross": "+", "triangle-up": "^"}
 _TAG = re.compile(r"<[^>]*>")
-# In a tag: digits after the third, units (a point is a pixel), turns by nothing, the font that all words have.
+# In a tag: digits after the third, units (a point is a pixel), line ends, turns by nothing, the font of all words.
 _NEEDLESS = re.compile(
-    r"""(\.\d{3})\d+|(?<=\d)pt(?=")| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans', 'Verdana', sans-serif; """
+    r"""(\.\d{3})\d+|(?<=\d)pt(?=")|\n"""
+    r"""| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans', 'Verdana', sans-serif; """
 )
 _MOST_GRID = 64  # rows or columns of a heatmap with lines between them
 
