@@ -199,5 +199,6 @@ class _Pen:
         return (
             f'<svg class="tl-schedule" role="img" aria-label="{html.escape(title, quote=True)}" '
             f'viewBox="0 0 {width:.0f} {_HEIGHT}" width="{width:.0f}" height="{_HEIGHT}" fill="{INK}" '
-            f'font-family="{font}" xmlns="http://www.w3.org/2000/svg"><defs>{heads}</defs>{"".join(self.parts)}</svg>'
+            f'font-family="{font}" xmlns="http://www.w3.org/2000/svg"><defs>{heads}</defs>'
+            f'<rect width="100%" height="100%" fill="white"/>{"".join(self.parts)}</svg>'
         )
