@@ -271,6 +271,8 @@ def test_schedule_drawing_names_its_parts(changes: dict, there: list[str], absen
 
 def test_schedule_drawing_says_what_it_shows():
     drawing = ElementTree.fromstring(viz.schedule_svg(config(n_prelude=2)))
+    ground = next(node for node in drawing if node.tag.endswith("rect"))
+    assert ground.attrib == {"width": "100%", "height": "100%", "fill": "white"}  # a dark page does not show through
     assert html.unescape(drawing.attrib["aria-label"]) == (
         "Schedule: 2 prelude, 2 core layers run 2 times, 0 coda layers."
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from tl_looped.engine.errors import InputError
+from tl_looped.training.variable_chains import solve
 
 CHAIN_MODELS = ("looped-hops", "looped-hops-settling")
 """The embedded models, which read variable chains and nothing else."""
@@ -57,31 +57,10 @@ def built_in(model_name: str) -> tuple[Prompt, ...]:
     return tuple(Prompt(text, answer=answer, note=_hops(text)) for text, answer in _CHAINS)
 
 
-def follow_chain(text: str) -> list[str]:
-    """The links that answer a variable-chain prompt, from the variable asked for to the digit.
-
-    >>> follow_chain("a=4; c=a; ? c")
-    ['c', 'a', '4']
-
-    Raises:
-        InputError: the text is not of this form, or its chain does not end in a digit.
-    """
-    *assignments, query = (part.strip() for part in text.split(";"))
-    if not re.fullmatch(r"\? [a-z]", query) or not all(re.fullmatch("[a-z]=[a-z0-9]", one) for one in assignments):
-        raise InputError(f"{text!r} is not a variable chain such as 'a=4; c=a; ? c'.")
-    values = {one[0]: one[2] for one in assignments}
-    links = [query[-1]]
-    while not links[-1].isdigit():
-        if links[-1] not in values or len(links) > len(values):
-            raise InputError(f"{text!r}: the chain {' → '.join(links)} does not end in a digit.")
-        links.append(values[links[-1]])
-    return links
-
-
 def _hops(text: str) -> str:
-    links = follow_chain(text)
-    hops = f"{len(links) - 1} hop{'s' if len(links) > 2 else ''}"
+    answer, path = solve(text)
+    hops = f"{len(path)} hop{'s' if len(path) > 1 else ''}"
     return (
-        f"The answer is {hops} away: {' → '.join(links)}. The model was trained to answer at the last position only, "
-        "so its read-outs at the others mean little."
+        f"The answer is {hops} away: {' → '.join([*path, answer])}. The model was trained to answer at the last "
+        "position only, so its read-outs at the others mean little."
     )

@@ -12,14 +12,14 @@ import torch
 from circuitsvis.attention import attention_heads as circuitsvis_heads
 from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.engine.cache import LoopedCache
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import CORE, HookSite
 from tl_looped.viz.browser import notebook_html, packed
-from tl_looped.viz.figure import Figure, still_svg
+from tl_looped.viz.parts import cells, panels
+from tl_looped.viz.still import still_svg
 from tl_looped.viz.style import (
     DARK_BLUE,
     PROBABILITY_SCALE,
@@ -27,7 +27,6 @@ from tl_looped.viz.style import (
     data_block,
     heatmap_axes,
     loop_axis,
-    numbers,
     show_token,
     token_axis,
 )
@@ -172,40 +171,25 @@ def attention_from_position(layers: Sequence[LayerAttention], tokens: Sequence[s
     Returns:
         Heatmaps of attention from that position; the colour scale ends at the next tenth above the largest value.
     """
-    panels = _panels(layers, position)
-    n_rows = len(panels[0][1])
+    drawn = _panels(layers, position)
+    n_rows = len(drawn[0][1])
     loops = ["once" if t is None else t for t in layers[0].loops]
     inner, gap = max(70, min(20 * n_rows, 240)), 46
-    height = len(panels) * (inner + gap) + 90
-    spacing = gap / (height - 110) if len(panels) > 1 else 0
-    titles = [title for title, _ in panels]
-    fig = make_subplots(
-        figure=Figure(), rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=spacing, subplot_titles=titles
-    )
-    labels = [show_token(token) for token in tokens]
-    for row, (_, values) in enumerate(panels, start=1):
-        fig.add_trace(
-            go.Heatmap(
-                z=numbers(values),
-                x=list(range(len(tokens))),
-                y=list(range(n_rows)),
-                customdata=[[[loops[t], j] for j in range(len(labels))] for t in range(n_rows)],
-                hovertemplate="loop %{customdata[0]}, key position %{x}: %{z:.1%}<extra></extra>",
-                coloraxis="coloraxis",
-                xgap=1,
-                ygap=1,
-            ),
-            row=row,
-            col=1,
-        )
+    height = len(drawn) * (inner + gap) + 90
+    spacing = gap / (height - 110) if len(drawn) > 1 else 0
+    fig = panels([title for title, _ in drawn], 1, shared_xaxes=True, vertical_spacing=spacing)
+    for row, (_, values) in enumerate(drawn, start=1):
+        says = [[[loops[t], j] for j in range(len(tokens))] for t in range(n_rows)]
+        hover = "loop %{customdata[0]}, key position %{x}: %{z:.1%}"
+        fig.add_trace(cells(values, says, hover, None, None, None, coloraxis="coloraxis"), row=row, col=1)
     fig.update_xaxes(**token_axis(tokens, title=""))
-    fig.update_xaxes(title={"text": "key position (label: its token)"}, row=len(panels), col=1)
+    fig.update_xaxes(title={"text": "key position (label: its token)"}, row=len(drawn), col=1)
     places = loop_axis(n_rows)["dtick"]
     kept = list(range(0, n_rows, places))
     fig.update_yaxes(
         title={"text": "loop"}, autorange="reversed", tickvals=kept, ticktext=[str(loops[t]) for t in kept]
     )
-    most = max(float(values.nan_to_num().max()) for _, values in panels)
+    most = max(float(values.nan_to_num().max()) for _, values in drawn)
     bar = {"title": {"text": "attention"}, "thickness": 14, "tickformat": ".0%"}
     bar |= {"len": 200, "lenmode": "pixels", "y": 1, "yanchor": "top"}
     scale = {"colorscale": PROBABILITY_SCALE, "cmin": 0, "cmax": max(0.1, math.ceil(most * 10) / 10), "colorbar": bar}

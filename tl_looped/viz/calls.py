@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tl_looped.engine.errors import InputError
 from tl_looped.viz.figure import Figure
-from tl_looped.viz.style import INK, base_layout, heading, heatmap_axes, loop_axis, numbers
+from tl_looped.viz.parts import cells
+from tl_looped.viz.style import INK, base_layout, heading, heatmap_axes, loop_axis
 
 _MOST_LINES = 32  # loops up to which lines are drawn between them
 
@@ -43,21 +44,11 @@ def call_matrix(
     if not bool(matrix.isfinite().any()):
         raise InputError(f"{what} have no finite value, so there is nothing to draw.")
     names = [f"loop {loop}, layer {layer}" for loop in loops for layer in layers]
-    places, width = list(range(len(names))), len(layers)
+    width = len(layers)
     low, high = bounds
-    fig = Figure(
-        go.Heatmap(
-            z=numbers(matrix),
-            x=places,
-            y=places,
-            customdata=[[f"{row} and {column}" for column in names] for row in names],
-            hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
-            colorscale=scale,
-            zmin=low,
-            zmax=high,
-            colorbar={"title": {"text": unit}, "thickness": 14},
-        )
-    )
+    says = [[f"{row} and {column}" for column in names] for row in names]
+    bar = {"title": {"text": unit}}
+    fig = Figure(cells(matrix, says, "%{customdata}: %{z:.4g}", scale, low, high, bar, xgap=0, ygap=0))
     kept = range(0, len(loops), loop_axis(len(loops))["dtick"])
     text = "loop" if width == 1 else f"loop (in each: layers {layers[0]} to {layers[-1]})"
     axis = {"tickmode": "array", "tickvals": [i * width + (width - 1) / 2 for i in kept], "title": {"text": text}}

@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.schedule import CORE, LoopSchedule, Pass
 from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import add_band, curve, explain_colors
 from tl_looped.viz.style import (
     BLUE,
     GREEN,
@@ -24,6 +25,7 @@ from tl_looped.viz.style import (
     PLOT_WIDTH,
     base_layout,
     curve_axes,
+    heading,
     layer_colors,
     loop_axis,
     loop_colors,
@@ -114,7 +116,7 @@ def grouped_curves(
     edges = None if band is None else [_drawable(edge, log)[0] for edge in band]
     if edges is not None and len(drawn) <= _MOST_BANDS:
         for line in drawn:
-            _draw_band(fig, line, edges)
+            add_band(fig, line.x, *([edge[d] for d in line.depths] for edge in edges), line.color)
     in_legend = sum(line.looped for line in drawn) <= _MOST_IN_LEGEND
     alone = group == "depth" and reference is None
     details = _details(schedule, edges, band_name)
@@ -135,11 +137,11 @@ def _check(values: Tensor, schedule: LoopSchedule, group: str, band: Band | None
         raise InputError(f"group must be one of {get_args(Group)}, got {group!r}.")
     if group != "depth" and not _looping(schedule):
         raise InputError(f"this model has no loops ({schedule.describe()}): pass group='depth'.")
-    for name, curve in (("values", values), *(("band", edge) for edge in band or ())):
-        if tuple(curve.shape) != (schedule.depth,):
+    for name, given in (("values", values), *(("band", edge) for edge in band or ())):
+        if tuple(given.shape) != (schedule.depth,):
             raise InputError(
                 f"{name} must hold one number for each of the {schedule.depth} layer calls of {schedule.describe()}, "
-                f"got shape {tuple(curve.shape)}: pass the schedule of the run, cfg.schedule(n_loops)."
+                f"got shape {tuple(given.shape)}: pass the schedule of the run, cfg.schedule(n_loops)."
             )
     if reference is not None and group == "layer":
         raise InputError("a feedforward model has no loops: pass group='loop' or 'depth' with a reference.")
@@ -226,66 +228,21 @@ def _draw(
     in_legend: bool,
 ) -> None:
     dense = len(shown) > _MOST_MARKERS
-    fig.add_trace(
-        go.Scatter(
-            x=list(line.x),
-            y=[shown[d] for d in line.depths],
-            name=line.name,
-            customdata=[details[d] for d in line.depths],
-            hovertemplate=f"%{{y:.4g}} {unit}<br>%{{customdata}}<extra></extra>",
-            mode="lines+markers",
-            line={"color": line.color, "width": 1 if dense else 2, "dash": line.dash},
-            marker={"color": line.color, "size": 3 if dense else 6},
-            showlegend=in_legend,
-        )
-    )
+    y, hover = [shown[d] for d in line.depths], f"%{{y:.4g}} {unit}<br>%{{customdata}}<extra></extra>"
+    look = {"customdata": [details[d] for d in line.depths], "hovertemplate": hover, "showlegend": in_legend}
+    size, width = (3, 1) if dense else (6, 2)
+    fig.add_trace(curve(y, line.name, line.color, x=line.x, dash=line.dash, width=width, size=size, **look))
 
 
 def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _draw_band(fig: go.Figure, line: _Line, edges: Sequence[Sequence[float | None]]) -> None:
-    """A closed shape for every stretch without a gap."""
-    low, high = edges
-    points = [(x, low[d], high[d]) for x, d in zip(line.x, line.depths, strict=True)]
-    stretch: list[tuple[float, float, float]] = []
-    for x, bottom, top in [*points, (math.nan, None, None)]:
-        if bottom is not None and top is not None:
-            stretch.append((x, bottom, top))
-            continue
-        if len(stretch) > 1:
-            back = stretch[::-1]
-            fig.add_trace(
-                go.Scatter(
-                    x=[p[0] for p in stretch] + [p[0] for p in back],
-                    y=[p[1] for p in stretch] + [p[2] for p in back],
-                    fill="toself",
-                    fillcolor=line.color,
-                    opacity=0.15,
-                    mode="none",
-                    hoverinfo="skip",
-                    showlegend=False,
-                )
-            )
-        stretch = []
-
-
 def _draw_reference(fig: go.Figure, reference: Tensor, group: str, name: str, log: bool) -> None:
     shown, n = _drawable(reference, log)[0], len(reference)
     x = list(range(n)) if group == "depth" else [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
-    fig.add_trace(
-        go.Scatter(
-            x=x,
-            y=shown,
-            name=plotly_text(name),
-            customdata=list(range(n)),
-            hovertemplate="%{y:.4g}<br>layer %{customdata}<extra>" + plotly_text(name) + "</extra>",
-            mode="lines+markers",
-            line={"color": INK, "width": 2, "dash": "dashdot"},
-            marker={"color": INK, "size": 6, "symbol": "diamond"},
-        )
-    )
+    look = {"dash": "dashdot", "symbol": "diamond", "customdata": list(range(n))}
+    fig.add_trace(curve(shown, plotly_text(name), INK, "%{y:.4g}<br>layer %{customdata}", x=x, **look))
 
 
 def _color_bar(fig: go.Figure, schedule: LoopSchedule, group: str) -> None:
@@ -293,11 +250,7 @@ def _color_bar(fig: go.Figure, schedule: LoopSchedule, group: str) -> None:
     stacks = _looping(schedule)
     counts = [schedule.n_loops(stack) if group == "loop" else schedule.n_layers(stack) for stack in stacks]
     what = "loop" if group == "loop" else "core layer" if stacks == [CORE] else "layer"
-    top = max(counts) - 1
-    bar = {"title": {"text": what}, "thickness": 14, "tick0": 0, "dtick": loop_axis(top + 1)["dtick"]}
-    scale = LOOP_SCALE if group == "loop" else LAYER_SCALE
-    marker = {"colorscale": scale, "cmin": 0, "cmax": top, "color": [0], "colorbar": bar}
-    fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", showlegend=False))
+    explain_colors(fig, LOOP_SCALE if group == "loop" else LAYER_SCALE, max(counts) - 1, what)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}, margin={"b": 90}, height=430)
     if len(stacks) > 1:
         for stack, dash in zip(stacks, _DASHES, strict=False):
@@ -309,7 +262,7 @@ def _lay_out(fig: go.Figure, schedule: LoopSchedule, group: str, y_title: str, t
     base_layout(
         fig,
         height=400,
-        title={"text": plotly_text(title), "font": {"size": 15}},
+        title=heading(title),
         margin={"l": 80, "r": 20, "t": 60 if title or group == "depth" else 36, "b": 60},
         legend={"font": {"size": 12}},
     )
@@ -368,26 +321,14 @@ def layer_shares(
         title: of the figure.
     """
     fig = Figure()
-    for (name, share), color, symbol in zip(
-        shares.items(), (BLUE, ORANGE, GREEN), ("circle", "diamond", "square"), strict=False
-    ):
-        fig.add_trace(
-            go.Scatter(
-                x=list(range(len(names))),
-                y=numbers(share),
-                name=name,
-                customdata=list(names),
-                mode="lines+markers",
-                line={"color": color, "width": 2},
-                marker={"size": 7, "symbol": symbol},
-                hovertemplate="%{customdata}: %{y:.2%}<extra>" + name + "</extra>",
-            )
-        )
+    for (name, share), (color, symbol) in zip(shares.items(), _STYLES, strict=False):
+        look = {"symbol": symbol, "size": 7, "customdata": list(names)}
+        fig.add_trace(curve(numbers(share), name, color, "%{customdata}: %{y:.2%}", **look))
     kept = list(range(0, len(names), -(-len(names) // 24)))
     curve_axes(fig)
     fig.update_xaxes(title={"text": "layer"}, tickmode="array", tickvals=kept, ticktext=[names[i] for i in kept])
     fig.update_yaxes(title={"text": label}, tickformat=".1%", rangemode="tozero")
-    return base_layout(fig, height=360, title={"text": plotly_text(title), "font": {"size": 15}})
+    return base_layout(fig, height=360, title=heading(title))
 
 
 def aligned_curves(curves: Mapping[str, Float[Tensor, " layer"]], title: str = "") -> go.Figure:
@@ -398,26 +339,17 @@ def aligned_curves(curves: Mapping[str, Float[Tensor, " layer"]], title: str = "
         title: of the figure.
     """
     fig = Figure()
-    for (name, curve), (color, symbol) in zip(curves.items(), _STYLES[: len(curves)], strict=True):
-        n = len(curve)
-        deviation = curve - curve.mean()
+    for (name, values), (color, symbol) in zip(curves.items(), _STYLES[: len(curves)], strict=True):
+        n = len(values)
+        deviation = values - values.mean()
         scale = float(deviation.square().mean().sqrt()) or 1.0
-        fig.add_trace(
-            go.Scatter(
-                x=[i / (n - 1) for i in range(n)],
-                y=numbers(deviation / scale),
-                name=f"{name} ({n} layers)",
-                customdata=numbers(curve),
-                mode="lines+markers",
-                line={"color": color, "width": 2},
-                marker={"size": 7, "symbol": symbol},
-                hovertemplate="%{customdata:.4g} at relative depth %{x:.2f}<extra>" + name + "</extra>",
-            )
-        )
+        look = {"x": [i / (n - 1) for i in range(n)], "symbol": symbol, "size": 7, "customdata": numbers(values)}
+        hover = "%{customdata:.4g} at relative depth %{x:.2f}<extra>" + name + "</extra>"
+        fig.add_trace(curve(numbers(deviation / scale), f"{name} ({n} layers)", color, hovertemplate=hover, **look))
     curve_axes(fig)
     fig.update_xaxes(title={"text": "relative depth (0: first layer, 1: last layer)"})
     fig.update_yaxes(title={"text": "deviation from the mean, in σ"})
-    return base_layout(fig, height=380, title={"text": plotly_text(title), "font": {"size": 15}})
+    return base_layout(fig, height=380, title=heading(title))
 
 
 def loop_line(values: Float[Tensor, " loop"], texts: Sequence[str], label: str, title: str = "") -> go.Figure:
@@ -434,18 +366,9 @@ def loop_line(values: Float[Tensor, " loop"], texts: Sequence[str], label: str, 
     """
     if not bool(values.isfinite().any()):
         raise InputError(f"the {label} has no finite value, so there is nothing to draw.")
-    fig = Figure(
-        go.Scatter(
-            x=list(range(len(values))),
-            y=numbers(values),
-            customdata=list(texts),
-            mode="lines+markers",
-            line={"color": BLUE, "width": 2},
-            marker={"size": 7 if len(values) <= 32 else 4},
-            hovertemplate="loop %{x}: %{y:.3f}<br>%{customdata}<extra></extra>",
-        )
-    )
+    look = {"customdata": list(texts), "size": 7 if len(values) <= 32 else 4}
+    fig = Figure(curve(numbers(values), "", BLUE, "loop %{x}: %{y:.3f}<br>%{customdata}", **look))
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(len(values)))
     fig.update_yaxes(title={"text": label})
-    return base_layout(fig, height=360, title={"text": plotly_text(title), "font": {"size": 15}})
+    return base_layout(fig, height=360, title=heading(title))

@@ -9,13 +9,13 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.engine.errors import InputError
 from tl_looped.engine.numbers import median, quantile
 from tl_looped.viz.calls import call_matrix
 from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import add_band, curve, explain_colors, panels
 from tl_looped.viz.patching import EFFECT_SCALE
 from tl_looped.viz.style import (
     BLUE,
@@ -47,13 +47,6 @@ _BELOW = {"orientation": "h", "x": 0, "y": -0.2, "xanchor": "left", "yanchor": "
 def _gaps(values: Tensor) -> list[Any]:
     """Numbers for a logarithmic axis: what is not above zero is a gap."""
     return numbers(torch.where(values > 0, values, float("nan")))
-
-
-def _curve(y: list[Any], name: str, line: dict[str, Any], **look: Any) -> go.Scatter:
-    """A line over loops from 0."""
-    hover = f"loop %{{x}}: %{{y:.4g}}<extra>{name}</extra>"
-    look = {"mode": "lines", "hovertemplate": hover, **look}
-    return go.Scatter(x=list(range(len(y))), y=y, name=name, line=line, **look)
 
 
 def _over_loops(fig: go.Figure, n_loops: int, level: float, height: int, title: str) -> go.Figure:
@@ -108,15 +101,10 @@ def convergence_curves(
         judged = converged[layer][~converged[layer].isnan()]
         name = f"layer {layer}" if layered else "distance"
         verdict = f"{int(judged.sum())} of {len(judged)} converged"
-        kept = ((low[:, layer] > 0) & (high[:, layer] > 0)).nonzero().flatten()
-        if n_tokens > 1 and n_layers <= 6 and len(kept):
-            edge = numbers(low[kept, layer]) + numbers(high[kept, layer].flip(0))
-            band = {"fill": "toself", "fillcolor": colors[layer], "opacity": 0.15, "mode": "none", "hoverinfo": "skip"}
-            fig.add_trace(go.Scatter(x=kept.tolist() + kept.flip(0).tolist(), y=edge, showlegend=False, **band))
-        look = {"mode": "lines+markers", "marker": {"size": 6 if n_loops <= 32 else 3}}
-        look["showlegend"] = n_layers <= 2 * _MOST_IN_LEGEND
-        line = {"color": colors[layer], "width": 2}
-        fig.add_trace(_curve(_gaps(middle[:, layer]), f"{name}: {verdict}", line, **look))
+        if n_tokens > 1 and n_layers <= 6:
+            add_band(fig, range(n_loops), _gaps(low[:, layer]), _gaps(high[:, layer]), colors[layer])
+        look = {"size": 6 if n_loops <= 32 else 3, "showlegend": n_layers <= 2 * _MOST_IN_LEGEND}
+        fig.add_trace(curve(_gaps(middle[:, layer]), f"{name}: {verdict}", colors[layer], **look))
     label = "distance to the last loop" + (" (median,<br>band: middle 80 % of tokens)" if n_tokens > 1 else "")
     return _within(fig, (low, high), tolerance, "distances", label, title)
 
@@ -200,20 +188,11 @@ def trajectory_figure(
     names = [f"position {p}: {plotly_text(shorten(token))}" for p, token in zip(positions, tokens, strict=True)]
     columns = min(n_tokens, 3)
     rows = -(-n_tokens // columns)
-    fig = make_subplots(
-        figure=Figure(),
-        rows=rows,
-        cols=columns,
-        subplot_titles=names,
-        horizontal_spacing=0.1,
-        vertical_spacing=0.3 / rows,
-    )
+    fig = panels(names, columns, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
     for i in range(n_tokens):
         for trace in _paths(scores[:, :, i, :2], in_legend=i == 0):
             fig.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
-    bar = {"title": {"text": "loop"}, "thickness": 14, "tick0": 0, "dtick": loop_axis(n_loops)["dtick"]}
-    marker = {"colorscale": LOOP_SCALE, "cmin": 0, "cmax": n_loops - 1, "color": [0], "colorbar": bar}
-    fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", showlegend=False))
+    explain_colors(fig, LOOP_SCALE, n_loops - 1)
     curve_axes(fig)
     shares = ["" if math.isnan(share) else f" ({share:.0%} of the variance)" for share in explained.tolist()]
     fig.update_xaxes(title={"text": f"component 1{shares[0]}"}, row=rows)
@@ -227,31 +206,17 @@ def _paths(points: Float[Tensor, "loop layer 2"], in_legend: bool) -> Iterator[g
     n_loops, n_layers, _ = points.shape
     colors = loop_colors(n_loops)
     closed = [*range(n_layers), 0]
-    yield go.Scatter(
-        x=numbers(points[-1, closed, 0]),
-        y=numbers(points[-1, closed, 1]),
-        name="last loop's cycle (numbers: layers)",
-        mode="lines+markers+text",
-        text=[*map(str, range(n_layers)), ""],
-        textposition="top center",
-        line={"color": INK, "width": 5},
-        marker={"size": 11, "color": INK},
-        hoverinfo="skip",
-        showlegend=in_legend,
-    )
+    x, y = numbers(points[-1, closed].T)
+    look = {"width": 5, "size": 11, "hoverinfo": "skip", "showlegend": in_legend, "hovertemplate": None}
+    cycle = curve(y, "last loop's cycle (numbers: layers)", INK, x=x, **look)
+    yield cycle.update(mode="lines+markers+text", text=[*map(str, range(n_layers)), ""], textposition="top center")
     path = points.flatten(0, 1)
     for t in range(n_loops):
         calls = range(max(0, t * n_layers - 1), (t + 1) * n_layers)
-        yield go.Scatter(
-            x=numbers(path[calls.start : calls.stop, 0]),
-            y=numbers(path[calls.start : calls.stop, 1]),
-            customdata=[f"loop {call // n_layers}, layer {call % n_layers}" for call in calls],
-            hovertemplate="%{customdata}<br>(%{x:.3g}, %{y:.3g})<extra></extra>",
-            mode="lines+markers",
-            line={"color": colors[t], "width": 1.5},
-            marker={"size": 5, "color": colors[t]},
-            showlegend=False,
-        )
+        x, y = numbers(path[calls.start : calls.stop].T)
+        hover = "%{customdata}<br>(%{x:.3g}, %{y:.3g})<extra></extra>"
+        look = {"hovertemplate": hover, "customdata": [f"loop {c // n_layers}, layer {c % n_layers}" for c in calls]}
+        yield curve(y, "", colors[t], x=x, width=1.5, size=5, **look, showlegend=False)
     yield go.Scatter(
         x=numbers(points[0, :, 0]),
         y=numbers(points[0, :, 1]),
@@ -296,14 +261,10 @@ def limit_curves(
             fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line={"color": color}, name=legend))
         step = -(-len(tokens) // _MOST_LINES) or 1
         for number, token in enumerate(tokens[::step]):
-            look: dict[str, Any] = {
-                "legendgroup": behaviour,
-                "showlegend": number == 0,
-                "opacity": 0.9 if index else 0.5,
-            }
-            look["hovertemplate"] = f"{plotly_text(names[token])}, loop %{{x}}: %{{y:.4f}}<extra>{behaviour}</extra>"
-            line = {"color": color, "width": 2 if index else 1}
-            fig.add_trace(_curve(numbers(cosines[:, token]), legend, line, **look))
+            hover = f"{plotly_text(names[token])}, loop %{{x}}: %{{y:.4f}}<extra>{behaviour}</extra>"
+            look: dict[str, Any] = {"width": 2, "opacity": 0.9} if index else {"width": 1, "opacity": 0.5}
+            look |= {"legendgroup": behaviour, "showlegend": number == 0, "size": 0, "hovertemplate": hover}
+            fig.add_trace(curve(numbers(cosines[:, token]), legend, color, **look))
     label = f"cosine to the state of the last loop<br>(at rest above the dashed line, {1 - threshold:g})"
     fig.update_yaxes(title={"text": label}, automargin=True)
     return _over_loops(fig, n_loops, 1 - threshold, 420, title)
@@ -324,14 +285,13 @@ def path_curves(
     """
     n_positions, fig = distances.shape[1], Figure()
     for pos in range(max(0, n_positions - 1 - _MOST_LINES), n_positions - 1):
-        look: dict[str, Any] = {"legendgroup": "other", "showlegend": pos == n_positions - 2}
-        look["hovertemplate"] = f"loop %{{x}}: %{{y:.3g}}<extra>position {pos}: {plotly_text(tokens[pos])}</extra>"
-        line = {"color": GREY, "width": 1}
-        fig.add_trace(_curve(_gaps(distances[:, pos]), "each other position", line, **look))
-    fig.add_trace(_curve(_gaps(distances[:, -1]), "last position", {"color": BLUE, "width": 2.5}))
+        hover = f"loop %{{x}}: %{{y:.3g}}<extra>position {pos}: {plotly_text(tokens[pos])}</extra>"
+        look = {"legendgroup": "other", "showlegend": pos == n_positions - 2, "hovertemplate": hover}
+        fig.add_trace(curve(_gaps(distances[:, pos]), "each other position", GREY, width=1, size=0, **look))
+    fig.add_trace(curve(_gaps(distances[:, -1]), "last position", BLUE, width=2.5, size=0))
     if n_positions > 1:
-        dashed = {"color": ORANGE, "width": 2.5, "dash": "dash"}
-        fig.add_trace(_curve(_gaps(median(distances, 1)), "median over positions", dashed))
+        middle = _gaps(median(distances, 1))
+        fig.add_trace(curve(middle, "median over positions", ORANGE, dash="dash", width=2.5, size=0))
     label = "largest distance between<br>two runs (relative L2)"
     return _within(fig, [distances], tolerance, "the distance between runs", label, title)
 
@@ -355,13 +315,14 @@ def motion_curves(
     if not bool((step > 0).any()):
         raise InputError("no step is above zero, so there is nothing to draw.")
     titles = ["Length of the step", "Angle to the step before"]
-    fig = make_subplots(figure=Figure(), rows=1, cols=2, horizontal_spacing=0.18, subplot_titles=titles)
-    curves = {"last position": (last, {"color": BLUE, "width": 2})}
+    fig = panels(titles, horizontal_spacing=0.18)
+    curves = {"last position": (last, BLUE, "solid")}
     if len(last) > 1:
-        curves["median over tokens"] = (torch.ones_like(last), {"color": ORANGE, "width": 2, "dash": "dash"})
-    for name, (tokens, line) in curves.items():
+        curves["median over tokens"] = (torch.ones_like(last), ORANGE, "dash")
+    for name, (tokens, color, dash) in curves.items():
         for column, y in enumerate((_gaps(median(step[:, tokens])), numbers(median(angle[:, tokens]))), start=1):
-            fig.add_trace(_curve(y, name, line, legendgroup=name, showlegend=column == 1), row=1, col=column)
+            look = {"dash": dash, "size": 0, "legendgroup": name, "showlegend": column == 1}
+            fig.add_trace(curve(y, name, color, **look), row=1, col=column)
     fig.add_hline(y=math.pi / 2, line={"color": "#8A94A0", "width": 1, "dash": "dot"}, row=1, col=2)  # pyright: ignore[reportArgumentType]
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(len(step)))

@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from tl_looped.viz.figure import Figure
-from tl_looped.viz.style import GREY, base_layout, curve_axes, layer_colors, loop_axis, numbers, plotly_text
+from tl_looped.viz.parts import curve
+from tl_looped.viz.style import GREY, base_layout, curve_axes, heading, layer_colors, loop_axis, numbers
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,10 @@ def loop_series(lines: Sequence[Series], loops: Sequence[int], label: str, title
         if line.band is not None:
             low, high = line.values - line.band[0], line.band[1] - line.values
             error = {"array": numbers(high), "arrayminus": numbers(low), "symmetric": False, "thickness": 1}
-        fig.add_trace(
-            go.Scatter(
-                x=list(loops),
-                y=numbers(line.values),
-                error_y=error,
-                name=line.name,
-                mode="lines+markers",
-                line={"color": color, "width": 2, "dash": "dash" if line.control else "solid"},
-                hovertemplate="loop %{x}: %{y:.4g}<extra>" + line.name + "</extra>",
-                showlegend=bool(line.name),
-            )
-        )
+        dash = "dash" if line.control else "solid"
+        look = {"x": loops, "dash": dash, "error_y": error, "showlegend": bool(line.name)}
+        fig.add_trace(curve(numbers(line.values), line.name, color, **look))
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(max(loops) + 1))
     fig.update_yaxes(title={"text": label})
-    return base_layout(fig, height=400, title={"text": plotly_text(title), "font": {"size": 15}})
+    return base_layout(fig, height=400, title=heading(title))

@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from tl_looped.viz.figure import Figure
-from tl_looped.viz.style import base_layout, numbers, plotly_text, shorten
+from tl_looped.viz.parts import cells
+from tl_looped.viz.style import base_layout, heading, plotly_text, shorten
 
 # Blue and red are told apart with every kind of colour blindness; white is no effect.
 EFFECT_SCALE = [[0.0, "#2166AC"], [0.25, "#92C5DE"], [0.5, "#FFFFFF"], [0.75, "#F4A582"], [1.0, "#B2182B"]]
@@ -45,24 +46,13 @@ def patching_heatmap(
     rows = _labels(down, sizes[: len(down)], names or {})
     columns = _labels(right, sizes[len(down) :], names or {})
     limit = float(flat.abs().max()) or 1.0
-    heat = go.Heatmap(
-        z=numbers(flat),
-        x=list(range(n_right)),
-        y=list(range(n_down)),
-        customdata=[[f"{row or ''} {column or ''}".strip() for column in columns] for row in rows],
-        hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
-        colorscale=EFFECT_SCALE,
-        zmin=-limit,
-        zmax=limit,
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "exponentformat": "power"},
-    )
-    fig = Figure(heat)
+    says = [[f"{row or ''} {column or ''}".strip() for column in columns] for row in rows]
+    bar = {"title": {"text": unit, "side": "right"}, "exponentformat": "power"}
+    fig = Figure(cells(flat, says, "%{customdata}: %{z:.4g}", EFFECT_SCALE, -limit, limit, bar))
     fig.update_xaxes(**_axis(right, columns))
     fig.update_yaxes(**_axis(down, rows), autorange="reversed")
     height = 150 + max(22 * min(n_down, 40), 120)
-    return base_layout(fig, height=height, title={"text": title, "font": {"size": 15}}, margin={"l": 110, "t": 60})
+    return base_layout(fig, height=height, title=heading(title), margin={"l": 110, "t": 60})
 
 
 def _sides(axes: Sequence[str]) -> tuple[list[str], list[str]]:

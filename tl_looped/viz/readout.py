@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import PER_LOOP, cells, curve, panels
 from tl_looped.viz.style import (
     BLUE,
     DARK_BLUE,
@@ -144,27 +144,12 @@ def _top_token_cells(
     room = int(PLOT_WIDTH / n_columns / 8)  # characters that fit in a cell
     longest = max(len(show_token(top[0])) for row in top_tokens for top in row)
     written = n_rows <= _MOST_ROWS_WITH_TEXT and room >= min(3, longest)
-    fig = Figure(
-        go.Heatmap(
-            z=[[cell[0] for cell in row] for row in probs],
-            x=list(range(n_columns)),
-            y=list(range(n_rows)),
-            text=[[plotly_text(shorten(top[0], room)) for top in row] for row in top_tokens] if written else None,
-            texttemplate="%{text}" if written else None,
-            textfont={"size": 12},
-            customdata=[
-                [[headings[i][j], _ranked(probs[i][j], top_tokens[i][j])] for j in range(n_columns)]
-                for i in range(n_rows)
-            ],
-            hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
-            colorscale=PROBABILITY_SCALE,
-            zmin=0,
-            zmax=1,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "probability of<br>the top token"}, "thickness": 14, "tickformat": ".0%"},
-        )
-    )
+    texts = [[plotly_text(shorten(top[0], room)) for top in row] for row in top_tokens]
+    look = {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 12}} if written else {}
+    says = [[[headings[i][j], _ranked(probs[i][j], top_tokens[i][j])] for j in range(n_columns)] for i in range(n_rows)]
+    hover = "%{customdata[0]}<br>%{customdata[1]}"
+    bar = {"title": {"text": "probability of<br>the top token"}, "tickformat": ".0%"}
+    fig = Figure(cells(top_probs[..., 0], says, hover, PROBABILITY_SCALE, 0, 1, bar, **look))
     row = 26 if n_rows <= 16 else 17 if n_rows <= _MOST_ROWS_WITH_TEXT else 640 / n_rows
     base_layout(fig, height=max(240, round(row * n_rows) + 120), margin={"l": 60, "r": 20, "t": 36, "b": 70})
     heatmap_axes(fig)
@@ -196,18 +181,17 @@ def readout_curves(
     n_loops = len(answer_prob)
     shown = plotly_text(shorten(answer))
     titles = (f"Probability of {shown}", f"Rank of {shown} (0 = top token)", "Entropy, and distance to the last loop")
-    fig = _panels(0.09, *titles)
-    loops, size = list(range(n_loops)), 7 if n_loops <= 32 else 4
+    fig = panels(titles, horizontal_spacing=0.09)
     for column, values, name, color, dash, symbol, unit in (
         (1, answer_prob, "probability", BLUE, "solid", "circle", ""),
         (2, answer_rank, "rank", BLUE, "solid", "circle", ""),
         (3, entropy, "entropy", GREEN, "solid", "circle", "nats"),
         (3, kl_to_final, "KL(last ‖ this loop)", ORANGE, "dash", "diamond", "nats"),
     ):
-        text = f"loop %{{x}}: %{{customdata:.4g}} {unit}"
-        y = 1 + values if name == "rank" else values  # a logarithmic axis has no place for 0
-        line = _line(loops, numbers(y), name, text, color, dash, symbol, size)
-        fig.add_trace(line.update(showlegend=column == 3, customdata=numbers(values)), row=1, col=column)
+        look = {"dash": dash, "symbol": symbol, "size": 7 if n_loops <= 32 else 4, "customdata": numbers(values)}
+        y = numbers(1 + values if name == "rank" else values)  # a logarithmic axis has no place for 0
+        line = curve(y, name, color, f"loop %{{x}}: %{{customdata:.4g}} {unit}", **look, showlegend=column == 3)
+        fig.add_trace(line, row=1, col=column)
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops, "after loop"))
     fig.update_yaxes(title={"text": "probability"}, range=[-0.04, 1.04], row=1, col=1)
@@ -228,32 +212,6 @@ def readout_curves(
     return base_layout(fig, height=350, legend=legend, margin={"l": 70, "r": 20, "t": 50, "b": 80})
 
 
-def _panels(spacing: float, *titles: str) -> go.Figure:
-    return make_subplots(figure=Figure(), rows=1, cols=len(titles), horizontal_spacing=spacing, subplot_titles=titles)
-
-
-def _line(
-    x: list[Any],
-    y: list[Any],
-    name: str,
-    hover: str,
-    color: str,
-    dash: str = "solid",
-    symbol: str = "circle",
-    size: int = 6,
-) -> go.Scatter:
-    """A line with markers; `hover` is the text of its points."""
-    return go.Scatter(
-        x=x,
-        y=y,
-        name=name,
-        mode="lines+markers",
-        line={"color": color, "width": 2, "dash": dash},
-        marker={"size": size, "symbol": symbol},
-        hovertemplate=f"{hover}<extra>{name}</extra>",
-    )
-
-
 def agreement_heatmaps(
     agreement: Float[Tensor, "loop loop"], kl: Float[Tensor, "loop loop"], loops: Sequence[int]
 ) -> go.Figure:
@@ -264,35 +222,21 @@ def agreement_heatmaps(
         kl: KL(row ‖ column), in nats.
         loops: which loops they are.
     """
-    fig = _panels(0.2, "Same top token (share of positions)", "KL(row ‖ column), nats")
+    fig = panels(["Same top token (share of positions)", "KL(row ‖ column), nats"], horizontal_spacing=0.2)
     names = list(loops)
-    share = "loops %{customdata[0]} and %{customdata[1]}: the same at %{z:.2%}<extra></extra>"
-    nats = "KL(loop %{customdata[0]} ‖ loop %{customdata[1]}) = %{z:.4g} nats<extra></extra>"
-    panels = ((agreement, PROBABILITY_SCALE, 1.0, share, _share), (kl, _NATS_SCALE, None, nats, _nats))
-    for column, (values, scale, top, hover, written) in enumerate(panels, start=1):
-        shown = numbers(values)
-        fig.add_trace(
-            go.Heatmap(
-                z=shown,
-                customdata=[[[row, other] for other in names] for row in names],
-                hovertemplate=hover,
-                text=[[written(value) for value in row] for row in shown],
-                texttemplate="%{text}" if len(names) <= _MOST_LOOPS_WITH_TEXT else None,
-                colorscale=scale,
-                zmin=0,
-                zmax=top,
-                xgap=1,
-                ygap=1,
-                colorbar={
-                    "thickness": 12,
-                    "x": 0.41 if column == 1 else 1.0,
-                    "outlinecolor": DARK_BLUE,
-                    "tickformat": ".0%" if column == 1 else "",
-                },
-            ),
-            row=1,
-            col=column,
-        )
+    share = "loops %{customdata[0]} and %{customdata[1]}: the same at %{z:.2%}"
+    nats = "KL(loop %{customdata[0]} ‖ loop %{customdata[1]}) = %{z:.4g} nats"
+    sides = (
+        (agreement, PROBABILITY_SCALE, 1.0, share, _share, {"x": 0.41, "tickformat": ".0%"}),
+        (kl, _NATS_SCALE, None, nats, _nats, {"x": 1.0}),
+    )
+    says = [[[row, other] for other in names] for row in names]
+    template = "%{text}" if len(names) <= _MOST_LOOPS_WITH_TEXT else None
+    for column, (values, scale, top, hover, written, bar) in enumerate(sides, start=1):
+        texts = [[written(value) for value in row] for row in numbers(values)]
+        bar |= {"thickness": 12, "outlinecolor": DARK_BLUE}
+        heat = cells(values, says, hover, scale, 0, top, bar, text=texts, texttemplate=template)
+        fig.add_trace(heat, row=1, col=column)
     fig.update_xaxes(**_counted("loop (column)", names))
     fig.update_yaxes(**_counted("loop (row)", names), autorange="reversed")
     base_layout(fig, height=420)
@@ -316,15 +260,17 @@ def exit_curves(points: pd.DataFrame, n_loops: int) -> go.Figure:
         points: columns rule, unit, threshold, saved, kl (nats), agreement (a share).
         n_loops: loops of the full run.
     """
-    fig = _panels(0.12, "Same top token as the full run", "KL(full run ‖ read-out at the exit), nats")
+    fig = panels(
+        ["Same top token as the full run", "KL(full run ‖ read-out at the exit), nats"], horizontal_spacing=0.12
+    )
     for rule, rows in points.groupby("rule", sort=False):
         rows = rows.sort_values(["saved", "threshold"])
         hover = f"threshold %{{customdata[0]:.3g}} {rows['unit'].iloc[0]}<br>%{{x:.2f}} loops saved: %{{y:.4g}}"
         color, symbol = _LOOKS.get(str(rule), _OTHER)
         for column, measure in ((1, "agreement"), (2, "kl")):
-            line = _line(rows["saved"].tolist(), rows[measure].tolist(), str(rule), hover, color, "solid", symbol, 7)
-            line.update(customdata=rows[["threshold"]].to_numpy().tolist(), legendgroup=rule, showlegend=column == 1)
-            fig.add_trace(line, row=1, col=column)
+            look = {"x": rows["saved"].tolist(), "symbol": symbol, "size": 7, "legendgroup": rule}
+            look |= {"customdata": rows[["threshold"]].to_numpy().tolist(), "showlegend": column == 1}
+            fig.add_trace(curve(rows[measure].tolist(), str(rule), color, hover, **look), row=1, col=column)
     curve_axes(fig)
     most = n_loops - 1  # a token that stops after loop 0 saves all others
     fig.update_xaxes(title={"text": f"loops saved of {n_loops}, mean over tokens"}, range=[-0.05 * most, 1.05 * most])
@@ -352,8 +298,7 @@ def lens_losses(
     for i, (layer, color) in enumerate(zip(layers, layer_colors(len(layers)), strict=True)):
         what = "state" if site == "state" else f"layer {layer}"
         for name, values, dash in (("direct", direct, "dash"), ("tuned", tuned, "solid")):
-            name, hover = f"{what}, {name}", "loop %{x}: %{y:.4g} nats"
-            fig.add_trace(_line(list(range(n_loops)), numbers(values[:, i]), name, hover, color, dash))
+            fig.add_trace(curve(numbers(values[:, i]), f"{what}, {name}", color, f"{PER_LOOP} nats", dash=dash))
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops))
     fig.update_yaxes(title={"text": "KL(run ‖ lens) on held-out prompts, nats"}, rangemode="tozero")

@@ -29,11 +29,15 @@ def schedule_svg(cfg: LoopedConfig, n_loops: LoopCount | None = None) -> str:
     pen.label("tokens", 26, _MIDDLE + 4)
     pen.x = 52
     pen.step("embed", "plain", note=f"× {cfg.embed_scale:.4g}" if cfg.embed_scale != 1 else "")
-    if inner is not None:
-        return _two_stacks(pen, cfg, loops, inner)
-    if cfg.n_prelude:
-        pen.stack("prelude", cfg.n_prelude)
-    _loop(pen, cfg, loops)
+    if inner is None:
+        if cfg.n_prelude:
+            pen.stack("prelude", cfg.n_prelude)
+        _loop(pen, cfg, loops)
+        words = f"{cfg.n_prelude} prelude, {cfg.n_core} core layers run {loops} times, {cfg.n_coda} coda layers"
+    else:
+        _two_stacks(pen, cfg, loops, inner)
+        fast, slow = cfg.looping
+        words = f"{loops} loops, each {inner} times {fast} and once {slow}, of {cfg.n_core} layers"
     if cfg.norms_last_loop:
         pen.step("norm", "norm")
     if cfg.n_coda:
@@ -43,32 +47,19 @@ def schedule_svg(cfg: LoopedConfig, n_loops: LoopCount | None = None) -> str:
     pen.step("head", "plain")
     pen.arrow(pen.x, _MIDDLE, pen.x + _GAP, _MIDDLE)
     pen.label("logits", pen.x + _GAP + 24, _MIDDLE + 4)
-    words = f"{cfg.n_prelude} prelude, {cfg.n_core} core layers run {loops} times, {cfg.n_coda} coda layers"
     return pen.svg(pen.x + _GAP + 52, f"Schedule: {words}.")
 
 
-def _two_stacks(pen: _Pen, cfg: LoopedConfig, loops: int, inner: int) -> str:
+def _two_stacks(pen: _Pen, cfg: LoopedConfig, loops: int, inner: int) -> None:
     """Two stacks in a loop: the one that runs several times, then the one whose state the head reads."""
-    fast, slow = cfg.looping
     before, left = pen.x, pen.x + _GAP
-    pen.x = start = left
+    pen.x = left
     pen.arrow(before, _MIDDLE, left + _GAP, _MIDDLE)
-    for name, times in ((fast, f"{inner} times in a loop"), (slow, "once in a loop")):
+    for name, times in zip(cfg.looping, (f"{inner} times in a loop", "once in a loop"), strict=True):
         pen.stack("core", cfg.n_core, title=name)
         pen.label(times, pen.x - 42, _MIDDLE + 66, small=True)
-    out = pen.x + 24
-    pen.line(f"M {pen.x:.1f} {_MIDDLE} H {out + 18:.1f}")
-    pen.dot(out, _MIDDLE)
-    over = _MIDDLE - 92
-    pen.line(f"M {out:.1f} {_MIDDLE} V {over} H {start + 12:.1f} V {_MIDDLE - 2}", head=True, strong=True)
-    pen.label("both states", (out + start) / 2, over - 8)
-    pen.frame(left, 22, out + 18, _HEIGHT - 56, f"one loop, run {loops} times")
-    pen.x = out + 18
-    pen.step("head", "plain")
-    pen.arrow(pen.x, _MIDDLE, pen.x + _GAP, _MIDDLE)
-    pen.label("logits", pen.x + _GAP + 24, _MIDDLE + 4)
-    words = f"{loops} loops, each {inner} times {fast} and once {slow}, of {cfg.n_core} layers"
-    return pen.svg(pen.x + _GAP + 52, f"Schedule: {words}.")
+    pen.way_back(pen.x + 24, left + 12, _MIDDLE - 1, "both states")
+    pen.frame(left, pen.x + 42, loops)
 
 
 def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
@@ -91,13 +82,7 @@ def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
     if cfg.norms_each_loop:
         pen.step("norm", "norm")
     out = max(pen.x + 20, frame_left + 150)  # room for the captions, however small the core
-    frame_right = out + 18
-    pen.line(f"M {pen.x:.1f} {_MIDDLE} H {frame_right:.1f}")
-    pen.dot(out, _MIDDLE)
-    over = _MIDDLE - 92
-    pen.line(f"M {out:.1f} {_MIDDLE} V {over} H {back:.1f} V {top - 1}", head=True, strong=True)
-    pen.label("state xₜ₊₁", (out + back) / 2, over - 8)
-    pen.frame(frame_left, 22, frame_right, _HEIGHT - 56, f"one loop, run {loops} times")
+    pen.way_back(out, back, top, "state xₜ₊₁")
     if mixed:
         below = _HEIGHT - 46
         pen.label(f"initial state x₀{cfg.state_mark}", max(back, 160), below + 18)
@@ -107,7 +92,7 @@ def _loop(pen: _Pen, cfg: LoopedConfig, loops: int) -> None:
     if cfg.exit_gate:
         pen.line(f"M {out:.1f} {_MIDDLE} V {_MIDDLE + 55}", head=True)
         pen.label("exit gate", out - 18, _MIDDLE + 68, small=True)
-    pen.x = frame_right
+    pen.frame(frame_left, out + 18, loops)
 
 
 class _Pen:
@@ -169,18 +154,23 @@ class _Pen:
             f'<path d="{path}" fill="none" stroke="{color}" stroke-width="{2 if strong else 1.5}"{marker}/>'
         )
 
-    def dot(self, x: Number, y: Number) -> None:
-        """A point where the stream branches."""
-        self.parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="3.5" fill="#4A545F"/>')
+    def way_back(self, out: Number, back: Number, top: Number, text: str) -> None:
+        """The stream goes on to `out`, and from there also over all boxes back to the point (back, top)."""
+        over = _MIDDLE - 92
+        self.line(f"M {self.x:.1f} {_MIDDLE} H {out + 18:.1f}")
+        self.parts.append(f'<circle cx="{out:.1f}" cy="{_MIDDLE}" r="3.5" fill="#4A545F"/>')
+        self.line(f"M {out:.1f} {_MIDDLE} V {over} H {back:.1f} V {top - 1}", head=True, strong=True)
+        self.label(text, (out + back) / 2, over - 8)
 
-    def frame(self, left: Number, top: Number, right: Number, bottom: Number, text: str) -> None:
-        """A dashed frame with a caption, behind everything else."""
+    def frame(self, left: Number, right: Number, loops: int) -> None:
+        """A dashed frame around the loop that ends here, behind everything else."""
         self.parts.insert(
             0,
-            f'<rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="{bottom - top}" rx="10" fill="#FFFBF7" '
+            f'<rect x="{left:.1f}" y="22" width="{right - left:.1f}" height="{_HEIGHT - 78}" rx="10" fill="#FFFBF7" '
             'stroke="#D55E00" stroke-dasharray="5 4"/>',
         )
-        self.label(text, (left + right) / 2, top + 20, bold=True)
+        self.label(f"one loop, run {loops} times", (left + right) / 2, 42, bold=True)
+        self.x = right
 
     def label(
         self,
@@ -209,5 +199,6 @@ class _Pen:
         return (
             f'<svg class="tl-schedule" role="img" aria-label="{html.escape(title, quote=True)}" '
             f'viewBox="0 0 {width:.0f} {_HEIGHT}" width="{width:.0f}" height="{_HEIGHT}" fill="{INK}" '
-            f'font-family="{font}" xmlns="http://www.w3.org/2000/svg"><defs>{heads}</defs>{"".join(self.parts)}</svg>'
+            f'font-family="{font}" xmlns="http://www.w3.org/2000/svg"><defs>{heads}</defs>'
+            f'<rect width="100%" height="100%" fill="white"/>{"".join(self.parts)}</svg>'
         )

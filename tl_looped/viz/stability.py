@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_looped.engine.errors import InputError
 from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import cells
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -54,21 +55,10 @@ def head_changes(
     n_loops, n_layers, n_heads = change.shape
     names = [f"layer {layer} head {head}" for layer in range(n_layers) for head in range(n_heads)]
     n_rows = len(names)
-    fig = Figure(
-        go.Heatmap(
-            z=numbers(change.flatten(1).T),
-            x=list(range(n_loops)),
-            y=list(range(n_rows)),
-            customdata=[[name] * n_loops for name in names],
-            hovertemplate="%{customdata}, loop %{x}: %{z:.4g}<extra></extra>",
-            colorscale=CHANGE_SCALE,
-            zmin=0,
-            zmax=top,
-            xgap=1 if n_loops <= 64 else 0,
-            ygap=1,
-            colorbar={"title": {"text": label}, "thickness": 14},
-        )
-    )
+    look = {"xgap": 1 if n_loops <= 64 else 0}
+    hover, bar = "%{customdata}, loop %{x}: %{z:.4g}", {"title": {"text": label}}
+    says = [[name] * n_loops for name in names]
+    fig = Figure(cells(change.flatten(1).T, says, hover, CHANGE_SCALE, 0, top, bar, **look))
     settled = [(row, int(loop)) for row, loop in enumerate(settles_at.flatten().tolist()) if not math.isnan(loop)]
     fig.add_trace(
         go.Scatter(

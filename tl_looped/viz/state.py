@@ -7,11 +7,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from tl_looped.engine.numbers import median
 from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import curve, explain_colors, panels
 from tl_looped.viz.style import (
     BLUE,
     GREY,
@@ -45,42 +45,23 @@ def state_convergence(
         Two panels over loops: the last position and the median over positions in colour, the others in grey.
     """
     n_loops, n_positions = step.shape
-    loops = list(range(n_loops))
     titles = ["How far each loop moves the state", "Direction: cosine of xₜ and xₜ₊₁"]
-    fig = make_subplots(figure=Figure(), rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=titles)
+    fig = panels(titles, horizontal_spacing=0.1)
     for column, values in ((1, step), (2, cosine)):
         by_position = numbers(values.T)
         for j in range(max(0, n_positions - 1 - _MOST_GREY_LINES), n_positions - 1):
-            name = f"position {j}: {plotly_text(tokens[j])}"
-            fig.add_trace(
-                go.Scatter(
-                    x=loops,
-                    y=by_position[j],
-                    name="each other position",
-                    mode="lines",
-                    line={"color": GREY, "width": 1},
-                    opacity=0.6,
-                    legendgroup="other",
-                    showlegend=column == 1 and j == n_positions - 2,
-                    hovertemplate=f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>",
-                ),
-                row=1,
-                col=column,
-            )
-        for name, line, symbol, curve in (
-            (
-                "median over positions",
-                {"color": ORANGE, "dash": "dash"},
-                "diamond",
-                numbers(median(values, 1)),
-            ),
-            ("last position", {"color": BLUE}, "circle", by_position[-1]),
+            hover = f"loop %{{x}}: %{{y:.3g}}<extra>position {j}: {plotly_text(tokens[j])}</extra>"
+            look = {"width": 1, "size": 0, "opacity": 0.6, "hovertemplate": hover, "legendgroup": "other"}
+            shown = column == 1 and j == n_positions - 2
+            line = curve(by_position[j], "each other position", GREY, **look, showlegend=shown)
+            fig.add_trace(line, row=1, col=column)
+        for name, color, dash, symbol, y in (
+            ("median over positions", ORANGE, "dash", "diamond", numbers(median(values, 1))),
+            ("last position", BLUE, "solid", "circle", by_position[-1]),
         ):
-            style = {"line": {"width": 2.5, **line}, "marker": {"size": 7 if n_loops <= 32 else 4, "symbol": symbol}}
-            hover = f"loop %{{x}}: %{{y:.3g}}<extra>{name}</extra>"
-            trace = go.Scatter(x=loops, y=curve, name=name, mode="lines+markers", hovertemplate=hover, **style)
-            trace.update(legendgroup=name, showlegend=column == 1)
-            fig.add_trace(trace, row=1, col=column)
+            look = {"dash": dash, "width": 2.5, "symbol": symbol, "size": 7 if n_loops <= 32 else 4}
+            look |= {"legendgroup": name, "showlegend": column == 1}
+            fig.add_trace(curve(y, name, color, "loop %{x}: %{y:.3g}", **look), row=1, col=column)
     curve_axes(fig)
     fig.update_xaxes(**loop_axis(n_loops))
     fig.update_yaxes(title={"text": "relative step ‖xₜ₊₁ − xₜ‖ / ‖xₜ₊₁‖"}, **_LOG, row=1, col=1)
@@ -97,16 +78,11 @@ def step_by_position(step: Float[Tensor, "loop pos"], tokens: Sequence[str]) -> 
         tokens: the token at each position.
     """
     n_loops, n_positions = step.shape
-    positions = list(range(n_positions))
     fig = Figure()
     for t, (color, values) in enumerate(zip(loop_colors(n_loops), numbers(step), strict=True)):
-        line = {"color": color, "width": 2 if n_loops <= 16 else 1}
-        hover = "position %{x}: %{y:.3g}" + f"<extra>loop {t}</extra>"
-        style = {"mode": "lines+markers", "line": line, "marker": {"size": 5}}
-        fig.add_trace(go.Scatter(x=positions, y=values, name=f"loop {t}", hovertemplate=hover, **style))
-    bar = {"title": {"text": "loop"}, "thickness": 14, **{k: v for k, v in loop_axis(n_loops).items() if k != "title"}}
-    scale = {"colorscale": LOOP_SCALE, "cmin": 0, "cmax": max(n_loops - 1, 1), "color": [0], "colorbar": bar}
-    fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=scale, hoverinfo="skip"))
+        look = {"width": 2 if n_loops <= 16 else 1, "size": 5}
+        fig.add_trace(curve(values, f"loop {t}", color, "position %{x}: %{y:.3g}", **look))
+    explain_colors(fig, LOOP_SCALE, n_loops - 1)
     curve_axes(fig)
     fig.update_xaxes(
         **token_axis(tokens, title="position (label: the token read there)"), range=[-0.5, n_positions - 0.5]

@@ -7,10 +7,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import curve, panels
 from tl_looped.viz.style import BLUE, GREEN, ORANGE, PINK, base_layout, curve_axes, loop_axis, numbers, plotly_text
 
 _COLORS, _DASHES = (BLUE, ORANGE, GREEN, PINK), ("solid", "dash", "dot", "dashdot")
@@ -36,35 +35,17 @@ def study_panels(
         label: of the axis.
     """
     across, down, groups = (list(dict.fromkeys(kind)) for kind in (columns, rows, colors))
-    titles = [f"{column}, {row}" for row in down for column in across]
-    fig = make_subplots(
-        figure=Figure(),
-        rows=len(down),
-        cols=len(across),
-        subplot_titles=[plotly_text(title) for title in titles],
-        shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        vertical_spacing=0.12,
-    )
+    titles = [plotly_text(f"{column}, {row}") for row in down for column in across]
+    spacing = {"horizontal_spacing": 0.03, "vertical_spacing": 0.12}
+    fig = panels(titles, len(across), shared_xaxes=True, shared_yaxes=True, **spacing)
     shown: set[str] = set()
     for values, column, row, group, name in zip(numbers(curves), columns, rows, colors, names, strict=True):
         index = groups.index(group)
-        look = {"color": _COLORS[index % len(_COLORS)], "dash": _DASHES[index % len(_DASHES)], "width": 1.6}
-        fig.add_trace(
-            go.Scatter(
-                x=list(range(len(values))),
-                y=[value if value is not None and value > _LOWEST else None for value in values],
-                name=plotly_text(group),
-                legendgroup=group,
-                showlegend=group not in shown,
-                mode="lines",
-                line=look,
-                hovertemplate=f"loop %{{x}}: %{{y:.3g}}<extra>{plotly_text(name)}</extra>",
-            ),
-            row=down.index(row) + 1,
-            col=across.index(column) + 1,
-        )
+        look = {"dash": _DASHES[index % len(_DASHES)], "width": 1.6, "size": 0, "showlegend": group not in shown}
+        look |= {"hovertemplate": f"loop %{{x}}: %{{y:.3g}}<extra>{plotly_text(name)}</extra>", "legendgroup": group}
+        y = [value if value is not None and value > _LOWEST else None for value in values]
+        line = curve(y, plotly_text(group), _COLORS[index % len(_COLORS)], **look)
+        fig.add_trace(line, row=down.index(row) + 1, col=across.index(column) + 1)
         shown.add(group)
     legend: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.12, "yanchor": "top"}
     base_layout(fig, height=90 + 280 * len(down), legend=legend, margin={"l": 80, "r": 20, "t": 64, "b": 80})

@@ -12,8 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.viz.browser import notebook_html
-from tl_looped.viz.figure import Figure, still_svg
+from tl_looped.viz.figure import Figure
+from tl_looped.viz.parts import cells
 from tl_looped.viz.readout import readout_heatmap
+from tl_looped.viz.still import still_svg
 from tl_looped.viz.style import (
     PROBABILITY_SCALE,
     base_layout,
@@ -145,18 +147,11 @@ def top_tokens_table(
 
 def _own_tokens(tokens: Sequence[str], log_probs: Float[Tensor, "loop next"], loops: Sequence[int]) -> go.Figure:
     """The prompt's tokens in every loop, darker where they were more probable."""
-    cells = go.Heatmap(
-        z=numbers(log_probs.exp()),
-        text=[[plotly_text(token) for token in tokens[1:]]] * len(loops),
-        texttemplate="%{text}",
-        colorscale=PROBABILITY_SCALE,
-        zmin=0,
-        zmax=1,
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": "probability of<br>the token"}, "tickformat": ".0%", "thickness": 14},
-    )
-    fig = base_layout(Figure(cells), height=120 + 24 * len(loops), margin={"l": 60, "r": 20, "t": 20, "b": 50})
+    bar = {"title": {"text": "probability of<br>the token"}, "tickformat": ".0%"}
+    texts = [[plotly_text(token) for token in tokens[1:]]] * len(loops)
+    look = {"text": texts, "texttemplate": "%{text}"}
+    own = cells(log_probs.exp(), None, "%{text}: %{z:.2%}", PROBABILITY_SCALE, 0, 1, bar, **look)
+    fig = base_layout(Figure(own), height=120 + 24 * len(loops), margin={"l": 60, "r": 20, "t": 20, "b": 50})
     heatmap_axes(fig)
     fig.update_xaxes(
         title={"text": "position"}, tickvals=list(range(len(tokens) - 1)), ticktext=list(range(1, len(tokens)))
