@@ -25,12 +25,6 @@ from tl_looped.engine.runs import RunOptions
 PARAMETER = inspect.Parameter
 NAMES = sorted(analyses())
 OWN_TESTS = {"record", "directions", "aligned_source", "steering_sweep", "paper_claims"}  # a folder, or more prompts
-    "record",
-    "directions",
-    "aligned_source",
-    "steering_sweep",
-    "paper_claims",
-}  # a folder, a second set of prompts, or four
 OPTIONS = set(get_type_hints(RunOptions))
 NOT_RESULTS = {"view_prompt", "mean_source"}  # a view, and what is put in place of activations
 FUNCTIONS = [

@@ -116,7 +116,8 @@ def grouped_curves(
     edges = None if band is None else [_drawable(edge, log)[0] for edge in band]
     if edges is not None and len(drawn) <= _MOST_BANDS:
         for line in drawn:
-            add_band(fig, line.x, *([edge[d] for d in line.depths] for edge in edges), line.color)
+            low, high = ([edge[d] for d in line.depths] for edge in edges)
+            add_band(fig, line.x, low, high, line.color)
     in_legend = sum(line.looped for line in drawn) <= _MOST_IN_LEGEND
     alone = group == "depth" and reference is None
     details = _details(schedule, edges, band_name)

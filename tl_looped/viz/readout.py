@@ -321,14 +321,14 @@ def lens_curves(
         places: (loop, layer) of each place; a layer of None for the state.
         title: of the figure.
     """
-    panels = ("Same top token (share)", "KL(run ‖ lens), nats", "Rank of the run's top token")
-    fig, x = _panels(0.08, *panels), list(range(len(places)))
+    titles = ("Same top token (share)", "KL(run ‖ lens), nats", "Rank of the run's top token")
+    fig = panels(titles, horizontal_spacing=0.08)
     names = [f"loop {loop}" if layer is None else f"loop {loop}, layer {layer}" for loop, layer in places]
     symbols = ("circle", "diamond", "square", "cross", "x")
     for which, (kind, color) in enumerate(zip(kinds, (INK, BLUE, ORANGE, GREEN, PINK), strict=False)):
         for panel in range(3):
             of, below, above = (values[panel, which] for values in (means, low, high))
-            line = _line(x, numbers(of), kind, "%{customdata}: %{y:.4g}", color, "solid", symbols[which])
+            line = curve(numbers(of), kind, color, "%{customdata}: %{y:.4g}", symbol=symbols[which])
             ends = {"array": numbers(above - of), "arrayminus": numbers(of - below), "symmetric": False}
             line.update(customdata=names, legendgroup=kind, showlegend=panel == 0, error_y={**ends, "thickness": 1})
             fig.add_trace(line, row=1, col=panel + 1)

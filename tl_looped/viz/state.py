@@ -80,8 +80,8 @@ def step_by_position(step: Float[Tensor, "loop pos"], tokens: Sequence[str]) -> 
     n_loops, n_positions = step.shape
     fig = Figure()
     for t, (color, values) in enumerate(zip(loop_colors(n_loops), numbers(step), strict=True)):
-        look = {"width": 2 if n_loops <= 16 else 1, "size": 5}
-        fig.add_trace(curve(values, f"loop {t}", color, "position %{x}: %{y:.3g}", **look))
+        width = 2 if n_loops <= 16 else 1
+        fig.add_trace(curve(values, f"loop {t}", color, "position %{x}: %{y:.3g}", width=width, size=5))
     explain_colors(fig, LOOP_SCALE, n_loops - 1)
     curve_axes(fig)
     fig.update_xaxes(

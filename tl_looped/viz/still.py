@@ -10,7 +10,7 @@ import html
 import io
 import re
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import plotly.graph_objects as go
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Number = int | float
 _WIDTH = 720  # pixels of all plots together; what stands around them is put around it
 _FONTS = ["DejaVu Sans", "Verdana", "sans-serif"]
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#8A94A0",
     "axes.labelcolor": INK,
@@ -150,7 +150,7 @@ class _Still:
         shared = self.layout[trace.coloraxis] if trace.coloraxis else None
         colors = _colors(trace, trace.zmin, trace.zmax) if shared is None else _colors(shared, shared.cmin, shared.cmax)
         z = np.array(trace.z, float)
-        image = ax.imshow(z, colors.cmap, colors.norm, aspect="auto", interpolation="none", origin="lower")
+        image = ax.imshow(z, colors.cmap, cast(Any, colors.norm), aspect="auto", interpolation="none", origin="lower")
         rows, columns = z.shape
         for axis, gap, cells in ((ax.xaxis, trace.xgap, columns), (ax.yaxis, trace.ygap, rows)):
             if gap and cells <= _MOST_GRID:
