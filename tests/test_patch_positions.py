@@ -144,6 +144,8 @@ def test_what_is_refused(theirs: Any, options: dict[str, Any], message: str) -> 
 @pytest.mark.usefixtures("as_a_user")
 def test_a_source_of_other_prompts_or_sites() -> None:
     model = reader()
+    with pytest.raises(InputError, match="patching runs all loops: prepare the prompts without .* stop_at_loop"):
+        aligned_source(model, model.prepare(LONG, stop_at_loop=1), to=SHORT)
     source = aligned_source(model, LONG, to=SHORT, ties="before")
     with pytest.raises(InputError, match="source's cache has no .*hook_pattern"):
         patch_sweep(model, SHORT, source=source, metric=first_logit, site="pattern", reduce="mean")

@@ -65,6 +65,8 @@ def aligned_source(
     if ties not in ("before", "after", None):
         raise InputError(f"ties must be 'before', 'after' or None, got {ties!r}.")
     runs = model.prepare(prompts, n_loops, **options)
+    if not runs.whole:
+        raise InputError(f"patching runs all loops: prepare the prompts without {runs.parted_by}.")
     ours = model.prepare(
         to,
         prepend_bos=options.get("prepend_bos"),

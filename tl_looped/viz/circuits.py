@@ -69,9 +69,13 @@ def circuit_figure(
         )
     )
     columns = _columns([*writers, *readers])
-    fig.update_xaxes(tickmode="array", tickvals=list(columns), ticktext=list(columns.values()), showgrid=False)
+    fig.update_xaxes(
+        tickmode="array", tickvals=list(columns), ticktext=list(columns.values()), showgrid=False, zeroline=False
+    )
     rows = ["input, logits", *(f"head {head}" for head in range(n_heads)), "MLP"]
-    fig.update_yaxes(tickmode="array", tickvals=list(range(-1, n_heads + 1)), ticktext=rows, showgrid=False)
+    fig.update_yaxes(
+        tickmode="array", tickvals=list(range(-1, n_heads + 1)), ticktext=rows, showgrid=False, zeroline=False
+    )
     return base_layout(fig, height=220 + 60 * n_heads, title=heading(title), margin={"l": 100, "t": 60})
 
 
