@@ -77,6 +77,8 @@ def call(name: str, model: LoopedModel, prompts: Any, n_loops: int | None = None
     needs = dict(NEEDS.get(name, {}))
     if name == "path_patch":
         _, needs["source"] = model.run_with_cache(prompts, n_loops)
+    if name == "aligned_source":
+        needs["to"] = prompts
     if name == "faithfulness":
         loops = prompts.n_loops if isinstance(prompts, Runs) else n_loops
         needs["circuits"] = Circuit.of(model, [("hook_embed", "logits")], loops)

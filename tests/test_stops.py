@@ -244,7 +244,7 @@ def test_a_hook_that_is_not_reached_is_an_error_of_names() -> None:
         hooked(make(**ADDED), "loop.1.hook_state_post", TOKENS, stop_at=(1, 1))
 
 
-OTHERS = {"directions", "record", "steering_sweep", "mean_source", "aligned_source", "paper_claims"}
+OTHERS = {"directions", "record", "steering_sweep", "mean_source", "paper_claims"}
 NOT_WHOLE = sorted(set(analyses()) - OTHERS)
 
 

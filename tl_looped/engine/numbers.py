@@ -114,7 +114,13 @@ def quantile(x: Float[Tensor, "*dims"], q: float, dim: int = -1) -> Float[Tensor
 
 
 def interval(values: Float[Tensor, "*dims prompt"], resamples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """95 % interval of the mean over prompts, by resampling these, the same for all else: percentiles, [*dims]."""
+    """95 % interval of the mean over prompts, by resampling these, the same for all else: percentiles, [*dims].
+
+    Of one prompt there is none: NaN.
+    """
+    if values.shape[-1] < 2:
+        none = torch.full(values.shape[:-1], torch.nan, dtype=torch.float64)
+        return none, none
     from scipy.stats import bootstrap  # slow to import, and few need it
 
     x = values.double().cpu().numpy()
