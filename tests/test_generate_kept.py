@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, SuppressTokensLogitsProcessor
 
 from tl_looped import LoopedModel
-from tl_looped.generation import Generated, GeneratedCache, LoopEnd
+from tl_looped.engine.cache import LoopedCache
+from tl_looped.generation import Generated, LoopEnd
+from tl_looped.generation.kept import GeneratedCache
 from tl_looped.lens import LatentRule, trace_exits
 
 N_LOOPS = 4
@@ -73,7 +77,7 @@ def test_some_sites_only_and_a_row_that_ends() -> None:
     torch.testing.assert_close(state[~state.isnan()], whole["state_post", -1][~state.isnan()])
 
 
-def test_loops_that_a_token_did_not_run_are_nan() -> None:
+def test_loops_that_a_token_did_not_run_are_nan(tmp_path: Path) -> None:
     model, ends = tiny("huginn", torch.float64), {}
 
     def watch(end: LoopEnd, position: int) -> None:
@@ -98,6 +102,11 @@ def test_loops_that_a_token_did_not_run_are_nan() -> None:
                     assert bool(cache["pattern", 0, t][row, :, position].isnan().all())
     assert not bool(cache["coda.resid_post", 0].isnan().any())
     assert repr(rule) == cache.made_by["exit_rule"]
+    kept = GeneratedCache.load(cache.save(tmp_path / "kept"), model)
+    for other in (kept, copy(cache), cache.apply_slice_to_loops([0, 1]), LoopedCache.load(tmp_path / "kept", model)):
+        assert other.made_by["exit_rule"] == repr(rule)
+        assert other.made_by["loops_run"] == cache.loops_run.tolist()
+    assert torch.equal(kept.loops_run, cache.loops_run)
 
 
 # Penalties, processors, criteria.

@@ -118,7 +118,7 @@ def test_public_names_are_few() -> None:
 def test_a_result_says_shows_and_keeps_itself(kind: type[AnyResult]) -> None:
     for method in ("to_dataframe", "plot"):
         assert getattr(kind, method) is not getattr(AnyResult, method), method
-    assert kind.__repr__ is AnyResult.__repr__ or kind.__name__ in ("LoopedCache", "GeneratedCache", "Recorded")
+    assert kind.__repr__ is AnyResult.__repr__ or kind.__name__ in ("LoopedCache", "Recorded")
     assert all(hasattr(kind, name) for name in ("_repr_html_", "show", "save", "load"))
 
 

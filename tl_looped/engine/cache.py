@@ -29,6 +29,7 @@ from tl_looped.engine.runs import Run
 from tl_looped.engine.schedule import DEAD_ENDS, GRAD, HookSite, find_site
 
 _FORMAT = "tl_looped.cache"
+_PLACE = ("component", "stack", "layer", "loop")
 
 
 class CacheWriter:
@@ -107,6 +108,7 @@ class LoopedCache(AnyResult, ActivationCache):
         cfg: the model's config.
         kept_loops: the loops of the run that it is of, in order: those that ran, or those asked for (`loops=` of
             `run_with_cache`, `apply_slice_to_loops`). Of a stack that runs several times in a loop, all of these.
+        notes: what else made it, as plain values; kept in its file.
     """
 
     def __init__(
@@ -123,9 +125,10 @@ class LoopedCache(AnyResult, ActivationCache):
         self.schedule = model.cfg.schedule(run.counts)
         kept = range(run.start, run.stop) if loops is None else {resolve_index("loop", t, run.n_loops) for t in loops}
         self.kept_loops = tuple(sorted(kept))
+        self.notes: dict[str, Any] = {}
 
     def _with(self, cache_dict: dict[str, Tensor], **changes: Any) -> LoopedCache:
-        other = LoopedCache.__new__(LoopedCache)
+        other = type(self).__new__(type(self))
         other.__dict__.update({**self.__dict__, "cache_dict": cache_dict, **changes})
         return other
 
@@ -141,7 +144,7 @@ class LoopedCache(AnyResult, ActivationCache):
     @property
     def made_by(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride] - told by the run
         """Model, loop count and initial state."""
-        return {"model": self.cfg.model_name, **self.run.describe()}
+        return {"model": self.cfg.model_name, **self.run.describe(), **self.notes}
 
     def _contents(self) -> dict[str, Any]:
         return self.cache_dict
@@ -151,10 +154,10 @@ class LoopedCache(AnyResult, ActivationCache):
         rows = []
         for name, tensor in self.cache_dict.items():
             site = HookSite.parse(name)
-            place = {"component": site.component, "stack": site.stack, "layer": site.layer, "loop": site.loop}
+            place = {one: getattr(site, one) for one in _PLACE}
             rms = float(wide(tensor).square().mean().sqrt()) if tensor.is_floating_point() else float("nan")
             rows.append({"name": name, **place, "shape": tuple(tensor.shape), "rms": rms})
-        table = pd.DataFrame(rows, columns=["name", "component", "stack", "layer", "loop", "shape", "rms"])
+        table = pd.DataFrame(rows, columns=["name", *_PLACE, "shape", "rms"])
         return table.astype({"layer": "Int64", "loop": "Int64"})
 
     def plot(self, name: str = "resid_post") -> go.Figure:
@@ -186,6 +189,7 @@ class LoopedCache(AnyResult, ActivationCache):
         content = {
             "run": {name: None if isinstance(value, Tensor) else value for name, value in run.items()},
             "cfg": self.cfg.to_dict(),
+            "notes": self.notes,
             "loops": self.kept_loops,
             "has_batch_dim": self.has_batch_dim,
         }
@@ -218,9 +222,9 @@ class LoopedCache(AnyResult, ActivationCache):
                 f"{', '.join(other)}: pass the model that made it."
             )
         run = {name: tensors.pop(f"run.{name}", value) for name, value in content["run"].items()}
-        steps = run.get("step_sizes")
-        made_by: Any = run | {"step_sizes": steps and tuple(steps)}
-        return cls(tensors, model, Run(**made_by), content["has_batch_dim"], content["loops"])
+        made_by: Any = run | {"step_sizes": run.get("step_sizes") and tuple(run["step_sizes"])}
+        cache = cls(tensors, model, Run(**made_by), content["has_batch_dim"], content["loops"])
+        return cache._with(tensors, notes=content.get("notes", {}))
 
     def __repr__(self) -> str:
         return f"LoopedCache({len(self)} activations, {', '.join(f'{k}={v}' for k, v in self.run.describe().items())})"
@@ -474,20 +478,17 @@ class CachingHooks:
         """
         store = {} if cache is None else cache
         writer = CacheWriter(store, device, Slice.unwrap(pos_slice), remove_batch_dim)
-        if names_filter is None:
-            names: list[HookName] = [lambda name: not name.endswith(HEAVY)]
-        else:
-            names = [names_filter] if isinstance(names_filter, str) or callable(names_filter) else [*names_filter]
+        chosen = (lambda name: not name.endswith(HEAVY)) if names_filter is None else names_filter
+        names: list[HookName] = [chosen] if isinstance(chosen, str) or callable(chosen) else [*chosen]
         backward = [(name, writer.save_grad) for name in names] if incl_bwd else []
         return store, [(name, writer.save) for name in names], backward
 
     def add_caching_hooks(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Register `get_caching_hooks` until `reset_hooks`; returns the dictionary that they fill."""
         store, forward, backward = self.get_caching_hooks(*args, **kwargs)
-        for name, hook in forward:
-            self.add_hook(name, hook)
-        for name, hook in backward:
-            self.add_hook(name, hook, "bwd")
+        for direction, hooks in (("fwd", forward), ("bwd", backward)):
+            for name, hook in hooks:
+                self.add_hook(name, hook, direction)
         self.is_caching = True
         return store
 

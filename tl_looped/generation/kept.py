@@ -23,18 +23,13 @@ from tl_looped.observe.watching import SCORES
 class GeneratedCache(LoopedCache):
     """A cache of generated text. NaN where a token did not run a loop, or had ended.
 
-    Attributes:
-        loops_run: how many loops each position ran.
-        generated: how the text was made.
+    `made_by` says how the text was made.
     """
 
-    loops_run: Int[Tensor, "batch pos"]
-    generated: dict[str, Any]
-
     @property
-    def made_by(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride] - told by the run
-        """Model, loop count, initial state, and the options of the generation."""
-        return {**super().made_by, **self.generated}
+    def loops_run(self) -> Int[Tensor, "batch pos"]:
+        """How many loops each position ran."""
+        return torch.tensor(self.notes["loops_run"])
 
 
 class Kept:
@@ -82,7 +77,7 @@ class Kept:
             for site, pieces in self.pieces.items()
         }
         cache = GeneratedCache(tensors, self.model, run)
-        cache.loops_run, cache.generated = ran, generated
+        cache.notes = {**generated, "loops_run": ran.tolist()}
         return cache
 
 
